@@ -1,0 +1,105 @@
+"""Four rows that every table needs and the literature lacks: what a client gets without any prompt learning.
+
+They are methods without trainable tensors: a client reads something frozen and classifies with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from fpl.methods import PromptFL, ZeroShot
+
+
+@dataclass(frozen=True)
+class Control(PromptFL):
+    """Nothing is learned by gradient and nothing is sent."""
+
+    shared = ()
+
+    def init(self, text, gen):
+        return {}
+
+    def encode(self, text, p):
+        return None
+
+
+@dataclass(frozen=True)
+class Majority(Control):
+    """The client's most frequent training class, whatever the image (ties: the smallest label)."""
+
+    def frozen(self, text, server, who, clients):
+        return {"prior": torch.stack([clients.counts(i) for i in who.tolist()]).float()}
+
+    def logits(self, text, t, p, f, x):
+        return f["prior"].unsqueeze(1).expand(-1, x.shape[1], -1)
+
+
+@dataclass(frozen=True)
+class ZeroShotOwn(ZeroShot):
+    """Zero-shot CLIP that chooses among the client's own training classes only."""
+
+    def frozen(self, text, server, who, clients):
+        return {**super().frozen(text, server, who, clients), "own": own_classes(clients, who)}
+
+    def logits(self, text, t, p, f, x):
+        return restrict(super().logits(text, t, p, f, x), f["own"])
+
+
+@dataclass(frozen=True)
+class RidgeOwn(Control):
+    """Ridge regression to one-hot labels on the client's own training features.
+
+    `alpha` is the penalty on unit features, the same for all and not chosen on test data.
+    """
+
+    alpha: float = 1.0
+
+    def frozen(self, text, server, who, clients):
+        fits = [self.fit(*clients.training(i), clients.n_cls) for i in who.tolist()]
+        return {"w": torch.stack([w for w, _ in fits]), "b": torch.stack([b for _, b in fits])}
+
+    def fit(self, x: Float[Tensor, "b d"], y: Tensor, n_cls: int) -> tuple[Float[Tensor, "d c"], Float[Tensor, " c"]]:
+        """argmin |X W + b - Y|^2 + alpha |W|^2, b not penalised."""
+        target = F.one_hot(y, n_cls).to(x.dtype)
+        mean, level = x.mean(0), target.mean(0)
+        centred = x - mean
+        penalty = self.alpha * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+        w = torch.linalg.solve(centred.T @ centred + penalty, centred.T @ (target - level))
+        return w, level - mean @ w
+
+    def logits(self, text, t, p, f, x):
+        return x @ f["w"] + f["b"].unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class RidgeAll(RidgeOwn):
+    """One ridge regression on the training features of all clients, restricted to the client's own classes."""
+
+    def frozen(self, text, server, who, clients):
+        x, y = (torch.cat(parts) for parts in zip(*map(clients.training, range(len(clients))), strict=True))
+        w, b = self.fit(x, y, clients.n_cls)
+        return {"w": w.expand(len(who), -1, -1), "b": b.expand(len(who), -1), "own": own_classes(clients, who)}
+
+    def logits(self, text, t, p, f, x):
+        return restrict(super().logits(text, t, p, f, x), f["own"])
+
+
+def own_classes(clients, who) -> Bool[Tensor, "n c"]:
+    return torch.stack([clients.counts(i) > 0 for i in who.tolist()])
+
+
+def restrict(logits: Float[Tensor, "n b c"], own: Bool[Tensor, "n c"]) -> Float[Tensor, "n b c"]:
+    return logits.masked_fill(~own.unsqueeze(1), -torch.inf)
+
+
+CONTROLS: dict[str, type[PromptFL]] = {
+    "majority": Majority,
+    "zeroshot_own": ZeroShotOwn,
+    "ridge_own": RidgeOwn,
+    "ridge_all": RidgeAll,
+}
