@@ -1,0 +1,178 @@
+"""Runs as records: perform the runs that have no record yet, several at a time, and read them back as a data frame.
+
+A record is one file with one JSON line: settings, per-client accuracy of every round, seconds, and hashes of code and features.
+It is named by the hash of settings, code and features, so a run that was made is not made again and nothing else is mistaken
+for it. A killed sweep loses only the runs that were under way.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from fpl import clip, features, partitions
+from fpl.config import Backbone, Data, Experiment
+from fpl.files import writing
+from fpl.rounds import Clients, Round, Seeds, run
+
+RECORDS = Path("results/records")
+SOURCES = ("clip", "gate", "methods", "controls", "rounds", "partitions")  # what a number depends on
+
+
+@functools.cache
+def code_fingerprint() -> str:
+    """Hash of the modules that make numbers, without comments and layout."""
+    trees = (ast.dump(ast.parse((Path(__file__).parent / f"{name}.py").read_text())) for name in SOURCES)
+    return hashlib.sha256("\n".join(trees).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=1)
+def opened(data: Data, backbone: Backbone, device: str) -> tuple[clip.Clip, features.Features]:
+    """Backbone and features of a data set, refused unless the one was made with the other."""
+    loaded = clip.load(backbone.name, backbone.weights or None, device)
+    return loaded, features.load(data.features, loaded.provenance, device)
+
+
+@functools.lru_cache(maxsize=4)
+def text_of(data: Data, backbone: Backbone, device: str, n_ctx: int) -> clip.Text:
+    loaded, feats = opened(data, backbone, device)
+    return clip.Text(loaded, feats.classes, n_ctx)
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def manifest(data: Data) -> features.Manifest:
+    """The images behind the features, in the same order; only the notebooks that show images read it."""
+    return features.read_manifest(data.folder / "manifest.csv")
+
+
+def make_clients(data: Data, backbone: Backbone, experiment: Experiment, device: str) -> Clients:
+    _, feats = opened(data, backbone, device)
+    train, test = partitions.make(experiment.partition, feats.labels.cpu().numpy(), feats.split, experiment.seed)
+    as_tensor = lambda parts: [torch.from_numpy(i).to(device) for i in parts]  # noqa: E731
+    return Clients(feats.feats, feats.labels, as_tensor(train), as_tensor(test), len(feats.classes))
+
+
+def rounds_of(data: Data, backbone: Backbone, experiment: Experiment, tick=lambda n: None) -> Iterable[Round]:
+    """The rounds of one experiment as they finish; in a notebook, a way to watch one."""
+    where = device()
+    clients = make_clients(data, backbone, experiment, where)
+    text = text_of(data, backbone, where, experiment.method.n_ctx)
+    return run(experiment.method, text, clients, experiment.run, Seeds(experiment.seed, experiment.seed), tick)
+
+
+def record_path(features_sha: str, experiment: Experiment) -> Path:
+    key = json.dumps([experiment.settings(), code_fingerprint(), features_sha], sort_keys=True)
+    return RECORDS / f"{experiment.row}-{experiment.seed}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+def perform(data: Data, backbone: Backbone, experiment: Experiment) -> Path:
+    """Make one run and write its record."""
+    _, feats = opened(data, backbone, device())
+    path, begin = record_path(feats.sha256, experiment), time.perf_counter()
+    rounds = [
+        {
+            "round": r.number,
+            "accuracy": [round(a, 6) for a in r.accuracy.tolist()],
+            "participants": r.participants.tolist(),
+            "loss": r.loss,
+        }
+        for r in rounds_of(data, backbone, experiment)
+    ]
+    record = {
+        "settings": experiment.settings(),
+        "rounds": rounds,
+        "seconds": round(time.perf_counter() - begin, 3),
+        "data": data.name,
+        "backbone": backbone.name,
+        "features": feats.sha256,
+        "code": code_fingerprint(),
+        "torch": torch.__version__,
+        "device": device(),
+    }
+    with writing(path) as temporary:
+        temporary.write_text(json.dumps(record, sort_keys=True) + "\n")
+    return path
+
+
+def settle(threads: int) -> None:
+    """In a worker: its share of the cores, and an end when the parent is gone (a killed pool leaves its workers waiting)."""
+    torch.set_num_threads(threads)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def sweep(
+    data: Data, backbone: Backbone, experiments: Sequence[Experiment], jobs: int | None = None, fresh: bool = False
+) -> list[Path]:
+    """Records of all experiments, in their order; only the missing ones are run, `jobs` at a time (as many as cores)."""
+    feats_sha = features.load(data.features).sha256
+    paths = [record_path(feats_sha, e) for e in experiments]
+    todo = {path: e for path, e in zip(paths, experiments, strict=True) if fresh or not path.exists()}
+    jobs = 1 if device() == "cuda" else min(jobs or os.cpu_count() or 1, max(1, len(todo)))
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with tqdm(total=len(paths), initial=len(paths) - len(todo), desc="runs", unit="run") as bar:
+        if not todo:
+            return paths
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=settle, initargs=(threads,)) as pool:
+            longest_first = sorted(todo.values(), key=lambda e: -e.run.rounds * e.run.local_epochs)
+            under_way = [pool.submit(perform, data, backbone, e) for e in longest_first]
+            try:
+                for finished in as_completed(under_way):
+                    finished.result()
+                    bar.update()
+            except BrokenProcessPool:
+                raise RuntimeError(
+                    "a worker was killed (out of memory?): call the same command again, finished runs are kept"
+                ) from None
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    return paths
+
+
+def found(data: Data, experiments: Sequence[Experiment]) -> list[Path]:
+    """Records that exist, for whoever reads only. Raises FileNotFoundError when some of the runs were not made."""
+    feats_sha = features.load(data.features).sha256
+    paths = [record_path(feats_sha, e) for e in experiments]
+    missing = [e.row for path, e in zip(paths, experiments, strict=True) if not path.exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(paths)} runs were not made ({', '.join(sorted(set(missing)))}): call `fpl sweep` first"
+        )
+    return paths
+
+
+def frame(paths: Iterable[Path]) -> pd.DataFrame:
+    """One line per run, round and client: all settings as columns, then round, client, accuracy in [0, 1]."""
+    lines: list[dict[str, Any]] = []
+    for path in paths:
+        record = json.loads(path.read_text())
+        for r in record["rounds"]:
+            lines += [
+                {**record["settings"], "round": r["round"], "client": i, "accuracy": a} for i, a in enumerate(r["accuracy"])
+            ]
+    return pd.DataFrame(lines)

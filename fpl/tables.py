@@ -1,0 +1,73 @@
+"""Records and published numbers to tables: percent with two decimals, ours beside the paper's, as csv and markdown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from fpl.files import writing
+from fpl.stats import by_seed, over_seeds
+
+TABLES = Path("results/tables")
+PAPER = "pFedMoAP (ICLR 2025, 2410.10114)"
+BESIDE = "paper, mean of 5 data sets"
+DECIMALS = ("mean", "std", "low", "high", BESIDE)
+NOTE_TABLE1 = (
+    "Miniature of Table 1 on the demo world, accuracy in %, last round; mean, std and 95 % interval over seeds. "
+    "The paper's column is other data and another CLIP."
+)
+NOTE_ABLATION = "pFedMoAP on the demo world, accuracy in %, last round; mean, std and 95 % interval over seeds."
+NAMES = {
+    "majority": "control: the client's majority class",
+    "zeroshot_own": "control: zero-shot, own classes only",
+    "ridge_own": "control: ridge on own features",
+    "ridge_all": "control: ridge on everybody's features, own classes only",
+    "zeroshot": "ZS-CLIP",
+    "coop": "CoOp",
+    "promptfl": "PromptFL",
+    "pfedmoap": "pFedMoAP",
+}
+
+
+def published() -> pd.DataFrame:
+    """data/published.csv with a numeric mean; what is no number there (such as "4.2K") is nan."""
+    table = pd.read_csv("data/published.csv")
+    return table.assign(mean=pd.to_numeric(table["mean"], errors="coerce"))
+
+
+def summary(runs: pd.DataFrame, key: str = "method") -> pd.DataFrame:
+    """Mean over clients of the last round, then over seeds: mean, std, 95 % interval; one line per value of `key`."""
+    return by_seed(runs, key).groupby(level=0, sort=False).apply(lambda v: over_seeds(list(v))).unstack()
+
+
+def table1(runs: pd.DataFrame) -> pd.DataFrame:
+    """The miniature Table 1 in percent; beside it the mean of the paper's five data sets, which are other data."""
+    paper = (
+        published().query("paper == @PAPER and table == 'Table 1' and variant != 'lambda=0.0'").groupby("method")["mean"].mean()
+    )
+    own = summary(runs)
+    table = percent(own)
+    table.insert(0, "row", [NAMES[m] for m in own.index])
+    table[BESIDE] = [paper.get(NAMES[m]) for m in own.index]
+    return table.rename_axis("method").round(2)
+
+
+def ablation(runs: pd.DataFrame, default: pd.DataFrame, key: str) -> pd.DataFrame:
+    """One hyperparameter of pFedMoAP: a line per value, the default from Table 1's runs among them, in percent."""
+    return percent(summary(pd.concat([runs, default]), key)).sort_index().round(2)
+
+
+def percent(summary: pd.DataFrame) -> pd.DataFrame:
+    columns = ["mean", "std", "low", "high"]
+    return (100 * summary[columns]).assign(seeds=summary["seeds"].astype(int))
+
+
+def save(table: pd.DataFrame, name: str, folder: Path = TABLES, note: str = "") -> None:
+    """NAME.csv and NAME.md; the note stands above the markdown table."""
+    with writing(folder / f"{name}.csv") as temporary:
+        table.to_csv(temporary, lineterminator="\n")
+    flat = table.reset_index()
+    shown = flat.apply(lambda c: c.map("{:.2f}".format, na_action="ignore") if c.dtype == float and c.name in DECIMALS else c)
+    with writing(folder / f"{name}.md") as temporary:
+        temporary.write_text(f"{note}\n\n{shown.fillna('').to_markdown(index=False, disable_numparse=True)}\n".lstrip())
