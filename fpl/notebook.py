@@ -1,0 +1,72 @@
+"""What the notebooks need around their prose: a place to stand, parameters that cannot be misspelt, and their execution."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fpl.files import writing
+
+ROOT = Path(__file__).resolve().parent.parent
+EXECUTED = Path("results/notebooks")
+
+
+def start() -> None:
+    """Go to the project's root, wherever Jupyter or papermill was started, and take on the figures' style."""
+    import pandas as pd
+
+    from fpl import plots
+
+    os.chdir(ROOT)
+    pd.options.display.max_colwidth = None
+    plots.style()
+
+
+def parameters(namespace: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
+    """The notebook's parameters: every public name that the cells so far have set to a plain value.
+
+    papermill only warns of a parameter that the notebook does not have; here it is an error that names the nearest one.
+    Parameters that are None are left out: the default stands where the value is used. Raises ValueError.
+    """
+    from fpl import config
+
+    plain = (type(None), bool, int, float, str, list, dict)
+    given = {k: v for k, v in namespace.items() if not k.startswith("_") and k not in ("In", "Out") and isinstance(v, plain)}
+    for name in given:
+        config.known(name, sorted(known), "notebook parameter")
+    return {k: v for k, v in given.items() if v is not None}
+
+
+def execute(source: Path, target: Path, values: Mapping[str, Any] | None = None) -> Path:
+    """Run a notebook with papermill, from the project's root; the executed copy is written without times and absolute paths.
+
+    Raises ValueError for a parameter that the notebook does not declare, and papermill's error, with the executed cells kept in
+    `target`, when a cell fails.
+    """
+    import nbformat
+    import papermill
+    from traitlets.config import Config
+
+    from fpl import config
+
+    declared = papermill.inspect_notebook(str(source))
+    for name in values or {}:
+        config.known(name, list(declared), f"parameter of {source.name}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    quiet = Config({"KernelManager": {"transport": "ipc"}})  # no open port, and no warning of one
+    papermill.execute_notebook(
+        str(source), str(target), dict(values or {}), kernel_name="python3", progress_bar=True, config=quiet
+    )
+    book = nbformat.read(target, as_version=4)
+    book.metadata.pop("papermill", None)
+    for i, cell in enumerate(book.cells):
+        cell.id = f"c{i}"
+        cell.metadata.pop("papermill", None)
+        cell.metadata.pop("execution", None)
+        if "outputs" in cell:
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+    with writing(target) as temporary:
+        nbformat.write(book, temporary)
+    return target

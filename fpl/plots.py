@@ -1,0 +1,219 @@
+"""Figures: one style, one way to save, one function a figure. Importing this module changes no global state.
+
+A function takes a DataFrame and returns a Figure; accuracies come in [0, 1] and are drawn in percent. Figures must be
+readable in greyscale and by the colour-blind: kinds differ in lightness and in marker or hatch, never in hue alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fpl.files import writing
+from fpl.label_prior import MAJORITY
+
+# Okabe and Ito's colours, ordered so that neighbours differ in lightness too.
+COLOURS = ["#000000", "#E69F00", "#0072B2", "#56B4E9", "#D55E00", "#009E73", "#CC79A7"]
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.prop_cycle": plt.cycler(color=COLOURS),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "errorbar.capsize": 3,
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 100,
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so the same everywhere
+    "font.size": 10,
+    "grid.color": "#D9D9D9",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "savefig.dpi": 200,
+    "savefig.facecolor": "white",
+    "svg.hashsalt": "fpl",  # names inside an SVG are random without it
+}
+
+
+def style() -> None:
+    """Makes our style that of the session. Figures of this module have it anyway."""
+    plt.rcParams.update(STYLE)
+
+
+def save(fig: Figure, path_without_suffix: str | Path) -> None:
+    """Writes PNG and SVG, whole or not at all; the same figure gives the same bytes."""
+    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+        with plt.rc_context(STYLE), writing(f"{path_without_suffix}.{kind}") as file:
+            fig.savefig(file, format=kind, metadata=metadata)
+
+
+def _figure(**options) -> Figure:
+    """An empty figure that pyplot does not keep: a notebook shows it once, as the last value of a cell, and memory is freed."""
+    fig = plt.figure(**options)
+    plt.close(fig)
+    return fig
+
+
+def label_prior(frame: pd.DataFrame, null: pd.DataFrame | None = None, observed: float | None = None) -> Figure:
+    """pFedMoAP as published (points, ± std) on the majority guess (bars), per domain; frame as `label_prior.comparison`.
+
+    With `null` (seeds; column rms) a last panel shows the distance between points and bars under other partition seeds, and
+    `observed` marks that of the released seed.
+    """
+    datasets = dict(iter(frame[frame["domain"] != "average"].groupby("dataset", sort=False)))
+    widths = [rows["domain"].nunique() for rows in datasets.values()] + [5] * (null is not None)
+    with plt.rc_context(STYLE):
+        fig = _figure(figsize=(0.7 * sum(widths) + 0.5, 3.6))
+        axes = fig.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+        for ax, (dataset, rows) in zip(axes, datasets.items()):
+            _guess_and_published(ax, rows.set_index("domain"), dataset)
+        fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
+        if null is not None:
+            _other_seeds(axes[-1], 100 * null["rms"].dropna(), 100 * observed)
+    return fig
+
+
+def _guess_and_published(ax: Axes, rows: pd.DataFrame, dataset: str) -> None:
+    guess, paper = (100 * rows.loc[rows["method"] == method, ["mean", "std"]] for method in (MAJORITY, "pFedMoAP"))
+    ax.bar(guess.index, guess["mean"], color="#F2CF8B", edgecolor="black", linewidth=0.8, label="majority guess, sees no image")
+    points = {"fmt": "o", "markersize": 4, "color": "black", "elinewidth": 1.5}
+    ax.errorbar(paper.index, paper["mean"], paper["std"], label="pFedMoAP as published, ± std", **points)
+    ax.axhline(10, color="black", linestyle=":", linewidth=1, label="chance, 10 classes")
+    ax.set(title=dataset, ylabel="accuracy (%)", ylim=(0, 55))
+    ax.tick_params(axis="x", rotation=30)
+
+
+def _other_seeds(ax: Axes, rms: pd.Series, observed: float) -> None:
+    ax.hist(rms, bins=30, color=COLOURS[3], edgecolor="white", linewidth=0.4)
+    ax.axvline(observed, color="black", linewidth=1.5)
+    place = {"xycoords": ax.get_xaxis_transform(), "xytext": (5, 0), "textcoords": "offset points"}
+    ax.annotate(f"released seed 0: {observed:.2f}", (observed, 0.93), **place)
+    ax.set(title=f"DomainNet, {len(rms)} other seeds", xlabel="RMS distance, published to guess (points)", ylabel="seeds")
+    ax.set(xlim=(0, None), ylim=(0, 1.15 * ax.get_ylim()[1]))
+
+
+def rows(table: pd.DataFrame) -> Figure:
+    """A table of methods and controls as points with 95 % intervals; table as `tables.table1`, in percent."""
+    with plt.rc_context(STYLE):
+        fig = _figure(figsize=(7.5, 0.34 * len(table) + 0.9))
+        ax = fig.subplots()
+        for y, line in enumerate(table[::-1].itertuples()):
+            control = line.row.startswith("control")
+            look = {"marker": "s" if control else "o", "markerfacecolor": "white" if control else "black"}
+            ax.errorbar(line.mean, y, xerr=[[line.mean - line.low], [line.high - line.mean]], color="black", **look)
+        ax.set_yticks(range(len(table)), table["row"][::-1])
+        ax.grid(axis="x")
+        ax.set(xlabel="accuracy after the last round (%), mean over clients; 95 % interval over seeds")
+    return fig
+
+
+def curves(runs: pd.DataFrame, names: dict[str, str]) -> Figure:
+    """Accuracy (%) by round, mean over clients: a line per method, a band from the lowest to the highest seed."""
+    each = 100 * runs.groupby(["method", "seed", "round"], sort=False)["accuracy"].mean()
+    with plt.rc_context(STYLE):
+        fig = _figure(figsize=(6.5, 3.6))
+        ax = fig.subplots()
+        for k, (method, seeds) in enumerate(each.groupby(level="method", sort=False)):
+            by_round = seeds.groupby(level="round")
+            x, look = by_round.mean().index + 1, {"color": COLOURS[k % len(COLOURS)]}
+            ax.plot(x, by_round.mean(), marker="osD^vP*X"[k % 8], markersize=4, label=names.get(method, method), **look)
+            ax.fill_between(x, by_round.min(), by_round.max(), alpha=0.2, linewidth=0, **look)
+        ax.set(xlabel="communication round", ylabel="accuracy (%), mean over clients")
+        ax.legend()
+    return fig
+
+
+def ablations(
+    values: dict[str, pd.DataFrame], defaults: dict[str, float], labels: dict[str, str], reference: dict[str, float]
+) -> Figure:
+    """One panel per hyperparameter: mean and 95 % interval (%) at each value, the default filled, references as lines."""
+    with plt.rc_context(STYLE):
+        fig = _figure(figsize=(3.1 * len(values) + 0.6, 3.5))
+        for ax, (key, table) in zip(fig.subplots(1, len(values), sharey=True, squeeze=False)[0], values.items(), strict=True):
+            for x, line in enumerate(table.itertuples()):
+                face = "black" if line.Index == defaults[key] else "white"
+                error = [[line.mean - line.low], [line.high - line.mean]]
+                ax.errorbar(x, line.mean, yerr=error, marker="o", color="black", markerfacecolor=face)
+            for (name, level), kind in zip(reference.items(), ("--", ":", "-."), strict=False):
+                ax.axhline(level, color="#555555", linestyle=kind, linewidth=1.2, label=name)
+            ax.set_xticks(range(len(table)), [f"{v:g}" for v in table.index])
+            ax.set(xlabel=labels[key])
+        fig.axes[0].set(ylabel="accuracy (%)")
+        fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
+    return fig
+
+
+def bars(values: Sequence[float], names: Sequence[str], title: str, xlabel: str, mark: int | None = None) -> Figure:
+    """Horizontal bars, the first on top; `mark` fills one of them."""
+    with plt.rc_context(STYLE):
+        fig = _figure(figsize=(6, 0.28 * len(values) + 0.9))
+        ax = fig.subplots()
+        colours = ["#0072B2" if i == mark else "#BBBBBB" for i in range(len(values))]
+        ax.barh(range(len(values)), values, color=colours, edgecolor="black", linewidth=0.6)
+        ax.set_yticks(range(len(values)), names)
+        ax.invert_yaxis()
+        ax.grid(axis="x")
+        ax.set(title=title, xlabel=xlabel)
+    return fig
+
+
+def heat(matrix: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, label: str) -> Figure:
+    """A matrix as shades, light to dark."""
+    with plt.rc_context(STYLE):
+        fig = _figure(figsize=(0.42 * len(columns) + 2.2, 0.3 * len(rows) + 1.2))
+        ax = fig.subplots()
+        shades = ax.imshow(matrix, cmap="cividis_r", aspect="auto")
+        ax.set_xticks(range(len(columns)), columns)
+        ax.set_yticks(range(len(rows)), rows)
+        ax.grid(visible=False)
+        ax.set(title=title)
+        fig.colorbar(shades, label=label)
+    return fig
+
+
+def mask(sees: np.ndarray, shared: int) -> Figure:
+    """The attention mask of a prompt tree: dark where the node of a row sees the node of a column."""
+    with plt.rc_context(STYLE):
+        fig = _figure(figsize=(4.6, 4.6))
+        ax = fig.subplots()
+        ax.imshow(sees, cmap="Greys", interpolation="nearest")
+        ax.axhline(shared - 0.5, color="#D55E00", linewidth=1)
+        ax.axvline(shared - 0.5, color="#D55E00", linewidth=1)
+        ax.grid(visible=False)
+        ax.set(title=f"{len(sees)} nodes, the first {shared} shared", xlabel="seen node", ylabel="node")
+    return fig
+
+
+def pictures(images: Sequence[np.ndarray], titles: Sequence[str], per_line: int = 6) -> Figure:
+    lines = -(-len(images) // per_line)
+    with plt.rc_context(STYLE):
+        fig = _figure(figsize=(1.5 * per_line, 1.75 * lines))
+        for ax in fig.subplots(lines, per_line, squeeze=False).flat:
+            ax.axis("off")
+        for ax, image, title in zip(fig.axes, images, titles, strict=False):
+            ax.imshow(image)
+            ax.set_title(title, fontsize=8, loc="center")
+    return fig
+
+
+def scatter(points: np.ndarray, groups: Sequence[str], title: str) -> Figure:
+    """Points (p, 2) with one colour and one marker per group."""
+    kinds = sorted(set(groups))
+    with plt.rc_context(STYLE):
+        fig = _figure(figsize=(6.5, 4))
+        ax = fig.subplots()
+        for k, kind in enumerate(kinds):
+            here = points[np.array(groups) == kind]
+            ax.scatter(*here.T, s=9, marker="os^vD*PXph<>"[k % 12], color=COLOURS[k % len(COLOURS)], alpha=0.7, label=kind)
+        ax.grid(visible=False)
+        ax.set(title=title, xticks=[], yticks=[])
+        fig.legend(loc="outside right upper")
+    return fig
