@@ -1,0 +1,189 @@
+"""The command line: `fpl COMMAND --help` says what each command takes. Heavy libraries load only where they are used."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import sys
+from pathlib import Path
+
+from fpl.files import writing
+
+
+def features(options: argparse.Namespace) -> None:
+    """Draw the demo images if needed and run the frozen image tower over them once."""
+    from fpl import clip, config, shapes, sweep
+    from fpl import features as cache
+
+    params = config.read(options.params)
+    data = params.data
+    config.known(data.name, ["shapes"], "data set")
+    manifest = shapes.make(data.folder, data.seed, data.train_per_class, data.test_per_class)
+    loaded = clip.load(params.backbone.name, params.backbone.weights or None, sweep.device())
+    path = cache.extract(cache.read_manifest(manifest), loaded, data.features, sweep.device(), options.workers)
+    print(f"features: {path}")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Make one run (or find its record) and print the accuracy after the last round."""
+    from fpl import config, stats
+    from fpl import sweep as records
+
+    params = config.read(options.params)
+    changes = {}
+    for change in options.changes:
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise ValueError(f"{change!r} is not of the form name=value")
+        changes[key] = config.plain(value, key)
+    seed = config.number(changes.pop("seed", params.seeds[0]), "int", "seed")
+    experiment = params.experiment(options.method, int(seed), **changes)
+    (path,) = records.sweep(params.data, params.backbone, [experiment], fresh=options.fresh)
+    accuracy = stats.by_seed(records.frame([path])).iloc[0]
+    print(f"{options.method}: {100 * accuracy:.2f} % after the last round, mean over clients; record: {path}")
+
+
+def sweep(options: argparse.Namespace) -> None:
+    """Make the missing runs of a table, several at a time."""
+    from fpl import config
+    from fpl import sweep as records
+
+    params = config.read(options.params)
+    experiments = {"table1": params.table, "ablations": params.ablation}[options.table]()
+    records.sweep(params.data, params.backbone, experiments, options.jobs, options.fresh)
+
+
+def notebook(options: argparse.Namespace) -> None:
+    """Execute a notebook with papermill and keep the executed copy under results/notebooks."""
+    from fpl import config
+    from fpl import notebook as books
+
+    values = {name: config.plain(value, name) for name, value in options.parameter or []}
+    for source in options.source:
+        books.execute(source, books.EXECUTED / source.name, values)
+
+
+def report(options: argparse.Namespace) -> None:
+    """Build the pages of results/report from the executed notebooks."""
+    from fpl import report as pages
+
+    print(f"report: {pages.build()}")
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Compare the fresh tables with results/expected and fail when a cell is outside its tolerance."""
+    from fpl import compare as check
+    from fpl import tables
+
+    cells = check.all_cells(tables.TABLES)
+    print(cells.round(2).to_markdown(index=False))
+    wrong = int((cells["verdict"] != "same").sum())
+    print(f"\n{len(cells) - wrong} of {len(cells)} cells are the expected ones within their tolerance, {wrong} are not.")
+    for what, where in (("tables", "results/tables"), ("figures", "results/figures"), ("report", "results/report/index.html")):
+        print(f"{what + ':':9}{where}")
+    if wrong:
+        raise ValueError("the results differ from those in results/expected: see the verdict column above")
+
+
+def accept(options: argparse.Namespace) -> None:
+    """Take over the fresh tables and figures as the expected ones (for a change that is meant to move numbers)."""
+    import shutil
+
+    from fpl import compare as check
+
+    for source in [*Path("results/tables").glob("*.*"), *Path("results/figures").glob("*.png")]:
+        with writing(check.EXPECTED / source.name) as temporary:
+            shutil.copyfile(source, temporary)
+    text = check.with_tables(Path("README.md").read_text())
+    with writing("README.md") as temporary:
+        temporary.write_text(text)
+
+
+def bench(options: argparse.Namespace) -> None:
+    """Time one local step with 77-token prompts, cut at EOS, and as a tree, in one run."""
+    from fpl import bench as timing
+
+    table = timing.local_step(options.model, options.classes, options.batch, options.repeats)
+    print(table.to_markdown(index=False, floatfmt=".4g"))
+    if options.save:
+        with writing(options.save.with_suffix(".json")) as temporary:
+            table.to_json(temporary, orient="records", indent=2)
+        with writing(options.save.with_suffix(".md")) as temporary:
+            temporary.write_text(table.to_markdown(index=False, floatfmt=".4g") + "\n")
+
+
+def repro(options: argparse.Namespace) -> None:
+    """Run the DVC pipeline, then `fpl compare`; waits for another such run in this folder (a killed one may still be ending)."""
+    import subprocess
+
+    Path("results").mkdir(exist_ok=True)
+    lock = os.open("results/.repro.lock", os.O_CREAT | os.O_RDWR)
+    os.set_inheritable(lock, True)  # held until the last process of this run, orphans included, has ended
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print("waiting for an earlier `make repro` in this folder to end ...", flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    here = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # the stages call fpl
+    environment = {**os.environ, "PATH": here, "DVC_NO_ANALYTICS": "1"}
+    code = subprocess.run([sys.executable, "-m", "dvc", "repro", *options.dvc], close_fds=False, env=environment).returncode
+    if code:
+        raise SystemExit(code)
+    compare(options)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="fpl", description="Companion to federated prompt learning of CLIP: cached features, methods, tables."
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(command, *, params: bool = False, fresh: bool = False) -> argparse.ArgumentParser:
+        text = (command.__doc__ or "").strip()
+        sub = commands.add_parser(command.__name__, help=text.split("\n")[0], description=text)
+        sub.set_defaults(command=command)
+        if params:
+            sub.add_argument("--params", type=Path, default=Path("params.yaml"), help="settings file (params.yaml)")
+        if fresh:
+            sub.add_argument("--fresh", action="store_true", help="run again even where a record exists")
+        return sub
+
+    add(features, params=True).add_argument("--workers", type=int, default=0, help="processes that decode images")
+    one = add(run, params=True, fresh=True)
+    one.add_argument("method", help="a row of the table, such as promptfl")
+    one.add_argument("changes", nargs="*", metavar="name=value", help="settings to change, such as lam=1 seed=2")
+    many = add(sweep, params=True, fresh=True)
+    many.add_argument("table", choices=("table1", "ablations"))
+    many.add_argument("--jobs", type=int, help="runs at a time (the number of cores)")
+    book = add(notebook)
+    book.add_argument("source", type=Path, nargs="+", help="notebook(s) to execute, in this order")
+    book.add_argument(
+        "-p", dest="parameter", nargs=2, action="append", metavar=("NAME", "VALUE"), help="a parameter of the notebook"
+    )
+    add(report)
+    add(compare)
+    add(accept)
+    speed = add(bench)
+    speed.add_argument("--model", default="ViT-B-16-quickgelu", help="open_clip model with random weights")
+    speed.add_argument("--classes", type=int, default=101, help="number of class names (101: those of Food101)")
+    speed.add_argument("--batch", type=int, default=16)
+    speed.add_argument("--repeats", type=int, default=3)
+    speed.add_argument("--save", type=Path, help="also write the table to this name with .json and .md")
+    add(repro).add_argument("dvc", nargs="*", help="passed on to dvc repro")
+    return top
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command. What a user can mend ends in one sentence and exit status 1."""
+    options = parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
+        sys.exit(f"fpl {options.command.__name__}: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; call the same command again to go on")
+
+
+if __name__ == "__main__":
+    main()
