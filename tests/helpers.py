@@ -1,0 +1,100 @@
+"""A small world of files, the same for every test that needs one: drawn images, a random CLIP, their features."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import Future
+from pathlib import Path
+
+import open_clip
+import torch
+from safetensors.torch import save_file
+
+from fpl import clip, config, features, shapes, sweep
+
+ROOT = Path(__file__).parents[1]
+DATA = config.Data(train_per_class=2, test_per_class=1)
+BACKBONE = config.Backbone("local-dir:clip")
+MODEL = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "patch_size": 16, "layers": 1, "width": 32, "head_width": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
+}
+PREPROCESS = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+PARAMS = config.Params(
+    data=DATA,
+    backbone=BACKBONE,
+    partition=config.Partition(clients=4, shots=2),
+    run=config.Run(rounds=2, local_epochs=1, batch_size=8),
+    methods={"promptfl": {"n_ctx": 2}, "pfedmoap": {"n_ctx": 2, "n_experts": 2, "d_gate": 16, "heads": 4}},
+)
+
+
+def store_clip(folder, seed=0):
+    """A random open_clip model in the layout that `local-dir:` loads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        save_file(
+            {k: v.contiguous() for k, v in open_clip.CLIP(**MODEL).state_dict().items()}, folder / "open_clip_model.safetensors"
+        )
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL, "preprocess_cfg": PREPROCESS}))
+
+
+@contextlib.contextmanager
+def standing_in(folder):
+    """In `folder` as the project's root, with nothing remembered of another one."""
+    sweep.opened.cache_clear()
+    sweep.text_of.cache_clear()
+    with contextlib.chdir(folder):
+        yield folder
+    sweep.opened.cache_clear()
+    sweep.text_of.cache_clear()
+
+
+def build(folder):
+    """Images, model and features under `folder`, where the settings above look for them."""
+    with standing_in(folder):
+        store_clip(Path("clip"))
+        shapes.make(DATA.folder, DATA.seed, DATA.train_per_class, DATA.test_per_class)
+        features.extract(features.read_manifest(DATA.folder / "manifest.csv"), clip.load(BACKBONE.name), DATA.features)
+    return folder
+
+
+def python(folder, *arguments):
+    """A process of its own that stands in `folder`."""
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": paths},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+class Here:
+    """The executor's interface, with the work done at once in this process."""
+
+    def __init__(self, *args, **kwargs):
+        self.cancelled = False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return None
+
+    def submit(self, call, *args):
+        future = Future()
+        try:
+            future.set_result(call(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, **kwargs):
+        self.cancelled = True

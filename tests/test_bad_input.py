@@ -1,0 +1,233 @@
+"""Promise: bad input ends in one sentence that says what and where, before anything is trained."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import h5py
+import pytest
+import torch
+import yaml
+from helpers import BACKBONE, DATA, PARAMS, Here, build, python, standing_in, store_clip
+
+from fpl import cli, config, features, sweep
+from fpl import clip as clips
+
+HEADER = "path,label,class,split,domain\n"
+FILE = {
+    "data": {"train_per_class": 2, "test_per_class": 1},
+    "backbone": {"name": BACKBONE.name},
+    "partition": {"clients": 4, "shots": 2},
+    "run": {"rounds": 2, "local_epochs": 1, "batch_size": 8},
+    "methods": {"promptfl": {"n_ctx": 2}, "pfedmoap": {"n_ctx": 2, "n_experts": 2, "d_gate": 16, "heads": 4}},
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = build(tmp_path_factory.mktemp("world"))
+    store_clip(folder / "other", seed=1)
+    (folder / "params.yaml").write_text(yaml.safe_dump(FILE))
+    return folder
+
+
+@pytest.fixture
+def here(world, monkeypatch):
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", Here)
+    with standing_in(world):
+        yield monkeypatch
+
+
+def run(row="promptfl", backbone=BACKBONE, **changes):
+    """A whole experiment; what is refused must be refused before its first round is over."""
+    return lambda monkeypatch: next(iter(sweep.rounds_of(DATA, backbone, PARAMS.experiment(row, 1, **changes))))
+
+
+def with_features(change, row="promptfl", **changes):
+    """The same with features that are not what they were."""
+
+    def call(monkeypatch):
+        loaded, feats = sweep.opened(DATA, BACKBONE, sweep.device())
+        with monkeypatch.context() as patch:
+            patch.setattr(sweep, "opened", lambda *args: (loaded, change(feats)))
+            return run(row, **changes)(patch)
+
+    return call
+
+
+def without_tests_of_class_3(feats):
+    split = feats.split.copy()
+    split[feats.labels.numpy() == 3] = "train"
+    return dataclasses.replace(feats, split=split)
+
+
+def with_a_nan(feats):
+    return dataclasses.replace(feats, feats=feats.feats.index_fill(0, torch.tensor([5]), torch.nan))
+
+
+def stored_features(change):
+    """Open a features file that was changed and carries the right checksum."""
+
+    def call(monkeypatch):
+        shutil.copy(DATA.features, "changed.h5")
+        with h5py.File("changed.h5", "r+") as f:
+            change(f)
+            f.attrs["sha256"] = features.digest(f)
+        features.load(Path("changed.h5"))
+
+    return call
+
+
+def spoil(f):
+    f["feats"][7, 3] = float("inf")
+
+
+def manifest(text):
+    def call(monkeypatch):
+        Path("manifest.csv").write_text(text)
+        features.read_manifest(Path("manifest.csv"))
+
+    return call
+
+
+def settings(text):
+    def call(monkeypatch):
+        Path("bad.yaml").write_text(text)
+        config.read(Path("bad.yaml"))
+
+    return call
+
+
+def names(words):
+    return lambda monkeypatch: clips.Text(clips.load(BACKBONE.name), [words], n_ctx=16)
+
+
+CASES = {  # what is wrong -> who notices, and what the sentence must contain
+    "unknown method": (run("pfedmoapp"), "unknown method 'pfedmoapp'", "did you mean 'pfedmoap'?"),
+    "unknown method with a parameter": (run("promptlf", n_ctx=2), "unknown method 'promptlf'", "did you mean 'promptfl'?"),
+    "unknown parameter": (run(n_ctxx=4), "unknown parameter of promptfl 'n_ctxx'", "did you mean 'n_ctx'?"),
+    "parameter of another method": (run(d_gate=16), "unknown parameter of promptfl 'd_gate'"),
+    "more clients than classes": (run(clients=49), "49 clients", "48 classes", "use 48"),
+    "a client without a class": (run(clients=27), "27 clients", "48 classes", "pathological", "use 24"),
+    "more clients than classes, even": (run(clients=50, kind="even"), "50 clients", "48 classes", "even", "use 48"),
+    "no client": (run(clients=0), "clients (0)", "at least 1"),
+    "no shot": (run(shots=0), "shots (0)", "at least 1"),
+    "unknown partition": (run(kind="dirichlet"), "'dirichlet'", "pathological or even"),
+    "a client without test images": (with_features(without_tests_of_class_3, clients=48), "client ", " of 48 ", "no test images"),
+    "heads do not divide the gate": (run("pfedmoap", heads=3), "heads 3", "d_gate 16"),
+    "no head": (run("pfedmoap", heads=0), "heads 0", "d_gate 16"),
+    "the gate does not divide the features": (run("pfedmoap", d_gate=12), "d_gate 12", "feature width 32"),
+    "the gate is wider than the features": (run("pfedmoap", d_gate=64), "d_gate 64", "feature width 32"),
+    "no gate": (run("pfedmoap", d_gate=0), "d_gate 0"),
+    "a negative gate": (run("pfedmoap", d_gate=-16), "d_gate -16"),
+    "as many experts as clients": (run("pfedmoap", n_experts=4), "n_experts 4", "number of clients 4"),
+    "a negative number of experts": (run("pfedmoap", n_experts=-1), "n_experts -1", "at least 0"),
+    "no context": (run(n_ctx=0), "n_ctx 0"),
+    "too long a context": (run(n_ctx=75), "75 context vectors", "77"),
+    "too long a class name": (names("cat " * 70), "class name 'cat cat", "77"),
+    "features in the file are not finite": (stored_features(spoil), "changed.h5", "1 images are not finite", ".png"),
+    "features are not finite": (with_features(with_a_nan), "features of 1 images are not finite", "image 5", "fpl features"),
+    "features of another model": (
+        run(backbone=config.Backbone("local-dir:other")),
+        str(DATA.features),
+        "local-dir:clip",
+        "local-dir:other",
+    ),
+    "participation 0": (run(participation=0), "participation 0.0", "(0, 1]"),
+    "participation above 1": (run(participation=1.5), "participation 1.5", "(0, 1]"),
+    "unknown schedule": (run(schedule="linear"), "'linear'", "constant or cosine"),
+    "no round": (run(rounds=0), "rounds", "at least 1"),
+    "no batch": (run(batch_size=0), "batch_size", "at least 1"),
+    "a loss that is not finite": (run(lr=1e30), "loss", "clients [", "round 0", "lower lr"),
+    "missing weights": (
+        run(backbone=config.Backbone("local-dir:nowhere")),
+        "nowhere/open_clip_model.safetensors",
+        "local-dir:nowhere",
+    ),
+    "missing checkpoint": (run(backbone=config.Backbone("RN50", "nowhere.pt")), "no weights at nowhere.pt", "RN50"),
+    "missing features": (lambda monkeypatch: features.load(Path("nowhere.h5")), "no features at nowhere.h5", "fpl features"),
+    "missing column": (manifest("path,label,class\na.png,0,cat\n"), "manifest.csv", "column(s) domain, split"),
+    "empty manifest": (manifest(""), "manifest.csv", "column(s) class, domain, label, path, split"),
+    "manifest without images": (manifest(HEADER), "manifest.csv", "no images"),
+    "label and class disagree": (
+        manifest(HEADER + "a.png,0,cat,train,x\nb.png,0,dog,train,x\n"),
+        "manifest.csv, line 3",
+        "label 0",
+        "'cat'",
+        "'dog'",
+    ),
+    "a label is missing": (manifest(HEADER + "a.png,0,cat,train,x\nb.png,2,dog,train,x\n"), "manifest.csv", "0 .. 1", "[0, 2]"),
+    "a label is no number": (manifest(HEADER + "a.png,cat,cat,train,x\n"), "manifest.csv, line 2", "'cat'"),
+    "a line is too short": (manifest(HEADER + "a.png,0,cat,train,x\nb.png,0\n"), "manifest.csv, line 3", "five columns"),
+    "settings: unknown section": (settings("runs: {rounds: 3}"), "unknown section of bad.yaml 'runs'", "did you mean 'run'?"),
+    "settings: unknown ablation": (settings("ablations: {lamb: [1]}"), "'lamb'", "did you mean 'lam'?"),
+    "settings: wrong type": (settings("run: {rounds: many}"), "run.rounds", "int", "'many'"),
+}
+
+
+def is_one_sentence(message, parts):
+    assert "\n" not in message and "Traceback" not in message and 20 < len(message) < 400
+    assert [part for part in parts if part not in message] == []
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_sentence(case, here):
+    call, *parts = CASES[case]
+    with pytest.raises((ValueError, FloatingPointError, OSError)) as error:
+        call(here)
+    is_one_sentence(str(error.value), parts)
+
+
+def test_the_settings_that_the_cases_change_are_good(here):
+    """Without the mistake, each kind of run above goes through."""
+    for row in ("promptfl", "pfedmoap"):
+        assert run(row)(here).accuracy.isfinite().all()
+    assert with_features(lambda feats: feats, clients=48)(here).accuracy.isfinite().all()
+
+
+COMMANDS = {
+    "unknown method": (["run", "pfedmoapp"], "fpl run: unknown method 'pfedmoapp': did you mean 'pfedmoap'?"),
+    "unknown parameter": (
+        ["run", "promptfl", "n_ctxx=4"],
+        "fpl run: unknown parameter of promptfl 'n_ctxx': did you mean 'n_ctx'?",
+    ),
+    "no assignment": (["run", "promptfl", "n_ctx"], "fpl run: 'n_ctx' is not of the form name=value"),
+    "value of no YAML": (["run", "promptfl", "n_ctx=["], "fpl run: ", "n_ctx"),
+    "wrong type": (["run", "promptfl", "n_ctx=some"], "fpl run: promptfl.n_ctx must be of type int, not 'some'"),
+    "seed of the wrong type": (["run", "promptfl", "seed=one"], "fpl run: ", "seed"),
+    "experts": (["run", "pfedmoap", "n_experts=4"], "fpl run: n_experts 4"),
+    "partition": (["run", "promptfl", "clients=49"], "fpl run: 49 clients cannot share 48 classes"),
+    "no settings file": (["sweep", "table1", "--params", "nowhere.yaml"], "fpl sweep: ", "nowhere.yaml"),
+    "settings that are no YAML": (["sweep", "table1", "--params", "broken.yaml"], "fpl sweep: ", "broken.yaml"),
+    "other model": (["run", "promptfl", "--params", "other.yaml"], "fpl run: ", "'local-dir:clip'", "'local-dir:other'"),
+    "no weights": (["features", "--params", "nowhere/params.yaml"], "fpl features: ", "nowhere/open_clip_model.safetensors"),
+    "unknown data set": (["features", "--params", "food.yaml"], "fpl features: unknown data set 'food'", "'shapes'"),
+}
+
+
+@pytest.fixture
+def commands(here):
+    """Where the commands above find their bad files."""
+    Path("broken.yaml").write_text("run: {rounds: 1")
+    Path("other.yaml").write_text(yaml.safe_dump({**FILE, "backbone": {"name": "local-dir:other"}}))
+    Path("food.yaml").write_text(yaml.safe_dump({**FILE, "data": {"name": "food"}}))
+    Path("nowhere").mkdir(exist_ok=True)
+    Path("nowhere/params.yaml").write_text(yaml.safe_dump({**FILE, "backbone": {"name": "local-dir:nowhere"}}))
+
+
+@pytest.mark.parametrize("case", COMMANDS)
+def test_a_command_ends_with_the_sentence(case, commands):
+    arguments, *parts = COMMANDS[case]
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    assert isinstance(end.value.code, str)  # Python prints it to stderr and exits with 1
+    is_one_sentence(end.value.code, parts)
+
+
+@pytest.mark.parametrize("case", ["unknown method", "no weights"])
+def test_a_process_exits_with_1_and_the_sentence_on_stderr(case, world, commands):
+    arguments, *parts = COMMANDS[case]
+    process = python(world, "-m", "fpl.cli", *arguments)
+    out, err = process.communicate()
+    assert process.returncode == 1 and out == "" and "Traceback" not in err
+    is_one_sentence(err.strip().splitlines()[-1], parts)

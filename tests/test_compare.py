@@ -1,0 +1,114 @@
+"""Promise: fresh tables are compared with those of the repository cell by cell, and a moved or missing number fails."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from fpl import cli, compare, tables
+
+TABLE1 = pd.DataFrame(
+    {"mean": [21.33, 66.46, 91.15], "std": [0.0, 0.1, 1.2]}, index=pd.Index(["majority", "zeroshot", "coop"], name="method")
+)
+LAM = pd.DataFrame({"mean": [80.0, 85.25, 84.5]}, index=pd.Index([0.0, 0.5, 2.0], name="lam"))
+PRIOR = pd.DataFrame(
+    {"table": ["Table 3", "ours", "ours"], "mean": [47.49, 47.83, 12.21]},
+    index=pd.Index(["clipart: pFedMoAP", "clipart: majority", "clipart: one label"], name="row"),
+)
+ALL = {"table1": TABLE1, "ablation_lam": LAM, "label_prior": PRIOR}
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with expected tables and equal fresh ones."""
+    monkeypatch.chdir(tmp_path)
+    for name, table in ALL.items():
+        tables.save(table, name, compare.EXPECTED)
+        tables.save(table, name)
+    return tmp_path
+
+
+def verdicts(cells):
+    return {(line["table"], line["row"]): line["verdict"] for _, line in cells.iterrows()}
+
+
+def fails(capsys):
+    """The printed table of a comparison that ends with exit status 1."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(["compare"])
+    assert end.value.code.startswith("fpl compare: ") and "\n" not in end.value.code
+    return capsys.readouterr().out
+
+
+def test_equal_tables_pass(project, capsys):
+    cells = compare.all_cells(tables.TABLES)
+    assert verdicts(cells) == {(n, row): "same" for n, t in ALL.items() for row in t.index if row != "clipart: pFedMoAP"}
+    assert (cells["difference"] == 0).all() and (cells["fresh"] == cells["expected"]).all()
+    cli.main(["compare"])
+    out = capsys.readouterr().out
+    assert "8 of 8 cells are the expected ones within their tolerance, 0 are not" in out
+    assert all(where in out for where in ("results/tables", "results/figures", "results/report/index.html"))
+
+
+MOVES = [
+    ("table1", "zeroshot", compare.USUAL, 0.01),
+    ("table1", "coop", compare.USUAL, 0.01),
+    ("ablation_lam", 0.5, compare.USUAL, 0.01),
+    ("label_prior", "clipart: majority", compare.TOLERANCE["label_prior"], 0.001),
+]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("name", "row", "tolerance", "step"), MOVES, ids=lambda value: str(value))
+def test_a_cell_may_move_as_far_as_its_tolerance(name, row, tolerance, step, sign, project, capsys):
+    for move, verdict in ((tolerance - step, "same"), (tolerance + step, "outside")):
+        moved = ALL[name].copy()
+        moved.loc[row, "mean"] += sign * move
+        tables.save(moved, name)
+        cells = compare.all_cells(tables.TABLES)
+        assert verdicts(cells) == {key: verdict if key == (name, row) else "same" for key in verdicts(cells)}
+        (difference,) = cells[(cells["table"] == name) & (cells["row"] == row)]["difference"]
+        assert difference == pytest.approx(sign * move)
+    out = fails(capsys)
+    assert "7 of 8 cells are the expected ones within their tolerance, 1 are not" in out and out.count("outside") == 1
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_missing_table_fails_in_each_of_its_cells(name, project, capsys):
+    (tables.TABLES / f"{name}.csv").unlink()
+    found = verdicts(compare.all_cells(tables.TABLES))
+    assert len(found) == 8 and {key for key, verdict in found.items() if verdict != "same"} == {
+        key for key in found if key[0] == name
+    }
+    assert fails(capsys).count("missing") == sum(key[0] == name for key in found)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda table: table.drop("coop"), lambda table: table.assign(mean=table["mean"].where(table.index != "coop"))]
+)
+def test_a_missing_row_or_number_fails(change, project, capsys):
+    tables.save(change(TABLE1), "table1")
+    found = verdicts(compare.all_cells(tables.TABLES))
+    assert [key for key, verdict in found.items() if verdict == "missing"] == [("table1", "coop")]
+    assert fails(capsys).count("missing") == 1
+
+
+def test_published_numbers_are_not_ours_to_compare(project):
+    moved = PRIOR.copy()
+    moved.loc["clipart: pFedMoAP", "mean"] += 50
+    tables.save(moved, "label_prior")
+    assert set(verdicts(compare.all_cells(tables.TABLES)).values()) == {"same"}
+
+
+def test_nothing_to_compare_with_is_no_success(project):
+    for path in compare.EXPECTED.glob("*.csv"):
+        path.unlink()
+    with pytest.raises(SystemExit, match="no expected tables in results/expected"):
+        cli.main(["compare"])
+
+
+def test_the_repository_knows_every_tolerance():
+    """No tolerance for a table that does not exist, and none so wide that it would hide a change of rank."""
+    stages = (Path(__file__).parents[1] / "dvc.yaml").read_text()
+    assert all(f"results/tables/{name}.csv" in stages for name in compare.TOLERANCE)
+    assert all(0 < tolerance <= 3 for tolerance in [*compare.TOLERANCE.values(), compare.USUAL])

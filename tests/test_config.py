@@ -1,0 +1,182 @@
+"""Promise: settings are read whole or refused, and every one of them reaches what it names and the record that is found by it."""
+
+import copy
+import dataclasses
+
+import pytest
+import yaml
+from helpers import ROOT
+
+from fpl import config
+from fpl.controls import CONTROLS
+from fpl.methods import METHODS
+
+CONTENT = yaml.safe_load((ROOT / "params.yaml").read_text())
+PARAMS = config.Params(methods={"coop": {"rounds": 1, "n_ctx": 4}, "pfedmoap": {"lam": 0.5}})
+ROWS = [*METHODS, *CONTROLS]
+
+
+def read(tmp_path, change):
+    """params.yaml with one change, given as path in the tree and new value."""
+    content = copy.deepcopy(CONTENT)
+    *way, last = change[0]
+    at = content
+    for key in way:
+        at = at[key]
+    at[last] = change[1]
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
+    return config.read(tmp_path / "params.yaml")
+
+
+def test_params_yaml_reads():
+    params = config.read(ROOT / "params.yaml")
+    for section in ("data", "backbone", "partition", "run"):
+        assert dataclasses.asdict(getattr(params, section)).items() >= CONTENT[section].items()
+    assert params.seeds == tuple(CONTENT["seeds"]) and params.methods == CONTENT["methods"]
+    table, ablation = params.table(), params.ablation()
+    assert {(e.row, e.seed) for e in table} == {
+        (row, seed) for row in [*CONTENT["methods"], *CONTROLS] for seed in CONTENT["seeds"]
+    }
+    for e in table:
+        assert e.settings().items() >= CONTENT["methods"].get(e.row, {}).items()
+    wanted = [(key, value, seed) for key, values in CONTENT["ablations"].items() for value in values for seed in CONTENT["seeds"]]
+    assert [e.row for e in ablation] == ["pfedmoap"] * len(wanted)
+    for e, (key, value, seed) in zip(ablation, wanted, strict=True):
+        assert e.settings() == {**params.experiment("pfedmoap", seed).settings(), key: value}
+
+
+def test_what_the_file_does_not_say_is_the_default(tmp_path):
+    (tmp_path / "params.yaml").write_text("seeds: [4]\n")
+    assert config.read(tmp_path / "params.yaml") == config.Params(seeds=(4,))
+
+
+UNKNOWN = {
+    "section": (["methodss"], {}, "methodss", "methods"),
+    "data": (["data", "sed"], 1, "sed", "seed"),
+    "backbone": (["backbone", "weight"], "x", "weight", "weights"),
+    "partition": (["partition", "client"], 5, "client", "clients"),
+    "run": (["run", "local_epoch"], 5, "local_epoch", "local_epochs"),
+    "method": (["methods", "pfedmoa"], {}, "pfedmoa", "pfedmoap"),
+    "method, capitals": (["methods", "PromptFL"], {}, "PromptFL", "promptfl"),
+    "parameter of a method": (["methods", "pfedmoap", "n_expert"], 3, "n_expert", "n_experts"),
+    "parameter that another method has": (["methods", "promptfl", "lam"], 3, "lam", None),
+    "ablation": (["ablations", "d_gates"], [32], "d_gates", "d_gate"),
+}
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_an_unknown_name_is_an_error_with_the_nearest_one(case, tmp_path):
+    way, value, wrong, near = UNKNOWN[case]
+    with pytest.raises(ValueError) as error:
+        read(tmp_path, (way, value))
+    message = str(error.value)
+    assert message.startswith("unknown ") and repr(wrong) in message and "\n" not in message
+    assert f"did you mean {near!r}?" in message if near else "did you mean " in message
+
+
+WRONG_TYPE = [
+    (["run", "rounds"], "ten", "run.rounds"),
+    (["run", "rounds"], 2.5, "run.rounds"),
+    (["run", "rounds"], "2.5", "run.rounds"),
+    (["run", "rounds"], float("inf"), "run.rounds"),
+    (["run", "rounds"], True, "run.rounds"),
+    (["run", "rounds"], None, "run.rounds"),
+    (["run", "rounds"], [10], "run.rounds"),
+    (["run", "lr"], "fast", "run.lr"),
+    (["run", "lr"], {}, "run.lr"),
+    (["run", "lr"], None, "run.lr"),
+    (["run", "lr"], True, "run.lr"),
+    (["run", "schedule"], 5, "schedule"),
+    (["partition", "shots"], False, "partition.shots"),
+    (["data", "seed"], "one", "data.seed"),
+    (["data", "name"], None, "data.name"),
+    (["methods", "pfedmoap", "lam"], "half", "pfedmoap.lam"),
+    (["methods", "pfedmoap", "heads"], True, "pfedmoap.heads"),
+    (["methods", "coop", "local_epochs"], "many", "coop.local_epochs"),
+    (["ablations", "n_experts"], [0, 1.5], "pfedmoap.n_experts"),
+    (["ablations", "lam"], 2, "lam"),
+    (["run"], 5, "run"),
+    (["methods"], ["promptfl"], "methods"),
+    (["methods", "promptfl"], 5, "promptfl"),
+    (["seeds"], 3, "seeds"),
+    (["seeds"], [1, 2.5], "seeds"),
+    (["seeds"], ["one"], "seeds"),
+    (["seeds"], [True], "seeds"),
+]
+
+
+@pytest.mark.parametrize(("way", "value", "named"), WRONG_TYPE, ids=[f"{case[2]}={case[1]}" for case in WRONG_TYPE])
+def test_a_wrong_type_is_refused(way, value, named, tmp_path):
+    with pytest.raises(ValueError) as error:
+        read(tmp_path, (way, value))
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["a: [", "run: {rounds: 1", "just a word", "[1, 2]"])
+def test_a_file_that_is_no_mapping_is_refused_by_name(text, tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        config.read(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(("given", "read_as"), [("1e-3", 0.001), ("0.5", 0.5), (1, 1.0), (0.002, 0.002)])
+def test_numbers_may_come_as_text(given, read_as, tmp_path):
+    found = read(tmp_path, (["run", "lr"], given)).run.lr
+    assert found == read_as and type(found) is float
+    found = read(tmp_path, (["methods", "pfedmoap", "lam"], given)).experiment("pfedmoap", 1).method.lam
+    assert found == read_as and type(found) is float
+
+
+@pytest.mark.parametrize(("given", "read_as"), [("8", 8), (8.0, 8), (8, 8)])
+def test_whole_numbers_too(given, read_as, tmp_path):
+    found = read(tmp_path, (["run", "rounds"], given)).run.rounds
+    assert found == read_as and type(found) is int
+
+
+OWNERS = [
+    ("pfedmoap", "lam", "method", 3.0),
+    ("pfedmoap", "n_ctx", "method", 3),
+    ("zeroshot", "template", "method", "a {}."),
+    ("ridge_own", "alpha", "method", 3.0),
+    ("coop", "rounds", "run", 3),
+    ("promptfl", "schedule", "run", "cosine"),
+    ("promptfl", "participation", "run", 0.5),
+    ("promptfl", "kind", "partition", "even"),
+    ("majority", "shots", "partition", 3),
+]
+
+
+@pytest.mark.parametrize(("row", "key", "owner", "value"), OWNERS)
+def test_a_change_reaches_its_owner_and_nothing_else(row, key, owner, value):
+    before, after = PARAMS.experiment(row, 1), PARAMS.experiment(row, 1, **{key: value})
+    in_file = dataclasses.replace(PARAMS, methods={**PARAMS.methods, row: {**PARAMS.methods.get(row, {}), key: value}})
+    assert in_file.experiment(row, 1) == after
+    assert getattr(getattr(after, owner), key) == value
+    changed = dataclasses.replace(getattr(before, owner), **{key: value})
+    assert after == dataclasses.replace(before, **{owner: changed})
+    assert after != before
+
+
+def test_a_change_beats_the_file_and_leaves_it_alone():
+    assert PARAMS.experiment("coop", 1).run.rounds == 1 and PARAMS.experiment("coop", 1, rounds=7).run.rounds == 7
+    assert PARAMS.experiment("promptfl", 1).run.rounds == PARAMS.run.rounds == 10
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_settings_are_complete(row):
+    """Whatever part of an experiment changes, its settings change there and only there."""
+    base = PARAMS.experiment(row, 1)
+    parts = {part: getattr(base, part) for part in ("method", "run", "partition")}
+    names = [f.name for part in parts.values() for f in dataclasses.fields(part)]
+    assert len(names) == len(set(names)), "one name, two owners"
+    assert sorted(base.settings()) == sorted(["method", "seed", *names])
+    other = {"kind": "even", "schedule": "cosine", "template": "a {}.", "participation": 0.5}
+    for part, value in parts.items():
+        for name in (f.name for f in dataclasses.fields(value)):
+            new = other[name] if name in other else getattr(value, name) + 1
+            changed = dataclasses.replace(base, **{part: dataclasses.replace(value, **{name: new})})
+            assert changed.settings() == {**base.settings(), name: new}
+    assert dataclasses.replace(base, seed=2).settings() == {**base.settings(), "seed": 2}
+    assert len({PARAMS.experiment(r, 1).settings()["method"] for r in ROWS}) == len(ROWS)

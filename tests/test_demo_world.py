@@ -1,0 +1,200 @@
+"""Promise: the demo world is drawn from its seed alone, and the demo CLIP that ships with it is worth looking at."""
+
+import dataclasses
+import io
+import json
+import random
+import signal
+import statistics
+
+import numpy as np
+import open_clip
+import PIL.Image
+import pytest
+import safetensors
+import torch
+from helpers import ROOT, python, standing_in
+
+from fpl import clip, config, features, shapes, sweep
+
+SIZE = {"train_per_class": 1, "test_per_class": 1}
+DEMO_CLIP = ROOT / "data/demo_clip"
+
+
+def content(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("drawn")
+    shapes.make(folder, seed=1, **SIZE)
+    return content(folder)
+
+
+@pytest.mark.parametrize("part", ["first half", "last half", "every third", "nothing"])
+def test_the_same_seed_gives_the_same_bytes_whatever_was_drawn_first(part, drawn, tmp_path):
+    shapes.make(tmp_path, seed=1, **SIZE)
+    images = sorted((tmp_path / "images").rglob("*.png"), key=lambda path: path.name)
+    keep = {"first half": images[:48], "last half": images[48:], "every third": images[::3], "nothing": []}[part]
+    for path in {*images, tmp_path / "manifest.csv"} - set(keep):
+        path.unlink()
+    before = {path: path.stat().st_mtime_ns for path in keep}
+    shapes.make(tmp_path, seed=1, **SIZE)
+    assert content(tmp_path) == drawn
+    assert {path: path.stat().st_mtime_ns for path in keep} == before, "what was there was drawn again"
+
+
+def test_one_image_needs_none_of_the_others(drawn):
+    numbers = list(range(96))
+    random.Random(0).shuffle(numbers)
+    stored = {int(name[-9:-4]): raw for name, raw in drawn.items() if name.endswith(".png")}
+    for number in numbers[:24]:
+        rng = shapes.rng_of(1, number)
+        pixels = shapes.render(shapes.Attributes.draw(rng, number // 2), rng)
+        assert pixels.shape == (64, 64, 3)
+        with PIL.Image.open(io.BytesIO(stored[number])) as image:
+            assert np.array_equal(np.asarray(image), pixels)
+
+
+def test_another_seed_gives_other_images(drawn, tmp_path):
+    shapes.make(tmp_path, seed=2, **SIZE)
+    other = content(tmp_path)
+    assert other["manifest.csv"] != drawn["manifest.csv"]
+    assert {raw for name, raw in other.items() if name.endswith(".png")}.isdisjoint(drawn.values())
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    "before", [{"seed": 2, **SIZE}, {"seed": 1, **SIZE, "train_per_class": 2}, {"seed": 1, **SIZE, "test_per_class": 2}]
+)
+def test_the_images_of_another_request_do_not_stay(before, finished, drawn, tmp_path):
+    manifest = shapes.make(tmp_path, **before)
+    if not finished:
+        manifest.unlink()
+    shapes.make(tmp_path, seed=1, **SIZE)
+    assert content(tmp_path) == drawn
+
+
+def test_a_finished_folder_is_left_alone(tmp_path):
+    shapes.make(tmp_path, seed=1, **SIZE)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    shapes.make(tmp_path, seed=1, **SIZE)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+KILLER = """
+import os, pathlib, signal, sys
+from fpl import shapes
+
+replace, calls = os.replace, 0
+
+def killed(*args):
+    global calls
+    calls += 1
+    if calls > int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(*args)
+
+os.replace = killed
+shapes.make(pathlib.Path("."), seed=1, train_per_class=1, test_per_class=1)
+"""
+
+
+@pytest.mark.parametrize("files", [0, 1, 2, 50, 97])
+def test_a_killed_drawing_goes_on(files, drawn, tmp_path):
+    process = python(tmp_path, "-c", KILLER, str(files))
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
+    assert len(kept) == max(0, files - 1)  # the first file says what is being drawn
+    shapes.make(tmp_path, seed=1, **SIZE)
+    assert content(tmp_path) == drawn
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+
+
+def test_manifest(tmp_path):
+    manifest = features.read_manifest(shapes.make(tmp_path, seed=1, train_per_class=3, test_per_class=2))
+    assert manifest.classes == shapes.CLASSES and len(set(shapes.CLASSES)) == 48
+    assert {row["domain"] for row in manifest.rows} == set(shapes.STYLES) and len(shapes.STYLES) == 6
+    counts = {(label, split): 0 for label in range(48) for split in ("train", "test")}
+    for row in manifest.rows:
+        counts[int(row["label"]), row["split"]] += 1
+        with PIL.Image.open(tmp_path / row["path"]) as image:
+            assert (image.size, image.mode) == ((64, 64), "RGB")
+    assert counts == {(label, split): {"train": 3, "test": 2}[split] for label, split in counts}
+    assert len({row["path"] for row in manifest.rows}) == len(manifest.rows)
+
+
+def test_the_demo_clip_is_an_ordinary_small_open_clip_model():
+    assert {"open_clip_config.json", "open_clip_model.safetensors"} <= {path.name for path in DEMO_CLIP.iterdir()}
+    assert sum(path.stat().st_size for path in DEMO_CLIP.iterdir()) <= 15e6
+    model, transform = open_clip.create_model_from_pretrained(f"local-dir:{DEMO_CLIP}")
+    assert type(model) is open_clip.CLIP
+    image = model.encode_image(transform(PIL.Image.new("RGB", (64, 64))).unsqueeze(0))
+    text = model.encode_text(open_clip.get_tokenizer(f"local-dir:{DEMO_CLIP}")(["a striped circle."]))
+    assert image.shape == text.shape and image.isfinite().all() and text.isfinite().all()
+
+
+def test_the_demo_clip_says_how_it_was_made_and_was_not_trained_on_the_data():
+    with safetensors.safe_open(DEMO_CLIP / "open_clip_model.safetensors", "pt") as f:
+        made = json.loads(f.metadata()["made_by"])
+    assert {"draws", "epochs", "seed", "seconds"} <= set(made)
+    assert made["seed"] != config.read(ROOT / "params.yaml").data.seed
+
+
+def cached(data, loaded, monkeypatch, tmp_path):
+    """Whether the repository's features file is that of `data` and of today's drawing code, without drawing everything."""
+    with monkeypatch.context() as patch:
+        patch.setattr(shapes, "render", lambda what, rng: np.zeros((1, 1, 3), np.uint8))
+        manifest = features.read_manifest(shapes.make(tmp_path / "blank", data.seed, data.train_per_class, data.test_per_class))
+    try:
+        stored = features.load(ROOT / data.features, {**loaded.provenance, "manifest": manifest.sha256})
+    except (FileNotFoundError, ValueError):
+        return False
+    per_class, pixels = data.train_per_class + data.test_per_class, []
+    numbers = range(0, len(manifest.rows), len(manifest.rows) // 40)
+    for number in numbers:
+        rng = shapes.rng_of(data.seed, number)
+        pixels.append(loaded.transform(PIL.Image.fromarray(shapes.render(shapes.Attributes.draw(rng, number // per_class), rng))))
+    return torch.allclose(
+        loaded.model.encode_image(torch.stack(pixels), normalize=True), stored.feats[list(numbers)], rtol=2**-10, atol=1e-5
+    )
+
+
+@pytest.fixture(scope="module")
+def quality(tmp_path_factory):
+    """Row of the table -> its accuracy by (seed, client) in the world and with the model of params.yaml."""
+    tmp_path, params = tmp_path_factory.mktemp("quality"), config.read(ROOT / "params.yaml")
+    with standing_in(ROOT):
+        loaded = clip.load(params.backbone.name, params.backbone.weights or None)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            ready = cached(params.data, loaded, monkeypatch, tmp_path)
+    if not ready:
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data/demo_clip").symlink_to(DEMO_CLIP)
+    with standing_in(ROOT if ready else tmp_path):
+        if not ready:
+            manifest = shapes.make(params.data.folder, params.data.seed, params.data.train_per_class, params.data.test_per_class)
+            features.extract(features.read_manifest(manifest), loaded, params.data.features)
+        yield {
+            row: [r for seed in params.seeds for r in sweep.rounds_of(params.data, params.backbone, params.experiment(row, seed))]
+            for row in ("zeroshot", "ridge_own")
+        }
+
+
+def test_zero_shot_has_something_to_gain(quality):
+    """Over all 48 classes and all test images."""
+    (accuracy,) = {torch.cat(r.correct).float().mean().item() for r in quality["zeroshot"]}  # no seed matters
+    assert 0.50 <= accuracy <= 0.85
+
+
+def test_features_suffice_for_a_clients_own_classes(quality):
+    """Ridge regression on the client's own 16 shots, mean over clients and seeds."""
+    assert all(len(r.accuracy) == 10 for r in quality["ridge_own"]) and len(quality["ridge_own"]) == 3
+    assert statistics.mean(a for r in quality["ridge_own"] for a in r.accuracy.tolist()) >= 0.90
+
+
+def test_the_quality_is_measured_with_the_published_partition():
+    params = config.read(ROOT / "params.yaml")
+    assert dataclasses.asdict(params.partition) == {"kind": "pathological", "clients": 10, "shots": 16}

@@ -1,0 +1,360 @@
+"""Promises of every method: what is learnt, what leaves a client, what it depends on, and degenerate cases that agree."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jaxtyping
+import pytest
+import torch
+from conftest import NAMES, error, make, tiny_model
+
+from fpl import controls, gate, rounds
+from fpl.clip import Clip, Text
+from fpl.controls import CONTROLS
+from fpl.methods import METHODS, CoOp, PFedMoAP, PromptFL, Server
+from fpl.rounds import Clients, Run, Seeds
+
+LEARNING = {name: kind for name, kind in METHODS.items() if make(kind).init(SimpleNamespace(width=8), torch.Generator())}
+RUN = Run(rounds=3, local_epochs=2, batch_size=4, lr=0.02, gate_lr=0.05)
+HALF = dataclasses.replace(RUN, participation=0.5)
+SEEDS = Seeds(init=3, order=4)
+
+
+@pytest.fixture(params=LEARNING)
+def learning(request):
+    """A method that trains something."""
+    return make(LEARNING[request.param])
+
+
+def watch(method):
+    """The same method and a log: batches and logits as called, then per round who, uploads, servers, own and deployed tensors."""
+    log = SimpleNamespace(batches=[], logits=[], who=[], uploads=[], servers=[], own=[], deployed=[])
+
+    class Watched(type(method)):
+        def loss(self, text, p, f, x, y):
+            log.batches.append((len(log.servers), x, y, super().loss(text, p, f, x, y)))
+            return log.batches[-1][-1]
+
+        def logits(self, text, t, p, f, x):
+            log.logits.append((torch.is_grad_enabled(), len(log.servers), {k: v.detach().clone() for k, v in p.items()}, t, f, x))
+            return super().logits(text, t, p, f, x)
+
+        def aggregate(self, server, who, uploads, sizes):
+            log.who.append(who.tolist())
+            log.uploads.append({k: v.clone() for k, v in uploads.items()})
+            log.servers.append(super().aggregate(server, who, uploads, sizes))
+            return log.servers[-1]
+
+        def deploy(self, server, own):
+            log.own.append(own)
+            log.deployed.append(super().deploy(server, own))
+            return log.deployed[-1]
+
+    return Watched(**{f.name: getattr(method, f.name) for f in dataclasses.fields(method)}), log
+
+
+def play(method, text, clients, cfg=RUN, seeds=SEEDS):
+    """The log of a whole run; `rounds` are its results."""
+    watched, log = watch(method)
+    log.rounds = list(rounds.run(watched, text, clients, cfg, seeds))
+    return log
+
+
+def equal(a, b):
+    """Two dicts of tensors, to the bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def near(a, b):
+    """Two dicts of tensors, up to rounding over some steps."""
+    return a.keys() == b.keys() and all(error(a[k], b[k]) < 1e-4 for k in a)
+
+
+def always(same, a, b):
+    """In every round."""
+    return len(a) == len(b) and all(map(same, a, b))
+
+
+def images(clients, x):
+    """Image numbers of features (..., d); no two images are equal."""
+    return (x.unsqueeze(-2) == clients.feats).all(-1).int().argmax(-1)
+
+
+def owners(clients):
+    """Image number -> its client; no image has two."""
+    return {image: i for parts in (clients.train, clients.test) for i, part in enumerate(parts) for image in part.tolist()}
+
+
+def by_client(clients, log):
+    """Client -> (round, batch, loss) of its steps, from what `loss` was called with; labels are checked on the way."""
+    found, owner = {}, owners(clients)
+    for t, x, y, losses in log.batches:
+        index = images(clients, x)
+        assert torch.equal(clients.labels[index], y)
+        for batch, loss in zip(index.tolist(), losses.tolist(), strict=True):
+            found.setdefault(owner[batch[0]], []).append((t, batch, loss))
+    return found
+
+
+def batches(clients, log):
+    """Client -> (round, batch) of its steps."""
+    return {i: [(t, batch) for t, batch, _ in steps] for i, steps in by_client(clients, log).items()}
+
+
+def calls(clients, log, training):
+    """(round, client, its tensors, its experts or None), one for each client that a call of `logits` was about."""
+    owner = owners(clients)
+    for grad, aggregated, p, _, f, x in log.logits:
+        for n, image in enumerate(images(clients, x)[:, 0].tolist() if grad == training else ()):
+            experts = f["experts"][n] if "experts" in f else None
+            yield aggregated - (not training), owner[image], {k: v[n] for k, v in p.items()}, experts
+
+
+def right(text, ctx, clients, i):
+    """Which test images of client i a prompt classifies correctly."""
+    return (clients.feats[clients.test[i]] @ text(ctx).T).argmax(-1) == clients.labels[clients.test[i]]
+
+
+# What is learnt and what leaves
+
+
+def test_every_declared_tensor_has_a_gradient(learning, clients):
+    text, gen = Text(Clip(tiny_model().double()), NAMES, learning.n_ctx), torch.Generator().manual_seed(1)
+    init = {k: v.double() for k, v in learning.init(text, gen).items()}
+    pool = {k: torch.randn(6, *init[k].shape, generator=gen).double() for k in learning.shared}
+    server = Server({k: init[k] for k in learning.shared}, pool, torch.ones(6, dtype=torch.bool))
+    who, order = torch.tensor([0, 2]), torch.stack([clients.train[i][:4] for i in (0, 2)])
+    p = {k: v.expand(2, *v.shape).clone().requires_grad_() for k, v in init.items()}
+    frozen = learning.frozen(text, server, who, clients)
+    learning.loss(text, p, frozen, clients.feats[order].double(), clients.labels[order]).sum().backward()
+    size = {k: v.grad.flatten(1).norm(dim=1) for k, v in p.items()}
+    nothing = {k: size.pop(k) for k in p if k in ("gate_bk", "gate_bv", "gate_bo")}  # equal for all experts or classes: spec 3.11
+    assert min(v.min() for v in size.values()) > 1e-8, size
+    assert all(v.max() < 1e-12 for v in nothing.values()), nothing
+
+
+def test_exactly_the_shared_tensors_leave_the_client(row, text, clients):
+    log = play(row, text, clients, HALF)
+    for uploads, server in zip(log.uploads, log.servers, strict=True):
+        assert set(row.shared) == uploads.keys() == server.params.keys() == server.pool.keys()
+
+
+def test_what_is_shared_is_known():
+    shared = {name: kind.shared for name, kind in {**METHODS, **CONTROLS}.items() if kind.shared}
+    assert shared == {"promptfl": ("ctx",), "pfedmoap": ("ctx",)}
+
+
+def test_training_starts_from_the_download_and_the_clients_own(learning, text, clients):
+    log, begin = play(learning, text, clients, HALF), {}
+    for t, i, p, _ in calls(clients, log, training=True):
+        begin.setdefault((t, i), p)
+    assert begin.keys() == {(t, i) for t, who in enumerate(log.who) for i in who}
+    for (t, i), p in begin.items():
+        if t:
+            assert equal(p, {**{k: v[i] for k, v in log.own[t - 1].items()}, **log.servers[t - 1].params})
+
+
+def test_whoever_is_not_selected_keeps_what_it_has(learning, text, clients):
+    log = play(learning, text, clients, HALF)
+    for before, after, who in zip(log.own, log.own[1:], log.who[1:], strict=False):
+        idle = [i for i in range(len(clients)) if i not in who]
+        assert equal({k: v[idle] for k, v in before.items()}, {k: v[idle] for k, v in after.items()})
+        assert not torch.equal(before["ctx"][who], after["ctx"][who])
+
+
+# Degenerate cases
+
+
+def test_one_client_makes_promptfl_equal_coop(text, clients):
+    lone = Clients(clients.feats, clients.labels, clients.train[:1], clients.test[:1], clients.n_cls)
+    shared, private = play(make(PromptFL), text, lone), play(make(CoOp), text, lone)
+    assert always(equal, shared.deployed, private.deployed)
+    assert not equal(shared.deployed[0], shared.deployed[1])
+    assert not always(equal, play(make(PromptFL), text, clients).deployed, play(make(CoOp), text, clients).deployed)
+
+
+@pytest.mark.parametrize("cfg", [RUN, HALF], ids=["all", "half"])
+def test_pfedmoap_without_experts_trains_like_promptfl(text, clients, cfg):
+    without = play(dataclasses.replace(make(PFedMoAP), n_experts=0), text, clients, cfg)
+    plain, with_experts = play(make(PromptFL), text, clients, cfg), play(make(PFedMoAP), text, clients, cfg)
+    assert always(equal, without.uploads, plain.uploads)
+    assert always(equal, [s.params for s in without.servers], [s.params for s in plain.servers])
+    assert [r.loss for r in without.rounds] == [r.loss for r in plain.rounds]
+    assert not always(equal, with_experts.uploads, plain.uploads)
+
+
+# What a result depends on
+
+
+def test_stacked_clients_train_as_they_would_alone(learning, text, clients, monkeypatch):
+    stacked, same_shape = play(learning, text, clients), rounds.same_shape
+    one_by_one = lambda *args: [pair for g, o in same_shape(*args) for pair in zip(g.split(1), o.split(1), strict=True)]  # noqa: E731
+    monkeypatch.setattr(rounds, "same_shape", one_by_one)
+    alone = play(learning, text, clients)
+    assert {len(x) for _, x, *_ in alone.batches} == {1} and {len(x) for _, x, *_ in stacked.batches} == {1, 2}
+    assert always(near, alone.own, stacked.own) and always(near, alone.deployed, stacked.deployed)
+
+
+@pytest.mark.parametrize("subset", [[2], [0, 5], [1, 3, 4]])
+def test_a_client_does_not_depend_on_who_else_trains(learning, text, clients, monkeypatch, subset):
+    cfg = dataclasses.replace(RUN, rounds=1 if learning.shared else 3)  # what is shared makes them depend in later rounds
+    everybody = play(learning, text, clients, cfg)
+    monkeypatch.setattr(rounds, "select", lambda *args: torch.tensor(subset))
+    some = play(learning, text, clients, cfg)
+    assert by_client(clients, some).keys() == set(subset)
+    theirs = [[{k: v[subset] for k, v in own.items()} for own in log.own] for log in (some, everybody)]
+    assert always(near, *theirs)
+
+
+def test_the_same_seed_gives_the_same_bits(row, text, clients):
+    one, two = (play(row, text, clients, HALF) for _ in range(2))
+    assert always(equal, one.own, two.own) and always(equal, one.deployed, two.deployed)
+    assert all(torch.equal(a.accuracy, b.accuracy) for a, b in zip(one.rounds, two.rounds, strict=True))
+
+
+@pytest.mark.parametrize("other", [Seeds(3, 5), Seeds(5, 4)], ids=["order", "init"])
+def test_another_seed_gives_something_else(learning, text, clients, other):
+    one, two = play(learning, text, clients, HALF), play(learning, text, clients, HALF, other)
+    assert not any(map(equal, one.own, two.own))
+    assert (batches(clients, one) == batches(clients, two)) == (other.order == SEEDS.order)
+
+
+def test_methods_with_one_seed_see_the_same_clients_and_batches(learning, text, clients):
+    log, reference = play(learning, text, clients, HALF), play(make(PromptFL), text, clients, HALF)
+    assert log.who == reference.who == [r.participants.tolist() for r in log.rounds]
+    assert batches(clients, log) == batches(clients, reference)
+
+
+def test_batches_are_full_and_show_an_image_once_an_epoch(text, clients):
+    found = batches(clients, play(make(PromptFL), text, clients))
+    assert found.keys() == set(range(len(clients)))
+    for i, steps in found.items():
+        own = set(clients.train[i].tolist())
+        b = min(RUN.batch_size, len(own))
+        per_epoch = len(own) // b
+        assert len(steps) == RUN.rounds * RUN.local_epochs * per_epoch and {len(batch) for _, batch in steps} == {b}
+        epochs = [sum((batch for _, batch in steps[at : at + per_epoch]), []) for at in range(0, len(steps), per_epoch)]
+        assert all(len(set(epoch)) == len(epoch) and set(epoch) <= own for epoch in epochs)
+
+
+def test_order_is_drawn_anew_for_every_epoch_round_client_and_seed():
+    named = [(seed, number, client) for seed in (1, 2) for number in (0, 1) for client in (0, 1)]
+    drawn = [rounds.batches(torch.arange(40), RUN, *name).view(RUN.local_epochs, -1) for name in named]
+    assert len({tuple(epoch) for order in drawn for epoch in order.tolist()}) == len(named) * RUN.local_epochs
+
+
+# Partial participation
+
+
+@pytest.mark.parametrize(("participation", "picked"), [(0.5, 3), (0.2, 1), (0.1, 1), (1.0, 6)])
+def test_every_row_runs_with_partial_participation(row, text, clients, participation, picked):
+    log = play(row, text, clients, dataclasses.replace(RUN, participation=participation))
+    assert [r.number for r in log.rounds] == ([0, 1, 2] if type(row) in LEARNING.values() else [0])
+    for r in log.rounds:
+        who = r.participants.tolist()
+        assert len(who) == picked and who == sorted(set(who)) and set(who) <= set(range(6))
+        assert [len(c) for c in r.correct] == [len(test) for test in clients.test]
+        assert r.accuracy.tolist() == pytest.approx([c.float().mean().item() for c in r.correct])
+    assert len({tuple(who) for who in log.who}) > 1 or len(log.who) == 1 or picked == 6
+
+
+def test_the_average_is_weighted_by_training_images(learning, text, clients):
+    log, sizes = play(learning, text, clients, HALF), torch.tensor([float(len(train)) for train in clients.train])
+    for who, uploads, server in zip(log.who, log.uploads, log.servers, strict=True):
+        assert near(server.params, {k: (sizes[who, None, None] * v).sum(0) / sizes[who].sum() for k, v in uploads.items()})
+
+
+@pytest.mark.parametrize("kind", [CoOp, PromptFL])
+def test_evaluation_is_with_ones_own_prompt_or_with_the_new_average(text, clients, kind):
+    log = play(make(kind), text, clients, HALF)
+    for r, server, own in zip(log.rounds, log.servers, log.own, strict=True):
+        prompts = server.params["ctx"].expand_as(own["ctx"]) if kind.shared else own["ctx"]
+        assert all(torch.equal(c, right(text, prompts[i], clients, i)) for i, c in enumerate(r.correct))
+
+
+def test_text_features_are_those_of_the_prompts_in_use(learning, text, clients):
+    log = play(learning, text, clients, HALF)
+    assert all(error(t.detach(), text(learning.ctx(p))) < 1e-5 for _, _, p, t, _, _ in log.logits)
+
+
+def test_the_loss_of_a_round_is_the_mean_of_the_last_epochs(learning, text, clients):
+    log = play(learning, text, clients, HALF)
+    for r in log.rounds:
+        steps = [[loss for t, _, loss in by_client(clients, log)[i] if t == r.number] for i in log.who[r.number]]
+        last = [torch.tensor(losses[-len(losses) // RUN.local_epochs :]).mean() for losses in steps]
+        assert r.loss == pytest.approx(torch.stack(last).mean().item())
+
+
+# The experts of pFedMoAP
+
+
+@pytest.fixture(scope="module")
+def moap(text, clients):
+    """Seven rounds with two clients each. `last[t]` is, for each client, its last upload as round t finds it."""
+    log = play(make(PFedMoAP), text, clients, dataclasses.replace(RUN, rounds=7, participation=0.34))
+    log.last = [{}]
+    for who, uploads in zip(log.who, log.uploads, strict=True):
+        log.last.append({**log.last[-1], **dict(zip(who, uploads["ctx"], strict=True))})
+    log.training, log.evaluation = (list(calls(clients, log, training)) for training in (True, False))
+    return log
+
+
+def test_the_watched_run_has_all_cases(moap, clients):
+    first = {i: min((t for t, who in enumerate(moap.who) if i in who), default=7) for i in range(len(clients))}
+    assert any(0 < t < 7 for t in first.values()), "somebody takes part for the first time in a later round"
+    assert any(t > first[i] for t, who in enumerate(moap.who) for i in who), "somebody takes part again"
+    assert len(moap.last[2]) < len(clients), "somebody was not selected in two rounds"
+    assert len(moap.last[-2]) > 1 + make(PFedMoAP).n_experts, "there are more experts than places"
+
+
+def test_experts_are_the_nearest_uploads_of_others_as_of_the_previous_round(moap, text):
+    method, found = make(PFedMoAP), [(moap.last[t], i, experts) for t, i, _, experts in moap.training + moap.evaluation]
+    for last, i, experts in found:
+        if i in last:
+            others = sorted((j for j in last if j != i), key=lambda j: ((last[j] - last[i]).square().sum().item(), j))
+            nearest = torch.stack([last[j] for j in others[: method.n_experts]])
+            assert error(experts, text(nearest)[..., :: text.dim // method.d_gate]) < 1e-5
+    assert sum(i in last for last, i, _ in found) > 20
+
+
+def test_a_first_participation_is_without_experts(moap):
+    trained = {(t, i): experts is not None for t, i, _, experts in moap.training}
+    assert trained == {(t, i): i in moap.last[t] for t, who in enumerate(moap.who) for i in who}
+
+
+def test_evaluation_is_with_ones_own_prompt_or_the_new_average_if_never_selected(moap, clients):
+    assert {(t, i) for t, i, *_ in moap.evaluation} == {(t, i) for t in range(7) for i in range(len(clients))}
+    for t, i, p, experts in moap.evaluation:
+        assert torch.equal(p["ctx"], moap.last[t + 1].get(i, moap.servers[t].params["ctx"]))
+        assert (experts is not None) == (i in moap.last[t])
+
+
+def test_never_selected_clients_are_classified_by_the_average_alone(moap, text, clients):
+    never = [(r, i) for r in moap.rounds for i in range(len(clients)) if i not in moap.last[r.number + 1]]
+    assert {r.number for r, _ in never} >= {0, 1}
+    for r, i in never:
+        assert torch.equal(r.correct[i], right(text, moap.servers[r.number].params["ctx"], clients, i))
+
+
+def test_ties_go_to_the_smaller_number_and_nobody_is_their_own_expert():
+    pool = torch.tensor([0.0, 1.0, -1.0, 1.0, 5.0])[:, None, None].expand(5, 2, 3)
+    server = Server({}, {"ctx": pool}, torch.tensor([True, True, True, True, False]))  # client 4 has no upload yet
+    assert PFedMoAP(n_experts=2).neighbours(server, torch.tensor([0, 3])).tolist() == [[1, 2], [1, 0]]
+    assert PFedMoAP(n_experts=4).neighbours(server, torch.tensor([1])).tolist() == [[3, 0, 2]]
+
+
+# Shapes
+
+WRONG = {
+    "clip": lambda text, x: text(x.int()),
+    "gate": lambda text, x: gate.mix({}, x, x),
+    "methods": lambda text, x: PromptFL().logits(text, x, {}, {}, x[0]),
+    "rounds": lambda text, x: rounds.batches(x, RUN, 1, 0, 0),
+    "controls": lambda text, x: controls.restrict(x, x),
+}
+
+
+@pytest.mark.parametrize("call", WRONG.values(), ids=WRONG)
+def test_a_wrong_shape_or_type_is_refused_while_tests_run(text, call):
+    with pytest.raises(jaxtyping.TypeCheckError):
+        call(text, torch.zeros(2, 4, 32))

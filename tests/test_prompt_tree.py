@@ -1,0 +1,155 @@
+"""Promise: the prompt tree gives features and gradients of open_clip's own 77-token prompts, from a fraction of the tokens."""
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import NAMES, ROOT, error, golden, stored_clip, tiny_model
+
+from fpl.clip import Clip, Text, load, words
+
+LONGEST = " ".join(["cat"] * 58)  # with SOS, 16 context vectors, the full stop and EOS: 77 tokens
+LISTS = {
+    "all lengths": ["cat", "golden retriever", "bishop of llandaff", "pseudopseudohypoparathyroidism", LONGEST[4:], LONGEST],
+    "one class": ["cat"],
+    "prefixes": ["ice cream", "ice", "ice cream van", "ice hockey", "cream", "ice cream"],
+    "spelling": ["spaghetti_carbonara", "Abyssinian", "colt's foot", "hard-leaved pocket orchid", "BMX"],
+}
+FEW = ["golden retriever", "golden_eagle", LONGEST]
+TEMPLATES = ["a photo of a {}.", "a photo of a {}, a type of flower.", "a photo of {}, a type of food.", "{} texture."]
+
+
+def towers(kind):
+    if kind == "demo":
+        return load(f"local-dir:{ROOT}/data/demo_clip")
+    if kind == "ViT-B-16":  # its text tower; the image tower, which no prompt meets, is a tiny one
+        return Clip(tiny_model(embed_dim=512, **open_clip.get_model_config(kind)["text_cfg"]))
+    custom = {"kind": open_clip.CustomTextCLIP, "proj_bias": True}  # other names of the same things in open_clip
+    return Clip(tiny_model(**custom) if kind == "custom" else tiny_model())
+
+
+@pytest.fixture(scope="module", params=["tiny", "custom", "demo"])
+def tower(request):
+    return towers(request.param)
+
+
+def encode_text(clip, prompts, ctx=None):
+    """open_clip's own text path; `ctx` is put over the embeddings of positions 1..m."""
+    embedding = getattr(clip.model, "text", clip.model).token_embedding
+
+    def put(module, args, x):
+        return x if ctx is None else torch.cat([x[:, :1], ctx.expand(len(x), -1, -1), x[:, 1 + len(ctx) :]], dim=1)
+
+    with embedding.register_forward_hook(put):
+        return clip.model.encode_text(clip.tokenizer(prompts), normalize=True)
+
+
+def compare(clip, names, n_ctx=16):
+    """Largest difference of the features, relative difference of a gradient."""
+    gen, text = torch.Generator().manual_seed(1), Text(clip, names, n_ctx)
+    start, r = 0.02 * torch.randn(n_ctx, text.width, generator=gen), torch.randn(len(names), text.dim, generator=gen)
+    prompts = [f"{'X ' * n_ctx}{name.replace('_', ' ')}." for name in names]
+    found = []
+    for encode in (text, lambda ctx: encode_text(clip, prompts, ctx)):
+        ctx = start.clone().requires_grad_()
+        features = encode(ctx)
+        (r * features).sum().backward()
+        found.append((features.detach(), ctx.grad))
+    (ours, our_grad), (theirs, their_grad) = found
+    return (ours - theirs).abs().max(), (our_grad - their_grad).norm() / their_grad.norm()
+
+
+@pytest.mark.parametrize("names", LISTS.values(), ids=LISTS)
+def test_features_and_gradients_are_those_of_77_tokens(tower, names):
+    features, gradient = compare(tower, names)
+    assert features < 1e-5 and gradient < 1e-4
+
+
+@pytest.mark.parametrize("n_ctx", [1, 4])
+def test_any_context_length(tower, n_ctx):
+    features, gradient = compare(tower, LISTS["prefixes"], n_ctx)
+    assert features < 1e-5 and gradient < 1e-4
+
+
+def test_logits_have_the_towers_own_scale(text):
+    assert text.scale == pytest.approx(1 / 0.07, rel=1e-5)  # what open_clip starts from
+
+
+def test_text_tower_of_vit_b_16():
+    features, gradient = compare(towers("ViT-B-16"), FEW)
+    assert features < 1e-5 and gradient < 1e-4
+
+
+def test_a_name_that_does_not_fit_is_refused_in_one_sentence(clip):
+    with pytest.raises(ValueError, match=r"^class name 'cat .*' with 16 context vectors takes 78 tokens, .* 77: shorten[^.]*$"):
+        Text(clip, ["dog", LONGEST + " cat"], n_ctx=16)
+
+
+def test_a_tower_that_is_not_causal_is_refused():
+    with pytest.raises(ValueError, match="not causal"):
+        Text(Clip(tiny_model(open_clip.CustomTextCLIP, no_causal_mask=True)), NAMES)
+
+
+def test_stacked_clients_equal_single_ones(text):
+    ctx = torch.randn(2, 3, text.n_ctx, text.width, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    r = torch.randn(2, 3, text.n_cls, text.dim, generator=torch.Generator().manual_seed(2))
+    stacked, alone = text(ctx), torch.stack([torch.stack([text(c) for c in row]) for row in ctx])
+    assert error(stacked, alone) < 1e-5
+    assert error(*(torch.autograd.grad((r * t).sum(), ctx)[0] for t in (stacked, alone))) < 1e-4
+
+
+def test_a_thousand_classes_are_encoded_in_pieces_within_the_budget(clip):
+    foods = food101()
+    names, budget = [f"{a} {b}" for a in foods[:40] for b in foods[40:65]], 1024
+    pieces, whole = Text(clip, names, 4, budget=budget), Text(clip, names, 4, budget=10**9, classes_per_tree=len(names))
+    gen = torch.Generator().manual_seed(1)
+    ctx, r = torch.randn(3, 4, 32, generator=gen), torch.randn(3, len(names), 32, generator=gen)
+    found, nodes = [], {}
+    for text in (pieces, whole):
+        seen = nodes[text] = []
+        with clip.model.transformer.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:2].numel())):  # noqa: B023
+            with torch.no_grad():
+                text(ctx)
+            leaf = ctx.clone().requires_grad_()
+            features = text(leaf)
+            (r * features).sum().backward()
+        found += [features.detach(), leaf.grad]
+    assert max(nodes[pieces]) <= budget < max(nodes[whole]) == 3 * whole.n_nodes
+    assert error(found[0], found[2]) < 1e-5 and error(found[1], found[3]) < 1e-4
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_zero_shot_is_encode_text_of_the_template(tower, template):
+    found = Text(tower, NAMES, n_ctx=4).zero_shot(template)
+    assert error(found, encode_text(tower, [template.format(name.replace("_", " ")) for name in NAMES])) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["text_w32_n5", "text_w64_n16"])
+def test_golden_prompts_of_the_released_code(name):
+    z = golden(name)
+    ctx = z["ctx"].clone().requires_grad_()
+    features = Text(stored_clip(z), z["classnames"], int(z["n_ctx"]))(ctx)
+    (z["R"] * features).sum().backward()
+    assert error(features.detach(), z["end.features"]) < 5e-6
+    assert error(ctx.grad, z["end.grad_ctx"]) < 2e-5
+
+
+@pytest.mark.parametrize("case", ["words0", "words1"])
+def test_golden_context_made_of_words(case):
+    z = golden("text_w32_n5")
+    clip, phrase, want = stored_clip(z), z[f"{case}.text"], F.normalize(z[f"{case}.features_raw"], dim=-1)
+    ctx = words(clip, phrase)
+    text = Text(clip, z["classnames"], n_ctx=len(ctx))
+    assert torch.equal(ctx, z[f"{case}.ctx"])
+    assert error(text(ctx), want) < 5e-6
+    assert error(text.zero_shot(f"{phrase} {{}}."), want) < 5e-6
+
+
+def food101():
+    return (ROOT / "data/class_names/food101.txt").read_text().split()
+
+
+def test_food101_takes_427_tokens_instead_of_7777(clip):
+    names = food101()
+    assert Text(clip, names, n_ctx=16).n_nodes == 427
+    assert clip.tokenizer(names).numel() == 7777

@@ -1,0 +1,294 @@
+"""Promise: a run is a record that is found by everything it depends on, made once, and kept whatever happens to other runs."""
+
+import ast
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from helpers import BACKBONE, DATA, PARAMS, Here, build, python, standing_in
+
+from fpl import stats, sweep
+
+EXPERIMENTS = [PARAMS.experiment("promptfl", seed, rounds=40) for seed in range(1, 9)]
+FEW = [PARAMS.experiment(row, seed) for row in ("majority", "ridge_own", "promptfl") for seed in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def here(world, monkeypatch):
+    """In a world without records, with the workers' work done in this process."""
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", Here)
+    with standing_in(world):
+        shutil.rmtree(sweep.RECORDS, ignore_errors=True)
+        yield world
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Every experiment that is performed, as it is."""
+    made, perform = [], sweep.perform
+
+    def counted(data, backbone, experiment, path):
+        made.append(experiment)
+        perform(data, backbone, experiment, path)
+
+    monkeypatch.setattr(sweep, "perform", counted)
+    return made
+
+
+@pytest.mark.parametrize("experiment", FEW, ids=lambda e: f"{e.row}-{e.seed}")
+def test_a_record_is_one_line_with_all_settings(experiment, here):
+    (path,) = sweep.sweep(DATA, BACKBONE, [experiment])
+    text = path.read_text()
+    assert text.endswith("\n") and text.count("\n") == 1
+    record = json.loads(text)
+    assert record["settings"] == experiment.settings()
+    assert (
+        record["features"] == sweep.opened(DATA, BACKBONE, sweep.device())[1].sha256
+        and record["code"] == sweep.code_fingerprint()
+    )
+    rounds = list(sweep.rounds_of(DATA, BACKBONE, experiment))
+    assert [r["round"] for r in record["rounds"]] == list(range(len(rounds)))
+    for stored, r in zip(record["rounds"], rounds, strict=True):
+        assert (
+            stored["accuracy"] == pytest.approx(r.accuracy.tolist(), abs=1e-6)
+            and stored["participants"] == r.participants.tolist()
+        )
+    assert {"seconds", "data", "backbone", "torch", "device"} <= set(record)
+    assert [p.name for p in sweep.RECORDS.iterdir()] == [path.name]
+
+
+def test_a_run_is_not_made_twice(here, calls):
+    paths = sweep.sweep(DATA, BACKBONE, FEW[:2])
+    assert calls and sorted(calls, key=FEW.index) == FEW[:2]
+    assert sweep.sweep(DATA, BACKBONE, FEW[:2]) == paths and len(calls) == 2
+    assert sweep.sweep(DATA, BACKBONE, FEW[:3])[:2] == paths and calls[2:] == [FEW[2]]
+    paths[0].unlink()
+    sweep.sweep(DATA, BACKBONE, FEW[:3])
+    assert calls[3:] == [FEW[0]]
+    sweep.sweep(DATA, BACKBONE, FEW[:3], fresh=True)
+    assert sorted(calls[4:], key=FEW.index) == FEW[:3]
+
+
+def test_records_come_in_the_order_of_the_experiments(here):
+    paths = sweep.sweep(DATA, BACKBONE, FEW)
+    assert [json.loads(path.read_text())["settings"] for path in paths] == [e.settings() for e in FEW]
+    assert sweep.found(DATA, FEW[::-1]) == paths[::-1]
+
+
+def test_what_was_not_run_is_missed_by_name(here):
+    sweep.sweep(DATA, BACKBONE, FEW[:2])
+    with pytest.raises(FileNotFoundError, match=r"4 of 6 runs were not made \(promptfl, ridge_own\)"):
+        sweep.found(DATA, FEW)
+
+
+NAMES = [
+    (part, f.name)
+    for part in ("method", "run", "partition")
+    for f in dataclasses.fields(getattr(PARAMS.experiment("pfedmoap", 1), part))
+]
+
+
+@pytest.mark.parametrize(("part", "name"), NAMES)
+def test_any_change_of_settings_is_another_record(part, name):
+    base = PARAMS.experiment("pfedmoap", 1)
+    value = getattr(base, part)
+    new = {"kind": "even", "schedule": "cosine", "participation": 0.5}.get(name) or getattr(value, name) + 1
+    changed = dataclasses.replace(base, **{part: dataclasses.replace(value, **{name: new})})
+    assert sweep.record_path("sha", changed) != sweep.record_path("sha", base)
+
+
+def test_another_row_seed_features_or_code_is_another_record(monkeypatch):
+    base = PARAMS.experiment("coop", 1)
+    same = dataclasses.replace(base)
+    assert sweep.record_path("sha", same) == sweep.record_path("sha", base)
+    paths = [
+        sweep.record_path("sha", e) for e in (base, dataclasses.replace(base, row="promptfl"), dataclasses.replace(base, seed=2))
+    ]
+    paths.append(sweep.record_path("another sha", base))
+    monkeypatch.setattr(sweep, "code_fingerprint", lambda: "another code")
+    paths.append(sweep.record_path("sha", base))
+    assert len(set(paths)) == 5
+
+
+@pytest.mark.parametrize("name", sweep.SOURCES)
+def test_the_fingerprint_is_that_of_the_code(name, tmp_path, monkeypatch):
+    """A comment or a blank line makes no other code, a statement does."""
+    source = Path(sweep.__file__).parent
+    for module in source.glob("*.py"):
+        shutil.copy(module, tmp_path)
+    monkeypatch.setattr(sweep, "__file__", str(tmp_path / "sweep.py"))
+    file, fingerprint = tmp_path / f"{name}.py", sweep.code_fingerprint.__wrapped__
+    before, text = fingerprint(), file.read_text()
+    assert before == sweep.code_fingerprint()
+    file.write_text(f"# another comment\n\n{text}\n\n# and one more\n")
+    assert fingerprint() == before
+    file.write_text(text + "\nANYTHING = 1\n")
+    assert fingerprint() != before
+
+
+def test_the_fingerprint_forgets_no_module():
+    """Whatever the fingerprinted modules import from here is fingerprinted too, but for the writing of files."""
+    for name in sweep.SOURCES:
+        tree = ast.parse((Path(sweep.__file__).parent / f"{name}.py").read_text())
+        imports = [
+            node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fpl"
+        ]
+        used = {alias.name if node.module == "fpl" else node.module.split(".")[1] for node in imports for alias in node.names}
+        assert used <= {*sweep.SOURCES, "files"}, name
+
+
+def test_a_failing_run_keeps_the_others(here, calls):
+    good, bad = FEW[4], PARAMS.experiment("promptfl", 2, lr=1e30)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        sweep.sweep(DATA, BACKBONE, [good, bad])
+    (kept,) = sweep.RECORDS.iterdir()
+    assert json.loads(kept.read_text())["settings"] == good.settings()
+    assert sweep.sweep(DATA, BACKBONE, [good]) == [kept] and calls == [good, bad]
+
+
+def result(paths):
+    return sweep.frame(paths).sort_values(["seed", "round", "client"], ignore_index=True)
+
+
+def records():
+    return {path: path.stat().st_mtime_ns for path in sweep.RECORDS.glob("[!.]*.json")}
+
+
+def wait_for_records(most=120.0):
+    end = time.monotonic() + most
+    while not records() and time.monotonic() < end:
+        time.sleep(0.005)
+
+
+def finishes_as_if_nothing_had_happened(kept, monkeypatch):
+    assert 0 < len(kept) < len(EXPERIMENTS), "the kill came too early or too late to show anything"
+    found = result(sweep.sweep(DATA, BACKBONE, EXPERIMENTS, jobs=1))
+    assert records().items() >= kept.items(), "a finished run was made again"
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "RECORDS", Path("results/undisturbed"))
+        patch.setattr(sweep, "ProcessPoolExecutor", Here)
+        pd.testing.assert_frame_equal(found, result(sweep.sweep(DATA, BACKBONE, EXPERIMENTS)))
+
+
+SWEEP = """
+import os
+from fpl import sweep
+from helpers import BACKBONE, DATA
+from test_records import EXPERIMENTS
+os.cpu_count = lambda: 1
+sweep.sweep(DATA, BACKBONE, EXPERIMENTS, jobs=1)
+"""
+
+
+@pytest.fixture
+def one_core(monkeypatch):
+    """One thread a worker: on a busy machine several threads of one small run wait for each other most of the time."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+
+
+def test_a_killed_sweep_goes_on(world, monkeypatch, one_core):
+    """kill -9 of the command; its worker must not stay behind; then the same call, with real workers."""
+    with standing_in(world):
+        shutil.rmtree(sweep.RECORDS, ignore_errors=True)
+        process = python(world, "-c", SWEEP)
+        wait_for_records()
+        os.kill(process.pid, signal.SIGKILL)
+        _, err = process.communicate()  # ends when the last process that holds the pipe has ended, workers included
+        assert process.returncode == -signal.SIGKILL, err
+        finishes_as_if_nothing_had_happened(records(), monkeypatch)
+
+
+def test_a_killed_worker_is_reported_and_the_sweep_goes_on(world, monkeypatch, one_core):
+    """As when memory runs out; then the same call."""
+
+    def kill():
+        wait_for_records()
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGKILL)
+
+    with standing_in(world):
+        shutil.rmtree(sweep.RECORDS, ignore_errors=True)
+        killer = threading.Thread(target=kill)
+        killer.start()
+        with pytest.raises(RuntimeError, match="a worker was killed .* call the same command again, finished runs are kept"):
+            sweep.sweep(DATA, BACKBONE, EXPERIMENTS, jobs=1)
+        killer.join()
+        monkeypatch.setattr(sweep, "ProcessPoolExecutor", Here)
+        finishes_as_if_nothing_had_happened(records(), monkeypatch)
+
+
+def test_frame(here):
+    experiments = [
+        PARAMS.experiment("promptfl", 1),
+        PARAMS.experiment("promptfl", 2, clients=3),
+        PARAMS.experiment("majority", 1),
+    ]
+    frame = sweep.frame(sweep.sweep(DATA, BACKBONE, experiments))
+    assert len(frame) == 2 * 4 + 2 * 3 + 1 * 4  # rounds times clients; what learns nothing has one round
+    assert set(frame.columns) == {*experiments[0].settings(), "round", "client", "accuracy"}
+    assert frame["accuracy"].between(0, 1).all()
+    for experiment in experiments:
+        lines = frame[(frame["method"] == experiment.row) & (frame["seed"] == experiment.seed)]
+        assert not lines.duplicated(["round", "client"]).any() and set(lines["client"]) == set(
+            range(experiment.partition.clients)
+        )
+        assert {k: lines[k].iloc[0] for k in experiment.settings()} == experiment.settings()
+
+
+def runs(*lines):
+    return pd.DataFrame(lines, columns=["method", "seed", "lam", "rounds", "round", "client", "accuracy"])
+
+
+RUNS = runs(
+    ("a", 1, 0.5, 2, 0, 0, 1.0), ("a", 1, 0.5, 2, 0, 1, 1.0), ("a", 1, 0.5, 2, 1, 0, 0.2), ("a", 1, 0.5, 2, 1, 1, 0.4),
+    ("a", 2, 0.5, 2, 0, 0, 0.9), ("a", 2, 0.5, 2, 0, 1, 0.9), ("a", 2, 0.5, 2, 1, 0, 0.6), ("a", 2, 0.5, 2, 1, 1, 0.8),
+    ("b", 1, None, 1, 0, 0, 0.5), ("b", 1, None, 1, 0, 1, 0.7), ("b", 2, None, 1, 0, 0, 0.0), ("b", 2, None, 1, 0, 1, 0.1),
+)  # fmt: skip
+
+
+def test_the_last_round_is_reported_never_the_best():
+    last = stats.last_round(RUNS)
+    assert last["accuracy"].tolist() == [0.2, 0.4, 0.6, 0.8, 0.5, 0.7, 0.0, 0.1]
+    assert stats.by_seed(RUNS).to_dict() == pytest.approx({("a", 1): 0.3, ("a", 2): 0.7, ("b", 1): 0.6, ("b", 2): 0.05})
+    assert stats.by_seed(RUNS[RUNS["method"] == "a"], "lam").to_dict() == pytest.approx({(0.5, 1): 0.3, (0.5, 2): 0.7})
+
+
+def test_each_run_has_its_own_last_round():
+    """An ablation over the number of rounds has runs of one method and seed that end at different rounds."""
+    short = RUNS[(RUNS["method"] == "a") & (RUNS["round"] == 0)].assign(rounds=1)
+    both = pd.concat([short, RUNS[RUNS["method"] == "a"]])
+    assert stats.by_seed(both, "rounds").to_dict() == pytest.approx({(1, 1): 1.0, (1, 2): 0.9, (2, 1): 0.3, (2, 2): 0.7})
+
+
+BY_HAND = {  # mean, sample standard deviation, and the t interval: mean -+ t std / sqrt(n), t for n - 1 degrees of freedom
+    "three": ([0.80, 0.82, 0.87], 0.83, math.sqrt((0.03**2 + 0.01**2 + 0.04**2) / 2), 4.302653),
+    "two": ([0.5, 0.7], 0.6, math.sqrt(0.02), 12.706205),
+    "equal": ([0.4, 0.4, 0.4, 0.4], 0.4, 0.0, 3.182446),
+}
+
+
+@pytest.mark.parametrize("case", BY_HAND)
+def test_uncertainty_over_seeds(case):
+    values, mean, std, t = BY_HAND[case]
+    half = t * std / math.sqrt(len(values))
+    wanted = {"mean": mean, "std": std, "low": mean - half, "high": mean + half, "seeds": len(values)}
+    assert stats.over_seeds(values).to_dict() == pytest.approx(wanted, rel=1e-6, abs=1e-6)
+
+
+def test_one_seed_has_no_uncertainty():
+    found = stats.over_seeds([0.7])
+    assert found["mean"] == 0.7 and found["seeds"] == 1 and found[["std", "low", "high"]].isna().all()
