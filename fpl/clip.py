@@ -32,9 +32,10 @@ class Clip:
     provenance: dict[str, str] = field(default_factory=dict)
 
 
-def load(name: str, weights: str | Path | None = None, device: str = "cpu") -> Clip:
+def load(name: str, weights: str | Path | None = None, device: str = "cpu", image_tower: bool = True) -> Clip:
     """An open_clip model by name: "local-dir:FOLDER" with its own weights, or such as "ViT-B-16-quickgelu" with a tag or a file.
 
+    Without `image_tower` only the text tower is kept: what comes after the features needs no other.
     Raises FileNotFoundError with the missing path when a weights file is not there.
     """
     local = name.removeprefix("local-dir:") if name.startswith("local-dir:") else None
@@ -43,6 +44,8 @@ def load(name: str, weights: str | Path | None = None, device: str = "cpu") -> C
         raise FileNotFoundError(f"no weights at {file}: put the checkpoint of {name} there, or correct `backbone` in params.yaml")
     made = open_clip.create_model_from_pretrained(name, str(weights) if weights else None, device=device)
     model, transform = made[0].float().eval().requires_grad_(False), made[1]
+    if not image_tower:
+        del model.visual
     provenance = {
         "model": name,
         "weights": sha256(file) if file else str(weights),

@@ -91,7 +91,7 @@ class Params:
 
     def table(self) -> list[Experiment]:
         """The runs of the miniature Table 1: every method and every control with every seed."""
-        return [self.experiment(row, seed) for row in [*self.methods, *CONTROLS] for seed in self.seeds]
+        return [self.experiment(row, seed) for row in dict.fromkeys([*self.methods, *CONTROLS]) for seed in self.seeds]
 
     def ablation(self, only: str | None = None) -> list[Experiment]:
         """The runs of pFedMoAP with one hyperparameter changed, for each value listed under `ablations` (or for `only` one)."""
@@ -101,9 +101,9 @@ class Params:
         ]
 
 
-def parameter_names(row: str) -> set[str]:
-    """Everything that may be changed about a run of this table row: fields of its method, of Run and of Partition."""
-    owners = (ROWS[known(row, ROWS, "method")], Run, Partition)
+def parameter_names(row: str | None = None) -> set[str]:
+    """Everything that may be changed about a run of this table row (of any): fields of its method, of Run and of Partition."""
+    owners = ([ROWS[known(row, ROWS, "method")]] if row else [*ROWS.values()]) + [Run, Partition]
     return {f.name for owner in owners for f in dataclasses.fields(owner)}
 
 

@@ -33,11 +33,11 @@ def linear(p: Params, part: str, x: Tensor) -> Tensor:
 
 def attention(
     p: Params, image: Float[Tensor, "*n b g"], experts: Float[Tensor, "*n k c g"], heads: int, scale: float
-) -> Float[Tensor, "*n h b c k"]:
+) -> Float[Tensor, "*n h b k c"]:
     """softmax over the experts of scale * q . k. The scale multiplies; the released code takes 10 where 1/sqrt(e) is usual."""
     q = linear(p, "q", image).unflatten(-1, (heads, -1))
     k = linear(p, "k", experts).unflatten(-1, (heads, -1))
-    return torch.einsum("...bhe,...kche->...hbck", scale * q, k).softmax(-1)
+    return torch.einsum("...bhe,...kche->...hbkc", scale * q, k).softmax(-2)
 
 
 def mix(
@@ -45,11 +45,11 @@ def mix(
 ) -> Float[Tensor, "*n b c"]:
     """<image, T_MoE>: the pooled image feature against the mixed text feature of every class, without the logit scale.
 
-    T_MoE[b, c] = W_o concat_h(sum_k A[h, b, c, k] v[h, c, k]) + b_o. Only its product with the image is wanted, so W_o goes to
+    T_MoE[b, c] = W_o concat_h(sum_k A[h, b, k, c] v[h, k, c]) + b_o. Only its product with the image is wanted, so W_o goes to
     the image's side and no (b, c, g) tensor exists.
     """
     a = attention(p, image, experts, heads, scale)
     v = linear(p, "v", experts).unflatten(-1, (heads, -1))
     r = (image @ p["gate_wo"]).unflatten(-1, (heads, -1))  # W_o^T image
-    seen = torch.einsum("...bhe,...kche->...hbck", r, v)
-    return (a * seen).sum((-4, -1)) + (image @ p["gate_bo"].unsqueeze(-1))
+    seen = torch.einsum("...bhe,...kche->...hbkc", r, v)
+    return (a * seen).sum((-4, -2)) + (image @ p["gate_bo"].unsqueeze(-1))

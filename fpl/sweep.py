@@ -31,7 +31,7 @@ from fpl.files import writing
 from fpl.rounds import Clients, Round, Seeds, run
 
 RECORDS = Path("results/records")
-SOURCES = ("clip", "gate", "methods", "controls", "rounds", "partitions")  # what a number depends on
+SOURCES = ("clip", "gate", "methods", "controls", "rounds", "partitions", "features", "config", "sweep")  # what makes a number
 
 
 @functools.cache
@@ -44,7 +44,7 @@ def code_fingerprint() -> str:
 @functools.lru_cache(maxsize=1)
 def opened(data: Data, backbone: Backbone, device: str) -> tuple[clip.Clip, features.Features]:
     """Backbone and features of a data set, refused unless the one was made with the other."""
-    loaded = clip.load(backbone.name, backbone.weights or None, device)
+    loaded = clip.load(backbone.name, backbone.weights or None, device, image_tower=False)
     return loaded, features.load(data.features, loaded.provenance, device)
 
 
@@ -83,10 +83,9 @@ def record_path(features_sha: str, experiment: Experiment) -> Path:
     return RECORDS / f"{experiment.row}-{experiment.seed}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
-def perform(data: Data, backbone: Backbone, experiment: Experiment) -> Path:
-    """Make one run and write its record."""
-    _, feats = opened(data, backbone, device())
-    path, begin = record_path(feats.sha256, experiment), time.perf_counter()
+def perform(data: Data, backbone: Backbone, experiment: Experiment, path: Path) -> None:
+    """Make one run and write its record to `path`, the name that the caller worked out (the code may change meanwhile)."""
+    begin = time.perf_counter()
     rounds = [
         {
             "round": r.number,
@@ -102,14 +101,13 @@ def perform(data: Data, backbone: Backbone, experiment: Experiment) -> Path:
         "seconds": round(time.perf_counter() - begin, 3),
         "data": data.name,
         "backbone": backbone.name,
-        "features": feats.sha256,
+        "features": opened(data, backbone, device())[1].sha256,
         "code": code_fingerprint(),
         "torch": torch.__version__,
         "device": device(),
     }
     with writing(path) as temporary:
         temporary.write_text(json.dumps(record, sort_keys=True) + "\n")
-    return path
 
 
 def settle(threads: int) -> None:
@@ -133,13 +131,13 @@ def sweep(
     paths = [record_path(feats_sha, e) for e in experiments]
     todo = {path: e for path, e in zip(paths, experiments, strict=True) if fresh or not path.exists()}
     jobs = 1 if device() == "cuda" else min(jobs or os.cpu_count() or 1, max(1, len(todo)))
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, torch.get_num_threads() // jobs)
     with tqdm(total=len(paths), initial=len(paths) - len(todo), desc="runs", unit="run") as bar:
         if not todo:
             return paths
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=settle, initargs=(threads,)) as pool:
-            longest_first = sorted(todo.values(), key=lambda e: -e.run.rounds * e.run.local_epochs)
-            under_way = [pool.submit(perform, data, backbone, e) for e in longest_first]
+            longest_first = sorted(todo.items(), key=lambda item: -item[1].run.rounds * item[1].run.local_epochs)
+            under_way = [pool.submit(perform, data, backbone, e, path) for path, e in longest_first]
             try:
                 for finished in as_completed(under_way):
                     finished.result()

@@ -55,7 +55,9 @@ def table1(runs: pd.DataFrame) -> pd.DataFrame:
 
 def ablation(runs: pd.DataFrame, default: pd.DataFrame, key: str) -> pd.DataFrame:
     """One hyperparameter of pFedMoAP: a line per value, the default from Table 1's runs among them, in percent."""
-    return percent(summary(pd.concat([runs, default]), key)).sort_index().round(2)
+    both = pd.concat([runs, default])
+    both[key] = both[key].convert_dtypes()  # whole numbers are floats where other methods lack the column
+    return percent(summary(both, key)).sort_index().round(2)
 
 
 def percent(summary: pd.DataFrame) -> pd.DataFrame:
