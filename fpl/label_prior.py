@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from tqdm.auto import tqdm
 
 from fpl.files import writing
 from fpl.partitions import released_domain_dirichlet
@@ -145,7 +146,8 @@ def null(counts: Counts, values: pd.Series, seeds: Iterable[int]) -> pd.DataFram
     A seed under which the released rule would never end has no partition: its row is NaN.
     """
     seeds, values = list(seeds), values[list(counts)].to_numpy()
-    return pd.DataFrame([_fit_of_seed(counts, values, seed) for seed in seeds], pd.Index(seeds, name="seed"))
+    rows = [_fit_of_seed(counts, values, seed) for seed in tqdm(seeds, desc="other seeds", unit="seed")]
+    return pd.DataFrame(rows, pd.Index(seeds, name="seed"))
 
 
 def _fit_of_seed(counts: Counts, values: np.ndarray, seed: int) -> dict[str, float]:

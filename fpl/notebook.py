@@ -66,7 +66,8 @@ def execute(source: Path, target: Path, values: Mapping[str, Any] | None = None)
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
         if "outputs" in cell:
-            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+            bar = "application/vnd.jupyter.widget-view+json"
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" and bar not in o.get("data", {})]
     with writing(target) as temporary:
         nbformat.write(book, temporary)
     return target

@@ -20,7 +20,7 @@ nav { border-bottom: 1px solid #ccc; padding-bottom: .4rem } nav a { margin-righ
 h1 { line-height: 1.2 } a { color: #00539c } img, svg { max-width: 100%; height: auto }
 pre { background: #f5f5f5; padding: .6rem .8rem; overflow-x: auto; font-size: .82rem; line-height: 1.4 }
 .jp-OutputArea-output, .jp-RenderedHTMLCommon { overflow-x: auto } .prompt, .jp-InputPrompt, .jp-OutputPrompt, .anchor-link { display: none }
-table { border-collapse: collapse; border: none; font-size: .85rem } td, th { border: none; padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right }
+table { display: block; overflow-x: auto; border-collapse: collapse; border: none; font-size: .85rem } td, th { border: none; padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right }
 td:first-child, th:first-child { text-align: left } .highlight .c1, .highlight .sd { color: #5a6b5a } .highlight .k, .highlight .kn { color: #7a3e9d }
 math[display=block] { margin: .6rem 0; overflow-x: auto }
 """

@@ -165,6 +165,11 @@ def render(what: Attributes, rng: Rng, size: int = 64) -> np.ndarray:
     return pixels.clip(0, 255).astype("uint8")
 
 
+def drawing(seed: int, train_per_class: int, test_per_class: int) -> str:
+    """What `drawn.json` beside the images says of them."""
+    return json.dumps({"seed": seed, "train_per_class": train_per_class, "test_per_class": test_per_class}) + "\n"
+
+
 def make(folder: Path, seed: int = 1, train_per_class: int = 32, test_per_class: int = 40) -> Path:
     """Draw the demo data set as PNG files under `folder` and write its manifest last; a finished folder is left alone.
 
@@ -172,7 +177,7 @@ def make(folder: Path, seed: int = 1, train_per_class: int = 32, test_per_class:
     Returns the manifest, a CSV `path,label,class,split,domain` with paths relative to its folder.
     """
     manifest, drawn = folder / "manifest.csv", folder / "drawn.json"
-    request = json.dumps({"seed": seed, "train_per_class": train_per_class, "test_per_class": test_per_class}) + "\n"
+    request = drawing(seed, train_per_class, test_per_class)
     if not drawn.exists() or drawn.read_text() != request:
         manifest.unlink(missing_ok=True)
         shutil.rmtree(folder / "images", ignore_errors=True)

@@ -41,16 +41,29 @@ def code_fingerprint() -> str:
     return hashlib.sha256("\n".join(trees).encode()).hexdigest()
 
 
-@functools.lru_cache(maxsize=1)
 def opened(data: Data, backbone: Backbone, device: str) -> tuple[clip.Clip, features.Features]:
     """Backbone and features of a data set, refused unless the one was made with the other."""
+    return _opened(data, backbone, device, stamp(data.features))
+
+
+def text_of(data: Data, backbone: Backbone, device: str, n_ctx: int) -> clip.Text:
+    return _text_of(data, backbone, device, n_ctx, stamp(data.features))
+
+
+def stamp(path: Path) -> tuple[str, int]:
+    """Names one state of a file: what was opened is kept in memory until the file is another one."""
+    return str(path.resolve()), path.stat().st_mtime_ns if path.exists() else 0
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(data: Data, backbone: Backbone, device: str, state: tuple[str, int]) -> tuple[clip.Clip, features.Features]:
     loaded = clip.load(backbone.name, backbone.weights or None, device, image_tower=False)
     return loaded, features.load(data.features, loaded.provenance, device)
 
 
 @functools.lru_cache(maxsize=4)
-def text_of(data: Data, backbone: Backbone, device: str, n_ctx: int) -> clip.Text:
-    loaded, feats = opened(data, backbone, device)
+def _text_of(data: Data, backbone: Backbone, device: str, n_ctx: int, state: tuple[str, int]) -> clip.Text:
+    loaded, feats = _opened(data, backbone, device, state)
     return clip.Text(loaded, feats.classes, n_ctx)
 
 
@@ -83,7 +96,7 @@ def record_path(features_sha: str, experiment: Experiment) -> Path:
     return RECORDS / f"{experiment.row}-{experiment.seed}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
-def perform(data: Data, backbone: Backbone, experiment: Experiment, path: Path) -> None:
+def perform(data: Data, backbone: Backbone, experiment: Experiment, path: Path, progress: bool = False) -> None:
     """Make one run and write its record to `path`, the name that the caller worked out (the code may change meanwhile)."""
     begin = time.perf_counter()
     rounds = [
@@ -93,7 +106,9 @@ def perform(data: Data, backbone: Backbone, experiment: Experiment, path: Path) 
             "participants": r.participants.tolist(),
             "loss": r.loss,
         }
-        for r in rounds_of(data, backbone, experiment)
+        for r in tqdm(
+            rounds_of(data, backbone, experiment), experiment.row, experiment.run.rounds, unit="round", disable=not progress
+        )
     ]
     record = {
         "settings": experiment.settings(),
@@ -130,25 +145,26 @@ def sweep(
     feats_sha = features.load(data.features).sha256
     paths = [record_path(feats_sha, e) for e in experiments]
     todo = {path: e for path, e in zip(paths, experiments, strict=True) if fresh or not path.exists()}
-    jobs = 1 if device() == "cuda" else min(jobs or os.cpu_count() or 1, max(1, len(todo)))
+    if len(todo) <= 1:  # no pool: a bar over its rounds says more
+        for path, experiment in todo.items():
+            perform(data, backbone, experiment, path, progress=True)
+        return paths
+    jobs = 1 if device() == "cuda" else min(jobs or os.cpu_count() or 1, len(todo))
     threads = max(1, torch.get_num_threads() // jobs)
-    with tqdm(total=len(paths), initial=len(paths) - len(todo), desc="runs", unit="run") as bar:
-        if not todo:
-            return paths
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=settle, initargs=(threads,)) as pool:
-            longest_first = sorted(todo.items(), key=lambda item: -item[1].run.rounds * item[1].run.local_epochs)
-            under_way = [pool.submit(perform, data, backbone, e, path) for path, e in longest_first]
-            try:
-                for finished in as_completed(under_way):
-                    finished.result()
-                    bar.update()
-            except BrokenProcessPool:
-                raise RuntimeError(
-                    "a worker was killed (out of memory?): call the same command again, finished runs are kept"
-                ) from None
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=settle, initargs=(threads,))
+    with pool, tqdm(total=len(paths), initial=len(paths) - len(todo), desc="runs", unit="run") as bar:
+        longest_first = sorted(todo.items(), key=lambda item: -item[1].run.rounds * item[1].run.local_epochs)
+        under_way = [pool.submit(perform, data, backbone, e, path) for path, e in longest_first]
+        try:
+            for finished in as_completed(under_way):
+                finished.result()
+                bar.update()
+        except BrokenProcessPool:
+            why = "a worker was killed (out of memory?)"
+            raise RuntimeError(f"{why}: call the same command again, finished runs are kept") from None
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     return paths
 
 

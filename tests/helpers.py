@@ -12,7 +12,7 @@ import open_clip
 import torch
 from safetensors.torch import save_file
 
-from fpl import clip, config, features, shapes, sweep
+from fpl import clip, config, features, shapes
 
 ROOT = Path(__file__).parents[1]
 DATA = config.Data(train_per_class=2, test_per_class=1)
@@ -45,13 +45,9 @@ def store_clip(folder, seed=0):
 
 @contextlib.contextmanager
 def standing_in(folder):
-    """In `folder` as the project's root, with nothing remembered of another one."""
-    sweep.opened.cache_clear()
-    sweep.text_of.cache_clear()
+    """In `folder` as the project's root."""
     with contextlib.chdir(folder):
         yield folder
-    sweep.opened.cache_clear()
-    sweep.text_of.cache_clear()
 
 
 def build(folder):

@@ -41,9 +41,9 @@ def calls(monkeypatch):
     """Every experiment that is performed, as it is."""
     made, perform = [], sweep.perform
 
-    def counted(data, backbone, experiment, path):
+    def counted(data, backbone, experiment, *rest, **options):
         made.append(experiment)
-        perform(data, backbone, experiment, path)
+        perform(data, backbone, experiment, *rest, **options)
 
     monkeypatch.setattr(sweep, "perform", counted)
     return made
