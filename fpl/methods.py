@@ -21,6 +21,7 @@ from torch import Tensor
 from fpl import gate
 
 Params = dict[str, Tensor]  # what clients learn, or may read, by name; every tensor has the client axis in front
+Tune = Callable[[Params, int], tuple[Params, Tensor]]  # everybody's tensors, epochs -> trained on each one's own images, losses
 Encoder = Callable[[Tensor], Tensor]  # fpl.clip.Text, seen as a function: ctx (n, m, w) -> unit features (n, c, d)
 
 
@@ -74,8 +75,7 @@ class PromptFL:
 
     def loss(self, text, p: Params, f: Params, x: Float[Tensor, "n b d"], y: Int[Tensor, "n b"]) -> Float[Tensor, " n"]:
         """Mean cross-entropy of each client's batch."""
-        z = self.logits(text, self.encode(text, p), p, f, x)
-        return F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="none").view(y.shape).mean(-1)
+        return cross_entropy(self.logits(text, self.encode(text, p), p, f, x), y)
 
     def aggregate(self, server: Server, who: Int[Tensor, " n"], uploads: Params, sizes: Int[Tensor, " n"]) -> Server:
         """sum_i (n_i / sum_j n_j) upload_i over the participants; n_i is the client's number of training images."""
@@ -84,9 +84,17 @@ class PromptFL:
         pool = {k: v.index_copy(0, who, uploads[k]) for k, v in server.pool.items()}
         return Server(params, pool, server.seen.index_fill(0, who, True))
 
-    def deploy(self, server: Server, own: Params) -> Params:
-        """What every client is evaluated with after the round, `own` being its tensors as training left them."""
+    def deploy(self, server: Server, own: Params, tune: Tune) -> Params:
+        """What every client is evaluated with after the round, `own` being its tensors as training left them.
+
+        `tune` trains tensors further on every client's own images; nobody else sees what comes of it.
+        """
         return self.start(server, own)
+
+
+def cross_entropy(z: Float[Tensor, "n b c"], y: Int[Tensor, "n b"]) -> Float[Tensor, " n"]:
+    """Of each client, the mean over its batch."""
+    return F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="none").view(y.shape).mean(-1)
 
 
 @dataclass(frozen=True)
@@ -177,7 +185,7 @@ class PFedMoAP(PromptFL):
         experts = torch.cat([gate.pool(t, self.d_gate).unsqueeze(1), f["experts"]], dim=1)
         return text.scale * gate.mix(p, gate.pool(x, self.d_gate), experts, self.heads, self.gate_scale) + self.lam * local
 
-    def deploy(self, server, own):
+    def deploy(self, server, own, tune):
         never = ~server.seen.view(-1, 1, 1)
         return {**own, "ctx": torch.where(never, server.params["ctx"], own["ctx"])}
 

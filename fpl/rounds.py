@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -103,9 +104,11 @@ def select(n: int, participation: float, seed: int, number: int) -> Int[Tensor, 
     return torch.randperm(n, generator=generator(seed, "select", number))[: max(int(participation * n), 1)].sort().values
 
 
-def batches(index: Int[Tensor, " own"], run: Run, seed: int, number: int, client: int) -> Int[Tensor, "steps b"]:
+def batches(
+    index: Int[Tensor, " own"], run: Run, seed: int, number: int, client: int, stream: str = "order"
+) -> Int[Tensor, "steps b"]:
     """Image numbers of each local step; the last incomplete batch of an epoch is dropped unless it is the only one."""
-    gen, b = generator(seed, "order", number, client), min(run.batch_size, len(index))
+    gen, b = generator(seed, stream, number, client), min(run.batch_size, len(index))
     steps = len(index) // b
     epochs = [
         index[torch.randperm(len(index), generator=gen)[: steps * b].to(index.device)].view(steps, b)
@@ -145,6 +148,47 @@ def train_locally(
     return {k: v.detach() for k, v in params.items()}, torch.stack(losses[-per_epoch:]).mean(0)
 
 
+def train_cohorts(
+    method: PromptFL,
+    text,
+    cohorts: list[tuple[Tensor, Params]],
+    clients: Clients,
+    run: Run,
+    seed: int,
+    number: int,
+    tick: Callable[[int], object],
+    who: Int[Tensor, " picked"],
+    stream: str,
+    begin: Params,
+    epochs: int,
+) -> tuple[Params, Float[Tensor, " n"]]:
+    """Everybody's tensors after the clients `who` trained from `begin`, and their losses (nan for the others).
+
+    `cohorts` are clients with the frozen tensors that they read; `stream` names the generator of the order of images.
+    """
+    run, ended = replace(run, local_epochs=epochs), begin
+    losses = torch.full((len(clients),), torch.nan, device=clients.feats.device)
+    for cohort, frozen in cohorts if begin else []:
+        for group, order in same_shape(cohort, who, clients, run, seed, number, stream):
+            here = torch.isin(cohort, group)
+            trained, loss = train_locally(
+                method,
+                text,
+                {k: v[group] for k, v in begin.items()},
+                {k: v[here] for k, v in frozen.items()},
+                order,
+                clients,
+                run,
+                tick,
+            )
+            if not torch.isfinite(loss).all():
+                where = group[~torch.isfinite(loss)].tolist()
+                raise FloatingPointError(f"the loss of clients {where} is not finite in round {number}: lower lr or gate_lr")
+            ended = {k: v.index_copy(0, group, trained[k]) for k, v in ended.items()}
+            losses[group] = loss
+    return ended, losses
+
+
 @torch.no_grad()
 def evaluate(
     method: PromptFL, text, p: Params, frozen: Params, clients: Clients, who: list[int], rows: int = 512
@@ -167,6 +211,8 @@ def run(
 ) -> Iterator[Round]:
     """Yield every round's result. What is evaluated is what each client would deploy, all clients included.
 
+    A method may train further what it deploys; this is evaluated and then forgotten, and its order of images is drawn apart.
+
     A round's frozen tensors (experts and the like) are made once, from the server as the round found it, and used for
     training and evaluation. Raises FloatingPointError when a loss is no longer finite, ValueError for settings that cannot be.
     """
@@ -183,27 +229,12 @@ def run(
     for number in range(cfg.rounds if init else 1):  # nothing to learn: one round says it all
         picked = select(n, cfg.participation, seeds.order, number).to(device)
         cohorts = [(who, method.frozen(text, server, who, clients)) for who in method.cohorts(server) if len(who)]
-        begin, losses = method.start(server, own), torch.full((n,), torch.nan, device=device)
-        for who, frozen in cohorts if init else []:
-            for group, order in same_shape(who, picked, clients, cfg, seeds, number):
-                here = torch.isin(who, group)
-                trained, loss = train_locally(
-                    method,
-                    text,
-                    {k: v[group] for k, v in begin.items()},
-                    {k: v[here] for k, v in frozen.items()},
-                    order,
-                    clients,
-                    cfg,
-                    tick,
-                )
-                if not torch.isfinite(loss).all():
-                    where = group[~torch.isfinite(loss)].tolist()
-                    raise FloatingPointError(f"the loss of clients {where} is not finite in round {number}: lower lr or gate_lr")
-                own = {k: v.index_copy(0, group, trained[k]) for k, v in own.items()}
-                losses[group] = loss
+        train = partial(train_cohorts, method, text, cohorts, clients, cfg, seeds.order, number, tick)
+        ended, losses = train(picked, "order", method.start(server, own), cfg.local_epochs)
+        own = {k: v.index_copy(0, picked, ended[k][picked]) for k, v in own.items()}
         server = method.aggregate(server, picked, {k: own[k][picked] for k in method.shared}, sizes[picked])
-        deployed, correct = method.deploy(server, own), [torch.empty(0)] * n
+        deployed = method.deploy(server, own, partial(train, torch.arange(n, device=device), "tune"))
+        correct = [torch.empty(0)] * n
         for who, frozen in cohorts:
             for i, right in zip(
                 who.tolist(),
@@ -215,10 +246,12 @@ def run(
         yield Round(number, accuracy, picked.cpu(), losses.nanmean().item(), correct)
 
 
-def same_shape(who: Tensor, picked: Tensor, clients: Clients, cfg: Run, seeds: Seeds, number: int) -> list[tuple[Tensor, Tensor]]:
+def same_shape(
+    who: Tensor, picked: Tensor, clients: Clients, run: Run, seed: int, number: int, stream: str
+) -> list[tuple[Tensor, Tensor]]:
     """The selected clients of a cohort in groups whose local steps have one shape, with their image numbers (n, steps, b)."""
     groups: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
     for i in who[torch.isin(who, picked)].tolist():
-        order = batches(clients.train[i], cfg, seeds.order, number, i)
+        order = batches(clients.train[i], run, seed, number, i, stream)
         groups.setdefault(tuple(order.shape), []).append((i, order))
     return [(torch.tensor([i for i, _ in g], device=who.device), torch.stack([order for _, order in g])) for g in groups.values()]

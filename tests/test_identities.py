@@ -45,9 +45,9 @@ def watch(method):
             log.servers.append(super().aggregate(server, who, uploads, sizes))
             return log.servers[-1]
 
-        def deploy(self, server, own):
+        def deploy(self, server, own, tune):
             log.own.append(own)
-            log.deployed.append(super().deploy(server, own))
+            log.deployed.append(super().deploy(server, own, tune))
             return log.deployed[-1]
 
     return Watched(**{f.name: getattr(method, f.name) for f in dataclasses.fields(method)}), log
