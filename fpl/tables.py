@@ -26,6 +26,12 @@ NAMES = {
     "zeroshot": "ZS-CLIP",
     "coop": "CoOp",
     "promptfl": "PromptFL",
+    "finetuned": "PromptFL+FT",
+    "fedper": "Prompt+FedPer",
+    "fedprox": "Prompt+FedProx",
+    "fedamp": "Prompt+FedAMP",
+    "pfedprompt": "pFedPrompt",
+    "fedpgp": "FedPGP",
     "pfedmoap": "pFedMoAP",
 }
 

@@ -21,7 +21,7 @@ with jaxtyping.install_import_hook(CHECKED, "beartype.beartype"):
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
 NAMES = ["red_square", "red circle", "Blue square", "painter's palette", "cat", "golden retriever"]
-SMALL = {"n_ctx": 4, "n_experts": 2, "d_gate": 16, "heads": 4}
+SMALL = {"n_ctx": 4, "n_experts": 2, "d_gate": 16, "heads": 4, "n_base": 3, "rank": 2, "tune_epochs": 3}
 
 
 def tiny_model(kind=open_clip.CLIP, embed_dim=32, quick_gelu=False, **text_cfg):

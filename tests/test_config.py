@@ -172,7 +172,14 @@ def test_settings_are_complete(row):
     names = [f.name for part in parts.values() for f in dataclasses.fields(part)]
     assert len(names) == len(set(names)), "one name, two owners"
     assert sorted(base.settings()) == sorted(["method", "seed", *names])
-    other = {"kind": "even", "schedule": "cosine", "template": "a {}.", "participation": 0.5}
+    other = {
+        "kind": "even",
+        "schedule": "cosine",
+        "template": "a {}.",
+        "participation": 0.5,
+        "memory": "always",
+        "anchor": "a {}.",
+    }
     for part, value in parts.items():
         for name in (f.name for f in dataclasses.fields(value)):
             new = other[name] if name in other else getattr(value, name) + 1

@@ -1,17 +1,31 @@
 """Promises of every method: what is learnt, what leaves a client, what it depends on, and degenerate cases that agree."""
 
 import dataclasses
+import math
 from types import SimpleNamespace
 
 import jaxtyping
 import pytest
 import torch
-from conftest import NAMES, error, make, tiny_model
+import torch.nn.functional as F
+from conftest import NAMES, SMALL, error, make, tiny_model
 
 from fpl import controls, gate, rounds
 from fpl.clip import Clip, Text
 from fpl.controls import CONTROLS
-from fpl.methods import METHODS, CoOp, PFedMoAP, PromptFL, Server
+from fpl.methods import (
+    METHODS,
+    CoOp,
+    FedAMP,
+    FedPer,
+    FedPGP,
+    FedProx,
+    FineTuned,
+    PFedMoAP,
+    PFedPrompt,
+    PromptFL,
+    Server,
+)
 from fpl.rounds import Clients, Run, Seeds
 
 LEARNING = {name: kind for name, kind in METHODS.items() if make(kind).init(SimpleNamespace(width=8), torch.Generator())}
@@ -27,15 +41,21 @@ def learning(request):
 
 
 def watch(method):
-    """The same method and a log: batches and logits as called, then per round who, uploads, servers, own and deployed tensors."""
-    log = SimpleNamespace(batches=[], logits=[], who=[], uploads=[], servers=[], own=[], deployed=[])
+    """The same method and a log: batches and logits as called, then per round who, uploads, servers, own and deployed tensors.
+
+    Batches of training for deployment are `tuned`.
+    """
+    log = SimpleNamespace(batches=[], logits=[], who=[], uploads=[], servers=[], own=[], deployed=[], tuned=[], tuning=False)
 
     class Watched(type(method)):
         def loss(self, text, p, f, x, y):
-            log.batches.append((len(log.servers), x, y, super().loss(text, p, f, x, y)))
-            return log.batches[-1][-1]
+            value = super().loss(text, p, f, x, y)
+            (log.tuned if log.tuning else log.batches).append((len(log.servers) - log.tuning, x, y, value))
+            return value
 
         def logits(self, text, t, p, f, x):
+            if log.tuning:
+                return super().logits(text, t, p, f, x)
             log.logits.append((torch.is_grad_enabled(), len(log.servers), {k: v.detach().clone() for k, v in p.items()}, t, f, x))
             return super().logits(text, t, p, f, x)
 
@@ -47,7 +67,9 @@ def watch(method):
 
         def deploy(self, server, own, tune):
             log.own.append(own)
+            log.tuning = True
             log.deployed.append(super().deploy(server, own, tune))
+            log.tuning = False
             return log.deployed[-1]
 
     return Watched(**{f.name: getattr(method, f.name) for f in dataclasses.fields(method)}), log
@@ -85,10 +107,10 @@ def owners(clients):
     return {image: i for parts in (clients.train, clients.test) for i, part in enumerate(parts) for image in part.tolist()}
 
 
-def by_client(clients, log):
+def by_client(clients, steps):
     """Client -> (round, batch, loss) of its steps, from what `loss` was called with; labels are checked on the way."""
     found, owner = {}, owners(clients)
-    for t, x, y, losses in log.batches:
+    for t, x, y, losses in steps:
         index = images(clients, x)
         assert torch.equal(clients.labels[index], y)
         for batch, loss in zip(index.tolist(), losses.tolist(), strict=True):
@@ -98,7 +120,7 @@ def by_client(clients, log):
 
 def batches(clients, log):
     """Client -> (round, batch) of its steps."""
-    return {i: [(t, batch) for t, batch, _ in steps] for i, steps in by_client(clients, log).items()}
+    return {i: [(t, batch) for t, batch, _ in steps] for i, steps in by_client(clients, log.batches).items()}
 
 
 def calls(clients, log, training):
@@ -141,7 +163,14 @@ def test_exactly_the_shared_tensors_leave_the_client(row, text, clients):
 
 def test_what_is_shared_is_known():
     shared = {name: kind.shared for name, kind in {**METHODS, **CONTROLS}.items() if kind.shared}
-    assert shared == {"promptfl": ("ctx",), "pfedmoap": ("ctx",)}
+    a_prompt = ("promptfl", "finetuned", "fedprox", "fedamp", "pfedprompt", "fedpgp", "pfedmoap")
+    assert shared == {"fedper": ("base",), **{name: ("ctx",) for name in a_prompt}}
+
+
+def test_an_upload_is_as_large_as_the_docstring_says(learning, text, clients):
+    log = play(learning, text, clients, dataclasses.replace(RUN, rounds=1))
+    vectors = {CoOp: 0, FedPer: 3}.get(type(learning), learning.n_ctx)
+    assert sum(v[0].numel() for v in log.uploads[0].values()) == vectors * text.width
 
 
 def test_training_starts_from_the_download_and_the_clients_own(learning, text, clients):
@@ -151,7 +180,8 @@ def test_training_starts_from_the_download_and_the_clients_own(learning, text, c
     assert begin.keys() == {(t, i) for t, who in enumerate(log.who) for i in who}
     for (t, i), p in begin.items():
         if t:
-            assert equal(p, {**{k: v[i] for k, v in log.own[t - 1].items()}, **log.servers[t - 1].params})
+            download = {} if isinstance(learning, FedAMP) else log.servers[t - 1].params
+            assert equal(p, {**{k: v[i] for k, v in log.own[t - 1].items()}, **download})
 
 
 def test_whoever_is_not_selected_keeps_what_it_has(learning, text, clients):
@@ -159,7 +189,7 @@ def test_whoever_is_not_selected_keeps_what_it_has(learning, text, clients):
     for before, after, who in zip(log.own, log.own[1:], log.who[1:], strict=False):
         idle = [i for i in range(len(clients)) if i not in who]
         assert equal({k: v[idle] for k, v in before.items()}, {k: v[idle] for k, v in after.items()})
-        assert not torch.equal(before["ctx"][who], after["ctx"][who])
+        assert not any(torch.equal(before[k][who], after[k][who]) for k in before if not k.startswith("gate_"))
 
 
 # Degenerate cases
@@ -183,7 +213,172 @@ def test_pfedmoap_without_experts_trains_like_promptfl(text, clients, cfg):
     assert not always(equal, with_experts.uploads, plain.uploads)
 
 
+DEGENERATE = {
+    "fedprox without the term": (FedProx, {"mu": 0.0}, PromptFL),
+    "fedper, all vectors shared": (FedPer, {"n_base": 4}, PromptFL),
+    "fedper, no vector shared": (FedPer, {"n_base": 0}, CoOp),
+    "fedpgp of rank 0 without contrast": (FedPGP, {"rank": 0, "mu": 0.0}, PromptFL),
+    "pfedprompt without memory": (PFedPrompt, {"blend": 0.0}, PromptFL),
+    "fedamp without attraction": (FedAMP, {"lam": 0.0}, CoOp),
+    "fine-tuned for 0 epochs": (FineTuned, {"tune_epochs": 0}, PromptFL),
+}
+
+
+@pytest.mark.parametrize("cfg", [RUN, HALF], ids=["all", "half"])
+@pytest.mark.parametrize(("kind", "changes", "same_as"), DEGENERATE.values(), ids=DEGENERATE)
+def test_degenerate_cases_are_equal_to_the_bit(text, clients, kind, changes, same_as, cfg):
+    one, other = play(dataclasses.replace(make(kind), **changes), text, clients, cfg), play(make(same_as), text, clients, cfg)
+    method = make(kind)
+    for part in ("own", "deployed"):
+        assert all(torch.equal(method.ctx(a), b["ctx"]) for a, b in zip(getattr(one, part), getattr(other, part), strict=True))
+    assert [r.loss for r in one.rounds] == [r.loss for r in other.rounds]
+    assert all(torch.equal(torch.cat(a.correct), torch.cat(b.correct)) for a, b in zip(one.rounds, other.rounds, strict=True))
+
+
+@pytest.mark.parametrize("cfg", [RUN, HALF], ids=["all", "half"])
+@pytest.mark.parametrize(("kind", "changes", "same_as"), DEGENERATE.values(), ids=DEGENERATE)
+def test_the_ordinary_case_is_not_the_degenerate_one(text, clients, kind, changes, same_as, cfg):
+    method, logits = make(kind), []
+    one, other = play(method, text, clients, cfg), play(make(same_as), text, clients, cfg)
+    if kind is PFedPrompt:  # it differs in what is made of the prompts
+        assert one.rounds[-1].correct and always(equal, one.deployed, other.deployed)
+        for log, row in ((one, method), (other, make(same_as))):
+            _, _, p, t, f, x = log.logits[-1]
+            logits.append(row.logits(text, t, p, f, x))
+        assert error(*logits) > 1e-3
+    else:
+        assert not all(torch.equal(method.ctx(a), b["ctx"]) for a, b in zip(one.deployed, other.deployed, strict=True))
+
+
+# Extra terms, in double precision, against their formulas
+
+
+@pytest.fixture(scope="module")
+def case(clients):
+    """A server of six prompts, of which client 4 has sent none, three clients' tensors and a batch of each; the frozen CLIP."""
+    gen, text = torch.Generator().manual_seed(2), Text(Clip(tiny_model().double()), NAMES, SMALL["n_ctx"])
+    pool = 0.1 * torch.randn(6, 4, text.width, generator=gen).double()
+    seen = torch.tensor([True, True, True, True, False, True])
+    server = Server({"ctx": pool.mean(0)}, {"ctx": pool * seen.view(-1, 1, 1)}, seen)
+    who = torch.tensor([0, 2, 4])
+    order = torch.stack([clients.train[i][torch.arange(3) % len(clients.train[i])] for i in who])
+    ours = dataclasses.replace(clients, feats=clients.feats.double())
+    return SimpleNamespace(text=text, server=server, who=who, clients=ours, x=ours.feats[order], y=ours.labels[order], gen=gen)
+
+
+def gradients(method, case, extra=None):
+    """Of the method's loss, or of `extra` (tensors, frozen) alone; the point is the same for every method."""
+    gen = torch.Generator().manual_seed(7)
+    p = {k: 0.1 * torch.randn(3, *v.shape, generator=gen).double() for k, v in method.init(case.text, gen).items()}
+    p = {k: v.requires_grad_() for k, v in p.items()}
+    f = method.frozen(case.text, case.server, case.who, case.clients)
+    value = extra(p, f) if extra else method.loss(case.text, p, f, case.x, case.y)
+    return p, f, dict(zip(p, torch.autograd.grad(value.sum(), list(p.values()), materialize_grads=True), strict=True))
+
+
+def attentive_mean(case, method):
+    """u_i and alpha, pair by pair as the paper writes them."""
+    pool, seen, n = case.server.pool["ctx"], [0, 1, 2, 3, 5], 6
+    between = lambda i, j: (pool[i] - pool[j]).square().sum().item()  # noqa: E731
+    sigma = sorted(between(i, j) for i in seen for j in seen if i < j)[4]  # the lower median of ten
+    alpha, found = method.step * sigma / n, []
+    for i in (0, 2):
+        xi = {j: alpha / sigma * math.exp(-between(i, j) / sigma) for j in seen if j != i}
+        xi = {j: v / max(1, sum(xi.values())) for j, v in xi.items()}
+        found.append((1 - sum(xi.values())) * pool[i] + sum(v * pool[j] for j, v in xi.items()))
+    return torch.stack(found), alpha
+
+
+def test_fedprox_adds_the_gradient_of_its_term(case):
+    p, _, got = gradients(FedProx(n_ctx=4, mu=0.7), case)
+    _, _, plain = gradients(PromptFL(n_ctx=4), case)
+    assert error(got["ctx"] - plain["ctx"], 0.7 * (p["ctx"] - case.server.params["ctx"]).detach()) < 1e-9
+
+
+@pytest.mark.parametrize("step", [1.0, 30.0], ids=["default", "own weight clamped at 0"])
+def test_fedamp_adds_the_gradient_of_its_term(case, step):
+    method = FedAMP(n_ctx=4, lam=0.3, step=step)
+    p, f, got = gradients(method, case)
+    _, _, plain = gradients(CoOp(n_ctx=4), case)
+    mean, alpha = attentive_mean(case, method)
+    assert error(f["cloud"][:2], mean) < 1e-9
+    assert error((got["ctx"] - plain["ctx"])[:2], 0.3 / alpha * (p["ctx"].detach()[:2] - mean)) < 1e-9
+    assert torch.equal(got["ctx"][2], plain["ctx"][2]), "client 4 has no upload, so nothing to be drawn to"
+
+
+@pytest.mark.parametrize("seen", [[True, True, False], [True, False, False]], ids=["equal prompts", "one prompt"])
+def test_fedamp_without_a_distance_has_no_attraction(seen):
+    server = Server({}, {"ctx": torch.ones(3, 4, 8)}, torch.tensor(seen))
+    frozen = FedAMP().frozen(None, server, torch.arange(3), None)
+    assert torch.equal(frozen["pull"], torch.zeros(3)) and torch.isfinite(frozen["cloud"]).all()
+
+
+def test_fedpgp_adds_the_gradient_of_its_term(case):
+    method, plain = FedPGP(n_ctx=4, rank=2, mu=0.7, tau=0.3), FedPGP(n_ctx=4, rank=2, mu=0.0)
+
+    def contrast(p, f):
+        anchor = case.text.zero_shot("a photo of a {}.").expand(3, -1, -1)
+        common, personal = case.text(p["ctx"]), case.text(p["ctx"] + p["u"] @ p["v"])
+        cosines = [F.cosine_similarity(common, other, dim=-1) for other in (anchor, personal)]
+        return -0.7 * (torch.stack(cosines) / 0.3).softmax(0)[0].log().mean(-1)
+
+    got, without, want = (gradients(*args)[2] for args in ((method, case), (plain, case), (method, case, contrast)))
+    for k in ("ctx", "u", "v"):
+        assert error(got[k] - without[k], want[k]) < 1e-9, k
+
+
+@pytest.mark.parametrize("memory", ["test", "always"])
+def test_pfedprompt_adds_its_memory_to_the_logits(case, memory):
+    method = PFedPrompt(n_ctx=4, blend=0.8, beta=2.0, memory=memory)
+    p, f, got = gradients(method, case)
+    t = method.encode(case.text, p)
+    z = method.logits(case.text, t, p, f, case.x)
+    for n, i in enumerate(case.who.tolist()):
+        keys, labels = case.clients.training(i)
+        for b, x in enumerate(case.x[n]):
+            want = case.text.scale * t[n] @ x
+            for key, label in zip(keys, labels, strict=True):
+                want = want + 0.8 * math.exp(-2.0 * (1 - (x @ key).item())) * F.one_hot(label, len(NAMES)).double()
+            assert error(z[n, b], want) < 1e-9
+    _, _, plain = gradients(PromptFL(n_ctx=4), case)
+    assert equal(got, plain) == (memory == "test"), "training uses the memory only where it is asked to"
+
+
 # What a result depends on
+
+
+def test_each_prompt_is_encoded_once_a_step(learning, text, clients):
+    counts = []
+
+    class Counted(Text):
+        def forward(self, ctx):
+            counts.append(len(ctx.flatten(0, -3)) * ctx.requires_grad)
+            return super().forward(ctx)
+
+    counted = Counted(text._clip, NAMES, learning.n_ctx)
+    log = play(learning, counted, clients)
+    steps = sum(len(x) for _, x, *_ in log.batches + log.tuned)
+    assert sum(counts) == steps * (2 if isinstance(learning, FedPGP) else 1)
+
+
+def test_fine_tuning_is_for_evaluation_only(text, clients):
+    tuned, plain = play(make(FineTuned), text, clients, HALF), play(make(PromptFL), text, clients, HALF)
+    assert always(equal, tuned.uploads, plain.uploads) and always(equal, tuned.own, plain.own)
+    assert batches(clients, tuned) == batches(clients, plain) and not plain.tuned
+
+
+def test_fine_tuning_is_of_everybody_from_the_new_average_in_an_order_of_its_own(text, clients):
+    log, cfg = play(make(FineTuned), text, clients, HALF), dataclasses.replace(HALF, local_epochs=SMALL["tune_epochs"])
+    steps = by_client(clients, log.tuned)
+    for t, (server, deployed, r) in enumerate(zip(log.servers, log.deployed, log.rounds, strict=True)):
+        for i in range(len(clients)):
+            order = rounds.batches(clients.train[i], cfg, SEEDS.order, t, i, "tune")
+            assert [batch for at, batch, _ in steps[i] if at == t] == order.tolist()
+            ctx = {"ctx": server.params["ctx"][None]}
+            want, _ = rounds.train_locally(PromptFL(4), text, ctx, {}, order[None], clients, cfg, lambda n: None)
+            assert error(deployed["ctx"][i], want["ctx"][0]) < 1e-4
+            assert torch.equal(r.correct[i], right(text, deployed["ctx"][i], clients, i))
+    assert order.tolist() != rounds.batches(clients.train[i], cfg, SEEDS.order, t, i).tolist()
 
 
 def test_stacked_clients_train_as_they_would_alone(learning, text, clients, monkeypatch):
@@ -201,7 +396,7 @@ def test_a_client_does_not_depend_on_who_else_trains(learning, text, clients, mo
     everybody = play(learning, text, clients, cfg)
     monkeypatch.setattr(rounds, "select", lambda *args: torch.tensor(subset))
     some = play(learning, text, clients, cfg)
-    assert by_client(clients, some).keys() == set(subset)
+    assert by_client(clients, some.batches).keys() == set(subset)
     theirs = [[{k: v[subset] for k, v in own.items()} for own in log.own] for log in (some, everybody)]
     assert always(near, *theirs)
 
@@ -280,7 +475,7 @@ def test_text_features_are_those_of_the_prompts_in_use(learning, text, clients):
 def test_the_loss_of_a_round_is_the_mean_of_the_last_epochs(learning, text, clients):
     log = play(learning, text, clients, HALF)
     for r in log.rounds:
-        steps = [[loss for t, _, loss in by_client(clients, log)[i] if t == r.number] for i in log.who[r.number]]
+        steps = [[loss for t, _, loss in by_client(clients, log.batches)[i] if t == r.number] for i in log.who[r.number]]
         last = [torch.tensor(losses[-len(losses) // RUN.local_epochs :]).mean() for losses in steps]
         assert r.loss == pytest.approx(torch.stack(last).mean().item())
 
