@@ -1,0 +1,77 @@
+"""Promise: the transport plan is the released solver's, after as many iterations, and a plan where that underflows."""
+
+import math
+
+import pytest
+import torch
+from conftest import error, golden
+
+from fpl.transport import plan
+
+CASES = [(f, kind) for f in ("ot_solver_eps0.1_g0.8", "ot_solver_eps0.01_g1_f64") for kind in ("cot", "sinkhorn")]
+LIMIT = {torch.float32: 3e-5, torch.float64: 1e-9}
+
+
+def solve(z, kind, **changes):
+    """The plan and its iterations for a golden file's similarities and settings."""
+    settings = {"eps": z["eps"].item(), "gamma": z["gamma"].item(), "max_iter": int(z["max_iter"]), "thresh": z["thresh"].item()}
+    return plan(z["sim"], balanced=kind == "sinkhorn", **{**settings, **changes})
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_plan_and_iterations_are_the_released_ones(name, kind):
+    z = golden(name)
+    found, iterations = solve(z, kind)
+    assert error(found, z[f"{kind}_plan"]) < LIMIT[z["sim"].dtype]
+    assert iterations == int(z[f"{kind}_iters"])
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_the_limit_is_the_released_one_and_has_the_marginals(name, kind):
+    z = golden(name)
+    z, limit = {**z, "sim": z["sim"].double()}, LIMIT[z["sim"].dtype]
+    found, _ = solve(z, kind, thresh=0.0, max_iter=int(z[f"conv_{kind}_iters"]))
+    assert error(found, z[f"conv_{kind}_plan"]) < limit
+    patches, prompts = z["sim"].shape[1:]
+    mass = z["gamma"].item() if kind == "cot" else 1.0
+    assert torch.allclose(found.sum(1), torch.full_like(found[:, 0], mass / prompts), rtol=1e-9)
+    assert (found.sum(2) * patches).max() < 1 + 2e-4
+    if kind == "sinkhorn":
+        assert (found.sum(2) * patches).min() > 1 - 2e-4
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_a_perturbed_value_fails(name, kind):
+    z, limit = golden(name), LIMIT[golden(name)["sim"].dtype]
+    stored = z[f"{kind}_plan"].clone().view(-1)
+    stored[stored.argmax()] *= 1.001
+    assert error(solve(z, kind)[0], stored.view_as(z["sim"])) > limit
+    for changes in ({"eps": 1.01 * z["eps"].item()}, {"gamma": 0.5} if kind == "cot" else {"eps": 1.0}):
+        assert error(solve(z, kind, **changes)[0], z[f"{kind}_plan"]) > limit
+    z["sim"][3, 4, 1] += 0.01
+    assert error(solve(z, kind)[0], z[f"{kind}_plan"]) > limit
+
+
+def test_the_scale_of_the_kernel_moves_the_truncated_plan_and_not_the_limit():
+    z = golden("ot_solver_eps0.1_g0.8")
+    sim = z["sim"].double()
+    shifted = 1 + sim - sim.amax((1, 2), keepdim=True)  # the kernel divided by its maximum
+    truncated, limits = (
+        [plan(s, 0.1, 0.8, thresh=t, max_iter=n)[0] for s in (sim, shifted)] for t, n in ((1e-3, 100), (0, 3000))
+    )
+    assert error(truncated[1], z["maxsub_cot_plan"]) < 3e-5 and error(*truncated[::-1]) > 1e-3
+    assert error(*limits) < 1e-9
+
+
+def test_leading_axes_are_problems_of_one_batch():
+    sim = golden("ot_solver_eps0.1_g0.8")["sim"]
+    assert torch.equal(plan(sim.view(3, 2, 2, *sim.shape[1:]))[0].flatten(0, 2), plan(sim)[0])
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_cosines_whose_kernel_underflows_still_give_a_plan(balanced):
+    sim = (0.05 * torch.rand(2, 49, 2, generator=torch.Generator().manual_seed(1))).requires_grad_()
+    assert math.exp(-1 / 0.001) == 0.0
+    found, _ = plan(sim, eps=0.001, gamma=0.8, balanced=balanced)
+    assert torch.isfinite(found).all() and not found.requires_grad
+    assert torch.allclose(found.sum(1), torch.full((2, 2), (1.0 if balanced else 0.8) / 2), rtol=1e-3)
