@@ -1,5 +1,6 @@
 # `make repro` regenerates every table of the demo, `make test` runs the checks. Both make their own environment first.
-PYTHON ?= python3
+FIT := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '$(FIT)' 2>/dev/null && echo $$p && exit; done; echo python3)
 BIN := .venv/bin
 READY := .venv/.ready
 export DVC_NO_ANALYTICS := 1
@@ -25,7 +26,7 @@ $(READY): requirements.txt pyproject.toml
 	@echo "installing into .venv (about 6 GB on Linux, two minutes) ..."
 	@rm -f $(READY)
 	@$(PYTHON) -m venv --clear .venv
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes -r requirements.txt
+	@$(BIN)/python -m pip install --disable-pip-version-check --require-hashes -r requirements.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@[ -e .git ] || $(BIN)/dvc config --local core.no_scm true
 	@touch $(READY)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import sys
 from pathlib import Path
 
-from fpl.files import writing
+from fpl.files import alone, writing
 
 
 def features(options: argparse.Namespace) -> None:
@@ -114,23 +113,29 @@ def bench(options: argparse.Namespace) -> None:
 
 
 def repro(options: argparse.Namespace) -> None:
-    """Run the DVC pipeline, then `fpl compare`; waits for another such run in this folder (a killed one may still be ending)."""
+    """Run the DVC pipeline, then `fpl compare`. One at a time in a folder; what a killed one left half written is removed."""
     import subprocess
 
-    Path("results").mkdir(exist_ok=True)
-    lock = os.open("results/.repro.lock", os.O_CREAT | os.O_RDWR)
-    os.set_inheritable(lock, True)  # held until the last process of this run, orphans included, has ended
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print("waiting for an earlier `make repro` in this folder to end ...", flush=True)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    here = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # the stages call fpl
-    environment = {**os.environ, "PATH": here, "DVC_NO_ANALYTICS": "1"}
-    code = subprocess.run([sys.executable, "-m", "dvc", "repro", *options.dvc], close_fds=False, env=environment).returncode
+    with alone("results/.repro.lock"):
+        for path in (Path(".dvc/tmp/rwlock"), Path("dvc.lock")):  # DVC empties them before it writes
+            if path.exists() and not readable(path):
+                path.unlink()
+        here = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # the stages call fpl
+        environment = {**os.environ, "PATH": here, "DVC_NO_ANALYTICS": "1"}
+        code = subprocess.run([sys.executable, "-m", "dvc", "repro", *options.dvc], env=environment).returncode
     if code:
         raise SystemExit(code)
     compare(options)
+
+
+def readable(path: Path) -> bool:
+    """Whether a YAML or JSON file of DVC's is whole enough to be a mapping."""
+    import yaml
+
+    try:
+        return isinstance(yaml.safe_load(path.read_text()), dict)
+    except yaml.YAMLError:
+        return False
 
 
 def parser() -> argparse.ArgumentParser:
@@ -178,7 +183,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one command. What a user can mend ends in one sentence and exit status 1."""
     options = parser().parse_args(arguments)
     try:
-        options.command(options)
+        if options.command in (features, sweep, notebook, report):  # stages: an orphan of a killed pipeline may still be at it
+            with alone("results/.stage.lock"):
+                options.command(options)
+        else:
+            options.command(options)
     except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
         sys.exit(f"fpl {options.command.__name__}: {error}")
     except KeyboardInterrupt:

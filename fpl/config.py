@@ -35,6 +35,10 @@ class Data:
         return Path("data") / self.name
 
     @property
+    def manifest(self) -> Path:
+        return self.folder / "manifest.csv"
+
+    @property
     def features(self) -> Path:
         return Path("data") / "features" / f"{self.name}.h5"
 
@@ -168,6 +172,8 @@ def read(path: Path = PARAMS) -> Params:
         if key in content
     }
     if "seeds" in content:
+        if content["seeds"] == []:
+            raise ValueError("seeds must name at least one seed")
         made["seeds"] = tuple(number(seed, "int", "seeds") for seed in of_type(content["seeds"], list, "seeds"))
     for key, kind in (("methods", dict), ("ablations", list)):
         made[key] = {name: of_type(v, kind, f"{key}.{name}") for name, v in of_type(content.get(key, {}), dict, key).items()}

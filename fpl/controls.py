@@ -54,10 +54,11 @@ class ZeroShotOwn(ZeroShot):
 class RidgeOwn(Control):
     """Ridge regression to one-hot labels on the client's own training features.
 
-    `alpha` is the penalty on unit features, the same for all and not chosen on test data.
+    `alpha` is the penalty on unit features; 0 takes, for each fit, the power of ten between 0.001 and 1000 with the least squared
+    error when every training image in turn is left out. Nothing is chosen on test data.
     """
 
-    alpha: float = 1.0
+    alpha: float = 0.0
 
     def frozen(self, text, server, who, clients):
         fits = [self.fit(*clients.training(i), clients.n_cls) for i in who.tolist()]
@@ -67,9 +68,17 @@ class RidgeOwn(Control):
         """argmin |X W + b - Y|^2 + alpha |W|^2, b not penalised."""
         target = F.one_hot(y, n_cls).to(x.dtype)
         mean, level = x.mean(0), target.mean(0)
-        centred = x - mean
-        penalty = self.alpha * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-        w = torch.linalg.solve(centred.T @ centred + penalty, centred.T @ (target - level))
+        u, s, vh = torch.linalg.svd(x - mean, full_matrices=False)
+        projected = u.T @ (target - level)
+
+        def left_out(alpha: float) -> float:
+            shrunk = s**2 / (s**2 + alpha)
+            leverage = 1 / len(x) + (u**2 @ shrunk)
+            residual = target - level - u @ (shrunk.unsqueeze(1) * projected)
+            return (residual / (1 - leverage).unsqueeze(1)).square().sum().item()
+
+        alpha = self.alpha or min((10.0**k for k in range(-3, 4)), key=left_out)
+        w = vh.T @ ((s / (s**2 + alpha)).unsqueeze(1) * projected)
         return w, level - mean @ w
 
     def logits(self, text, t, p, f, x):

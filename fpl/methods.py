@@ -105,6 +105,10 @@ class ZeroShot(PromptFL):
     template: str = "a photo of a {}."
     shared = ()
 
+    def check(self, text, clients):
+        if self.template.count("{}") != 1:
+            raise ValueError(f"template {self.template!r} must have one {{}} where the class name goes")
+
     def init(self, text, gen):
         return {}
 
@@ -316,7 +320,8 @@ class PFedMoAP(PromptFL):
     A client downloads the average prompt, where its training starts, and K prompts of other clients, the nearest to its own
     upload of the previous round, as frozen experts. Its gate, which never leaves it, mixes their text features with the local
     ones: logits = s <pool(x), T_MoE> + lam s <x, t> (Eq. 10). A client that was never selected before has no upload to compare
-    and trains without experts, like PromptFL (footnote 1). It is evaluated with its own prompt, before aggregation.
+    and trains without experts, like PromptFL (footnote 1). It is evaluated with its own prompt, before aggregation; one that was
+    not selected, with the prompt and gate that it has and freshly chosen experts, even if its gate has not trained yet.
     Uploads m w numbers, downloads (K + 1) m w, keeps 4 (g^2 + g).
     """
 

@@ -24,7 +24,7 @@ def start() -> None:
     plots.style()
 
 
-def parameters(namespace: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
+def parameters(namespace: dict[str, Any], known: set[str]) -> dict[str, Any]:
     """The notebook's parameters: every public name that the cells so far have set to a plain value.
 
     papermill only warns of a parameter that the notebook does not have; here it is an error that names the nearest one.
@@ -33,7 +33,9 @@ def parameters(namespace: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
     from fpl import config
 
     plain = (type(None), bool, int, float, str, list, dict)
-    given = {k: v for k, v in namespace.items() if not k.startswith("_") and k not in ("In", "Out") and isinstance(v, plain)}
+    namespace.setdefault("_names_at_first", {*namespace})  # a cell may be run again: names that came later are no parameters
+    eligible = (namespace["_names_at_first"] | known) - {"In", "Out"}
+    given = {k: v for k, v in namespace.items() if k in eligible and not k.startswith("_") and isinstance(v, plain)}
     for name in given:
         config.known(name, sorted(known), "notebook parameter")
     return {k: v for k, v in given.items() if v is not None}
@@ -47,7 +49,6 @@ def execute(source: Path, target: Path, values: Mapping[str, Any] | None = None)
     """
     import nbformat
     import papermill
-    from traitlets.config import Config
 
     from fpl import config
 
@@ -55,10 +56,7 @@ def execute(source: Path, target: Path, values: Mapping[str, Any] | None = None)
     for name in values or {}:
         config.known(name, list(declared), f"parameter of {source.name}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    quiet = Config({"KernelManager": {"transport": "ipc"}})  # no open port, and no warning of one
-    papermill.execute_notebook(
-        str(source), str(target), dict(values or {}), kernel_name="python3", progress_bar=True, config=quiet
-    )
+    papermill.execute_notebook(str(source), str(target), dict(values or {}), kernel_name="python3", progress_bar=True)
     book = nbformat.read(target, as_version=4)
     book.metadata.pop("papermill", None)
     for i, cell in enumerate(book.cells):

@@ -11,6 +11,7 @@ import ast
 import functools
 import hashlib
 import json
+import math
 import os
 import threading
 import time
@@ -25,13 +26,24 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from fpl import clip, features, partitions
+from fpl import clip, features, partitions, shapes
 from fpl.config import Backbone, Data, Experiment
-from fpl.files import writing
+from fpl.files import sha256, writing
 from fpl.rounds import Clients, Round, Seeds, run
 
 RECORDS = Path("results/records")
-SOURCES = ("clip", "gate", "methods", "controls", "rounds", "partitions", "features", "config", "sweep")  # what makes a number
+SOURCES = (
+    "clip",
+    "gate",
+    "methods",
+    "controls",
+    "rounds",
+    "partitions",
+    "features",
+    "config",
+    "shapes",
+    "sweep",
+)  # what makes a number
 
 
 @functools.cache
@@ -57,8 +69,13 @@ def stamp(path: Path) -> tuple[str, int]:
 
 @functools.lru_cache(maxsize=1)
 def _opened(data: Data, backbone: Backbone, device: str, state: tuple[str, int]) -> tuple[clip.Clip, features.Features]:
+    drawn, wanted = data.folder / "drawn.json", shapes.drawing(data.seed, data.train_per_class, data.test_per_class)
+    if drawn.exists() and drawn.read_text() != wanted:
+        found = f"{data.folder} holds images of {drawn.read_text().strip()}"
+        raise ValueError(f"{found}, params.yaml asks for {wanted.strip()}: run `fpl features`")
     loaded = clip.load(backbone.name, backbone.weights or None, device, image_tower=False)
-    return loaded, features.load(data.features, loaded.provenance, device)
+    images = {"manifest": sha256(data.manifest)} if data.manifest.exists() else {}
+    return loaded, features.load(data.features, loaded.provenance | images, device)
 
 
 @functools.lru_cache(maxsize=4)
@@ -73,7 +90,7 @@ def device() -> str:
 
 def manifest(data: Data) -> features.Manifest:
     """The images behind the features, in the same order; only the notebooks that show images read it."""
-    return features.read_manifest(data.folder / "manifest.csv")
+    return features.read_manifest(data.manifest)
 
 
 def make_clients(data: Data, backbone: Backbone, experiment: Experiment, device: str) -> Clients:
@@ -104,7 +121,7 @@ def perform(data: Data, backbone: Backbone, experiment: Experiment, path: Path, 
             "round": r.number,
             "accuracy": [round(a, 6) for a in r.accuracy.tolist()],
             "participants": r.participants.tolist(),
-            "loss": r.loss,
+            "loss": None if math.isnan(r.loss) else r.loss,
         }
         for r in tqdm(
             rounds_of(data, backbone, experiment), experiment.row, experiment.run.rounds, unit="round", disable=not progress
@@ -142,14 +159,13 @@ def sweep(
     data: Data, backbone: Backbone, experiments: Sequence[Experiment], jobs: int | None = None, fresh: bool = False
 ) -> list[Path]:
     """Records of all experiments, in their order; only the missing ones are run, `jobs` at a time (as many as cores)."""
-    feats_sha = features.load(data.features).sha256
-    paths = [record_path(feats_sha, e) for e in experiments]
+    paths = paths_of(data, backbone, experiments)
     todo = {path: e for path, e in zip(paths, experiments, strict=True) if fresh or not path.exists()}
     if len(todo) <= 1:  # no pool: a bar over its rounds says more
         for path, experiment in todo.items():
             perform(data, backbone, experiment, path, progress=True)
         return paths
-    jobs = 1 if device() == "cuda" else min(jobs or os.cpu_count() or 1, len(todo))
+    jobs = 1 if device() == "cuda" else min(jobs or min(os.cpu_count() or 1, 8), len(todo))
     threads = max(1, torch.get_num_threads() // jobs)
     pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=settle, initargs=(threads,))
     with pool, tqdm(total=len(paths), initial=len(paths) - len(todo), desc="runs", unit="run") as bar:
@@ -168,10 +184,15 @@ def sweep(
     return paths
 
 
-def found(data: Data, experiments: Sequence[Experiment]) -> list[Path]:
+def paths_of(data: Data, backbone: Backbone, experiments: Sequence[Experiment]) -> list[Path]:
+    """Where the records are or will be, for features that are the ones asked for."""
+    _, feats = opened(data, backbone, device())
+    return [record_path(feats.sha256, e) for e in experiments]
+
+
+def found(data: Data, backbone: Backbone, experiments: Sequence[Experiment]) -> list[Path]:
     """Records that exist, for whoever reads only. Raises FileNotFoundError when some of the runs were not made."""
-    feats_sha = features.load(data.features).sha256
-    paths = [record_path(feats_sha, e) for e in experiments]
+    paths = paths_of(data, backbone, experiments)
     missing = [e.row for path, e in zip(paths, experiments, strict=True) if not path.exists()]
     if missing:
         raise FileNotFoundError(

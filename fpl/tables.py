@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from fpl.controls import CONTROLS
 from fpl.files import writing
 from fpl.stats import by_seed, over_seeds
 
@@ -54,8 +55,8 @@ def table1(runs: pd.DataFrame) -> pd.DataFrame:
     )
     own = summary(runs)
     table = percent(own)
-    table.insert(0, "row", [NAMES[m] for m in own.index])
-    table[BESIDE] = [paper.get(NAMES[m]) for m in own.index]
+    table.insert(0, "row", [NAMES.get(m, m) for m in own.index])
+    table[BESIDE] = [paper.get(NAMES.get(m)) for m in own.index]
     return table.rename_axis("method").round(2)
 
 
@@ -64,6 +65,12 @@ def ablation(runs: pd.DataFrame, default: pd.DataFrame, key: str) -> pd.DataFram
     both = pd.concat([runs, default])
     both[key] = both[key].convert_dtypes()  # whole numbers are floats where other methods lack the column
     return percent(summary(both, key)).sort_index().round(2)
+
+
+def with_controls(table: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """The table with a line for each control below; they do not depend on what the table varies."""
+    controls = percent(summary(runs[runs["method"].isin(CONTROLS)])).round(2)
+    return pd.concat([table, controls.rename(index=NAMES)]).rename_axis(table.index.name)
 
 
 def percent(summary: pd.DataFrame) -> pd.DataFrame:

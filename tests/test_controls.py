@@ -59,6 +59,23 @@ def test_ridge_on_own_images(text, clients, alpha):
     assert same(correct(RidgeOwn(alpha=alpha), text, clients), guesses, clients)
 
 
+def test_the_penalty_is_chosen_by_leaving_one_training_image_out(text, clients):
+    """alpha 0 against refitting without each image in turn, for the powers of ten from 0.001 to 1000."""
+    frozen = RidgeOwn().frozen(text, None, EVERYBODY, clients)
+    chosen = set()
+    for i in range(len(clients)):
+        x, y = (a.numpy() for a in clients.training(i))
+        errors = {}
+        for alpha in 10.0 ** np.arange(-3, 4):
+            fits = [lstsq(np.delete(x, k, 0), np.delete(y, k), clients.n_cls, alpha) for k in range(len(x))]
+            left = [x[k] @ w + b - np.eye(clients.n_cls)[y[k]] for k, (w, b) in enumerate(fits)]
+            errors[alpha] = np.square(left).sum()
+        best = min(errors, key=errors.get)
+        chosen.add(best)
+        assert np.allclose(frozen["w"][i], lstsq(x, y, clients.n_cls, best)[0], atol=1e-5)
+    assert len(chosen) > 1, "a penalty that is the same for all clients would pass unnoticed"
+
+
 @pytest.mark.parametrize("alpha", [0.1, 1.0])
 def test_ridge_on_everybodys_images_among_own_classes(text, clients, alpha):
     everything = torch.cat(list(clients.train))

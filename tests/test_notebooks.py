@@ -85,3 +85,13 @@ def test_misspelt_parameter_is_refused_in_the_notebook():
     with pytest.raises(ValueError, match="'n_expert'.*'n_experts'"):
         notebook.parameters(space, known)
     assert notebook.parameters({"method": "coop", "lam": None}, known) == {"method": "coop"}
+
+
+def test_a_cell_may_be_run_again():
+    known = {"method", "seed"} | config.parameter_names()
+    space = {"In": [], "method": "coop", "seed": 1, "lam": None}
+    first = notebook.parameters(space, known)
+    space |= {"settings": first, "title": "what a later cell said", "last": 3}
+    assert notebook.parameters(space, known) == first == {"method": "coop", "seed": 1}
+    space["seed"] = 2
+    assert notebook.parameters(space, known) == {"method": "coop", "seed": 2}

@@ -86,13 +86,13 @@ def test_a_run_is_not_made_twice(here, calls):
 def test_records_come_in_the_order_of_the_experiments(here):
     paths = sweep.sweep(DATA, BACKBONE, FEW)
     assert [json.loads(path.read_text())["settings"] for path in paths] == [e.settings() for e in FEW]
-    assert sweep.found(DATA, FEW[::-1]) == paths[::-1]
+    assert sweep.found(DATA, BACKBONE, FEW[::-1]) == paths[::-1]
 
 
 def test_what_was_not_run_is_missed_by_name(here):
     sweep.sweep(DATA, BACKBONE, FEW[:2])
     with pytest.raises(FileNotFoundError, match=r"4 of 6 runs were not made \(promptfl, ridge_own\)"):
-        sweep.found(DATA, FEW)
+        sweep.found(DATA, BACKBONE, FEW)
 
 
 NAMES = [
@@ -292,3 +292,11 @@ def test_uncertainty_over_seeds(case):
 def test_one_seed_has_no_uncertainty():
     found = stats.over_seeds([0.7])
     assert found["mean"] == 0.7 and found["seeds"] == 1 and found[["std", "low", "high"]].isna().all()
+
+
+def test_a_record_of_other_images_or_another_model_is_not_taken(here):
+    sweep.sweep(DATA, BACKBONE, FEW[:1])
+    with pytest.raises(ValueError, match="holds images of .* asks for .*run `fpl features`"):
+        sweep.sweep(dataclasses.replace(DATA, seed=DATA.seed + 1), BACKBONE, FEW[:1])
+    with pytest.raises((ValueError, FileNotFoundError), match="another"):
+        sweep.found(DATA, dataclasses.replace(BACKBONE, name="local-dir:another"), FEW[:1])

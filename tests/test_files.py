@@ -1,0 +1,50 @@
+"""Files are whole or not there, stages of the pipeline run one at a time, and what DVC left half written is found."""
+
+import subprocess
+import sys
+
+import pytest
+
+from fpl import cli, files
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "deep" / "file.txt"
+    with pytest.raises(KeyError), files.writing(path) as temporary:
+        temporary.write_text("half")
+        raise KeyError
+    assert not list(path.parent.iterdir())
+    with files.writing(path) as temporary:
+        temporary.write_text("whole")
+    assert path.read_text() == "whole" and list(path.parent.iterdir()) == [path]
+
+
+def test_the_lock_makes_others_wait_until_its_holder_ends(tmp_path):
+    lock, done = tmp_path / "lock", tmp_path / "done"
+    code = f"from fpl import files\nprint('up', flush=True)\nwith files.alone({str(lock)!r}): open({str(done)!r}, 'w')"
+    with files.alone(lock):
+        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert child.stdout.readline() == "up\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(1)
+        assert not done.exists()
+    assert child.wait(20) == 0 and done.exists()
+
+
+def test_a_killed_holder_lets_go(tmp_path):
+    lock = tmp_path / "lock"
+    code = f"from fpl import files\nimport time\nwith files.alone({str(lock)!r}): print('held', flush=True); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "held\n"
+    child.kill()
+    child.wait()
+    with files.alone(lock):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"), [("", False), ('{"a"', False), ("stages: {", False), ('{"a": 1}', True), ("schema: '2.0'\n", True)]
+)
+def test_half_written_files_are_told_from_whole_ones(text, whole, tmp_path):
+    (tmp_path / "file").write_text(text)
+    assert cli.readable(tmp_path / "file") == whole
