@@ -116,13 +116,13 @@ def repro(options: argparse.Namespace) -> None:
     """Run the DVC pipeline, then `fpl compare`. One at a time in a folder; what a killed one left half written is removed."""
     import subprocess
 
-    with alone("results/.repro.lock"):
+    with alone("results/.repro.lock") as lock:
         for path in (Path(".dvc/tmp/rwlock"), Path("dvc.lock")):  # DVC empties them before it writes
             if path.exists() and not readable(path):
                 path.unlink()
         here = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # the stages call fpl
         environment = {**os.environ, "PATH": here, "DVC_NO_ANALYTICS": "1"}
-        code = subprocess.run([sys.executable, "-m", "dvc", "repro", *options.dvc], env=environment).returncode
+        code = subprocess.run([sys.executable, "-m", "dvc", "repro", *options.dvc], env=environment, pass_fds=[lock]).returncode
     if code:
         raise SystemExit(code)
     compare(options)

@@ -24,13 +24,16 @@ def writing(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def alone(path: str | Path) -> Iterator[None]:
-    """One process at a time: waits for whoever holds the lock file, which a killed process lets go of."""
+def alone(path: str | Path) -> Iterator[int]:
+    """One process at a time: waits for whoever holds the lock file, which a killed process lets go of.
+
+    Yields the descriptor; a child that is given it holds the lock too, as long as it lives.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        yield lock.fileno()
 
 
 def sha256(path: str | Path) -> str:
