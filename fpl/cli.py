@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from fpl.files import alone, writing
@@ -104,12 +105,13 @@ def bench(options: argparse.Namespace) -> None:
     from fpl import bench as timing
 
     table = timing.local_step(options.model, options.classes, options.batch, options.repeats)
-    print(table.to_markdown(index=False, floatfmt=".4g"))
+    shown = table.to_markdown(index=False, floatfmt=".4g")
+    print(shown)
     if options.save:
         with writing(options.save.with_suffix(".json")) as temporary:
             table.to_json(temporary, orient="records", indent=2)
         with writing(options.save.with_suffix(".md")) as temporary:
-            temporary.write_text(table.to_markdown(index=False, floatfmt=".4g") + "\n")
+            temporary.write_text(shown + "\n")
 
 
 def repro(options: argparse.Namespace) -> None:
@@ -183,10 +185,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one command. What a user can mend ends in one sentence and exit status 1."""
     options = parser().parse_args(arguments)
     try:
-        if options.command in (features, sweep, notebook, report):  # stages: an orphan of a killed pipeline may still be at it
-            with alone("results/.stage.lock"):
-                options.command(options)
-        else:
+        stage = options.command in (features, sweep, notebook, report)  # an orphan of a killed pipeline may still be at one
+        with alone("results/.stage.lock") if stage else nullcontext():
             options.command(options)
     except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
         sys.exit(f"fpl {options.command.__name__}: {error}")

@@ -32,18 +32,8 @@ from fpl.files import sha256, writing
 from fpl.rounds import Clients, Round, Seeds, run
 
 RECORDS = Path("results/records")
-SOURCES = (
-    "clip",
-    "gate",
-    "methods",
-    "controls",
-    "rounds",
-    "partitions",
-    "features",
-    "config",
-    "shapes",
-    "sweep",
-)  # what makes a number
+# the modules that make a number
+SOURCES = ("clip", "gate", "methods", "controls", "rounds", "partitions", "features", "config", "shapes", "sweep")
 
 
 @functools.cache
