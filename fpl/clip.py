@@ -109,8 +109,12 @@ class Text(nn.Module):
     def zero_shot(self, template: str = "a photo of a {}.") -> Float[Tensor, "c d"]:
         """Unit text features of a hand-written template with one {} for the class name."""
         before, tail = template.split("{}")
-        ctx = words(self._clip, before)
+        ctx = self.words(before)
         return Text(self._clip, self.names, len(ctx), tail, self.budget)(ctx)
+
+    def words(self, text: str) -> Float[Tensor, "m w"]:
+        """The context that stands for ordinary words, such as "a photo of a"."""
+        return words(self._clip, text)
 
     def forward(self, ctx: Float[Tensor, "*n m w"]) -> Float[Tensor, "*n c d"]:
         flat = ctx.reshape(ctx.shape[:-2].numel(), *ctx.shape[-2:])

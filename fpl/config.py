@@ -14,10 +14,11 @@ import yaml
 from fpl.controls import CONTROLS
 from fpl.methods import METHODS, PromptFL
 from fpl.partitions import Partition
+from fpl.released import RELEASED
 from fpl.rounds import Run
 
 T = TypeVar("T")
-ROWS: dict[str, type[PromptFL]] = METHODS | CONTROLS  # everything that can be a row of a table
+ROWS: dict[str, type[PromptFL]] = METHODS | RELEASED | CONTROLS  # everything that can be a row of a table
 PARAMS = Path("params.yaml")
 
 
@@ -89,7 +90,7 @@ class Params:
             known(key, valid, f"parameter of {row}")
         pick = lambda cls: {f.name: wanted[f.name] for f in dataclasses.fields(cls) if f.name in wanted}  # noqa: E731
         method = build(ROWS[row], pick(ROWS[row]), row)
-        run = build(Run, dataclasses.asdict(self.run) | pick(Run), row)
+        run = build(Run, dataclasses.asdict(self.run) | ROWS[row].run | pick(Run), row)
         partition = build(Partition, dataclasses.asdict(self.partition) | pick(Partition), row)
         return Experiment(row, method, run, partition, seed)
 

@@ -32,7 +32,7 @@ class Control(PromptFL):
 class Majority(Control):
     """The client's most frequent training class, whatever the image (ties: the smallest label)."""
 
-    def frozen(self, text, server, who, clients):
+    def frozen(self, text, down, who, clients):
         return {"prior": torch.stack([clients.counts(i) for i in who.tolist()]).float()}
 
     def logits(self, text, t, p, f, x):
@@ -43,8 +43,8 @@ class Majority(Control):
 class ZeroShotOwn(ZeroShot):
     """Zero-shot CLIP that chooses among the client's own training classes only."""
 
-    def frozen(self, text, server, who, clients):
-        return {**super().frozen(text, server, who, clients), "own": own_classes(clients, who)}
+    def frozen(self, text, down, who, clients):
+        return {**super().frozen(text, down, who, clients), "own": own_classes(clients, who)}
 
     def logits(self, text, t, p, f, x):
         return restrict(super().logits(text, t, p, f, x), f["own"])
@@ -60,7 +60,7 @@ class RidgeOwn(Control):
 
     alpha: float = 0.0
 
-    def frozen(self, text, server, who, clients):
+    def frozen(self, text, down, who, clients):
         fits = [self.fit(*clients.training(i), clients.n_cls) for i in who.tolist()]
         return {"w": torch.stack([w for w, _ in fits]), "b": torch.stack([b for _, b in fits])}
 
@@ -89,7 +89,7 @@ class RidgeOwn(Control):
 class RidgeAll(RidgeOwn):
     """One ridge regression on the training features of all clients, restricted to the client's own classes."""
 
-    def frozen(self, text, server, who, clients):
+    def frozen(self, text, down, who, clients):
         x, y = (torch.cat(parts) for parts in zip(*map(clients.training, range(len(clients))), strict=True))
         w, b = self.fit(x, y, clients.n_cls)
         return {"w": w.expand(len(who), -1, -1), "b": b.expand(len(who), -1), "own": own_classes(clients, who)}

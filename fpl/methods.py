@@ -1,17 +1,18 @@
 """The methods, side by side: each states only what differs from PromptFL.
 
 A method is a frozen set of hyperparameters and a few pure functions over named tensors; it owns no loop, optimiser, device or
-generator. `shared` names the tensors that leave a client. Every function works on a stack of clients: the leading axis n.
+generator. What travels can be read off it: `shared` names the tensors that a client uploads, `download` returns what it gets.
+Every function works on a stack of clients: the leading axis n. Numbers are 4 bytes each (2 in half precision).
 
-Shapes: n clients, b batch, c classes, m context length, w text width, d joint width, k experts, g gate width, h heads.
+Shapes: n clients, b batch, c classes, m context length, w text width, d joint width, k experts, g gate width, h heads, M patches.
 Symbols are the papers'; s = exp(logit_scale); features of images (x) and texts (t) have unit length.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,20 +20,30 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fpl import gate
+from fpl import gate, transport
 
 Params = dict[str, Tensor]  # what clients learn, or may read, by name; every tensor has the client axis in front
-Tune = Callable[[Params, int], tuple[Params, Tensor]]  # everybody's tensors, epochs -> trained on each one's own images, losses
+Tune = Callable[[Params, int], Params]  # everybody's tensors, epochs -> the same, trained on each one's own images
 Encoder = Callable[[Tensor], Tensor]  # fpl.clip.Text, seen as a function: ctx (n, m, w) -> unit features (n, c, d)
 
 
 @dataclass(frozen=True)
 class Server:
-    """What the server holds: `params` the aggregate (no client axis), `pool` every client's last upload, `seen` who has one."""
+    """What the server holds: `params` the aggregate (no client axis), `pool` every client's last upload, `seen` who has one.
+
+    `round` is the number of the round; `draw("experts", 3)` is a generator of the run, named by a stream and numbers.
+    """
 
     params: Params
     pool: Params
     seen: Bool[Tensor, " n"]
+    round: int = 0
+    draw: Any = None
+
+    def store(self, who: Int[Tensor, " n"], uploads: Params) -> Server:
+        """The server with the uploads of the clients `who` in its pool."""
+        pool = self.pool | {k: self.pool[k].index_copy(0, who, v) for k, v in uploads.items()}
+        return replace(self, pool=pool, seen=self.seen.index_fill(0, who, True))
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,8 @@ class PromptFL:
 
     n_ctx: int = 16
     shared: ClassVar[tuple[str, ...]] = ("ctx",)
+    inputs: ClassVar[str] = "feats"  # what it sees of an image, a field of rounds.Clients: feats (d,) or patches (M, d)
+    run: ClassVar[dict[str, Any]] = {}  # settings of rounds.Run that belong to the method
 
     def check(self, text, clients) -> None:
         """Raises ValueError, in one sentence, for hyperparameters that these clients or this model cannot have."""
@@ -51,46 +64,56 @@ class PromptFL:
         """What one client learns, before training (no client axis); the same for every client."""
         return {"ctx": 0.02 * torch.randn(self.n_ctx, text.width, generator=gen)}
 
-    def start(self, server: Server, own: Params) -> Params:
-        """Where local training begins: the client's own tensors, the shared ones replaced by the download."""
-        return {k: server.params[k].expand_as(v) if k in server.params else v for k, v in own.items()}
+    def cohorts(self, server: Server, drawn: Int[Tensor, " m"]) -> list[Int[Tensor, " n"]]:
+        """All clients, in groups that are treated alike and train at once, one group after the other; together everybody.
 
-    def cohorts(self, server: Server) -> list[Int[Tensor, " n"]]:
-        """Clients that this round treats alike; together everybody."""
+        `drawn` are those who train in this round, in the order in which they were drawn.
+        """
         return [torch.arange(len(server.seen), device=server.seen.device)]
 
-    def frozen(self, text, server: Server, who: Int[Tensor, " n"], clients) -> Params:
-        """What the clients `who` may read in this round but not change."""
+    def download(self, server: Server, who: Int[Tensor, " n"], clients) -> Params:
+        """What the server sends to the clients `who`."""
+        return {k: v.expand(len(who), *v.shape) for k, v in server.params.items()}
+
+    def start(self, own: Params, down: Params) -> Params:
+        """Where local training begins: the client's own tensors, replaced where the download has them."""
+        return {k: down.get(k, v) for k, v in own.items()}
+
+    def frozen(self, text, down: Params, who: Int[Tensor, " n"], clients) -> Params:
+        """What the clients `who` may read in this round but not change, from their download and their own images."""
         return {}
 
-    def ctx(self, p: Params) -> Float[Tensor, "n m w"]:
+    def ctx(self, p: Params) -> Float[Tensor, "n *k m w"]:
         """The prompt that these tensors stand for."""
         return p["ctx"]
 
-    def encode(self, text: Encoder, p: Params) -> Float[Tensor, "n c d"]:
+    def encode(self, text: Encoder, p: Params) -> Float[Tensor, "n *k c d"]:
         return text(self.ctx(p))
 
     def logits(self, text, t: Float[Tensor, "n c d"], p: Params, f: Params, x: Float[Tensor, "n b d"]) -> Float[Tensor, "n b c"]:
         """s <x, t_c>."""
         return text.scale * x @ t.mT
 
-    def loss(self, text, p: Params, f: Params, x: Float[Tensor, "n b d"], y: Int[Tensor, "n b"]) -> Float[Tensor, " n"]:
+    def loss(self, text, p: Params, f: Params, x: Float[Tensor, "n b *M d"], y: Int[Tensor, "n b"]) -> Float[Tensor, " n"]:
         """Mean cross-entropy of each client's batch."""
         return cross_entropy(self.logits(text, self.encode(text, p), p, f, x), y)
+
+    def between(self, server: Server, who: Int[Tensor, " n"], own: Params) -> Server:
+        """The server that the next cohort finds, after the clients `who` of this one trained: as it was, nobody sees them yet."""
+        return server
 
     def aggregate(self, server: Server, who: Int[Tensor, " n"], uploads: Params, sizes: Int[Tensor, " n"]) -> Server:
         """sum_i (n_i / sum_j n_j) upload_i over the participants; n_i is the client's number of training images."""
         share = sizes / sizes.sum()
-        params = {k: torch.tensordot(share.to(v.dtype), v, dims=1) for k, v in uploads.items()}
-        pool = {k: v.index_copy(0, who, uploads[k]) for k, v in server.pool.items()}
-        return Server(params, pool, server.seen.index_fill(0, who, True))
+        mean = {k: torch.tensordot(share.to(v.dtype), v, dims=1) for k, v in uploads.items()}
+        return replace(server.store(who, uploads), params=server.params | mean)
 
     def deploy(self, server: Server, own: Params, tune: Tune) -> Params:
         """What every client is evaluated with after the round, `own` being its tensors as training left them.
 
         `tune` trains tensors further on every client's own images; nobody else sees what comes of it.
         """
-        return self.start(server, own)
+        return {k: server.params[k].expand_as(v) if k in server.params else v for k, v in own.items()}
 
 
 def cross_entropy(z: Float[Tensor, "n b c"], y: Int[Tensor, "n b"]) -> Float[Tensor, " n"]:
@@ -112,7 +135,7 @@ class ZeroShot(PromptFL):
     def init(self, text, gen):
         return {}
 
-    def frozen(self, text, server, who, clients):
+    def frozen(self, text, down, who, clients):
         return {"text": text.zero_shot(self.template).expand(len(who), -1, -1)}
 
     def encode(self, text, p):
@@ -146,7 +169,7 @@ class FineTuned(PromptFL):
 
     def deploy(self, server, own, tune):
         received = super().deploy(server, own, tune)
-        return tune(received, self.tune_epochs)[0] if self.tune_epochs else received
+        return tune(received, self.tune_epochs) if self.tune_epochs else received
 
 
 @dataclass(frozen=True)
@@ -179,11 +202,14 @@ class FedProx(PromptFL):
 
     mu: float = 0.5
 
-    def frozen(self, text, server, who, clients):
-        return {"download": server.params["ctx"].expand(len(who), -1, -1)}
+    def frozen(self, text, down, who, clients):
+        return {"download": down["ctx"]}
 
     def loss(self, text, p, f, x, y):
-        return super().loss(text, p, f, x, y) + self.mu / 2 * (p["ctx"] - f["download"]).square().sum((1, 2))
+        return super().loss(text, p, f, x, y) + self.term(p, f)
+
+    def term(self, p: Params, f: Params) -> Float[Tensor, " n"]:
+        return self.mu / 2 * (p["ctx"] - f["download"]).square().sum((1, 2))
 
 
 @dataclass(frozen=True)
@@ -197,7 +223,7 @@ class FedAMP(PromptFL):
     The papers on prompts do not give alpha and sigma; alpha = sigma = 1, the usual values, makes the weight of one's own prompt
     negative where prompts are near each other. Our choice: sigma is the median of |P_i - P_j|^2 over all pairs of this round,
     alpha is `step` sigma / N, and the xi of a client are divided by their sum where it exceeds 1 (with step <= 1 it never does).
-    Then the nearer the prompts come to each other, the stronger is the attraction. Uploads m w, downloads m w (u_i).
+    Then the nearer the prompts come to each other, the stronger is the attraction. Uploads m w; downloads u_i, m w, and its pull.
     """
 
     lam: float = 1.0
@@ -208,10 +234,7 @@ class FedAMP(PromptFL):
         if self.step <= 0:
             raise ValueError(f"step {self.step} must be above 0: lam / (2 alpha) divides by it (use lam 0 for no attraction)")
 
-    def start(self, server, own):
-        return own
-
-    def frozen(self, text, server, who, clients):
+    def download(self, server, who, clients):
         prompts, seen = server.pool["ctx"].flatten(1), server.seen
         sigma = torch.pdist(prompts[seen]).square().median() if seen.sum() > 1 else prompts.new_zeros(())
         distance = torch.cdist(prompts[who], prompts, compute_mode="donot_use_mm_for_euclid_dist").square()
@@ -223,8 +246,14 @@ class FedAMP(PromptFL):
         pull = torch.where(seen[who] & (sigma > 0), self.lam / (2 * alpha), 0.0)  # equal prompts: u_i is P_i, nothing to pull to
         return {"cloud": cloud.view(len(who), *server.pool["ctx"].shape[1:]), "pull": pull}
 
+    def frozen(self, text, down, who, clients):
+        return down
+
     def loss(self, text, p, f, x, y):
         return super().loss(text, p, f, x, y) + f["pull"] * (p["ctx"] - f["cloud"]).square().sum((1, 2))
+
+    def deploy(self, server, own, tune):
+        return own
 
 
 @dataclass(frozen=True)
@@ -247,7 +276,7 @@ class PFedPrompt(PromptFL):
         if self.memory not in ("test", "always"):
             raise ValueError(f"memory {self.memory!r} is not known: use test or always")
 
-    def frozen(self, text, server, who, clients):
+    def frozen(self, text, down, who, clients):
         keys, labels = zip(*map(clients.training, who.tolist()), strict=True)
         values = [F.one_hot(y, clients.n_cls).to(x.dtype) for x, y in zip(keys, labels, strict=True)]
         stack = lambda parts: pad_sequence(parts, batch_first=True)  # noqa: E731  # (n, r, *); an image of zeros has no label
@@ -261,6 +290,41 @@ class PFedPrompt(PromptFL):
 
     def loss(self, text, p, f, x, y):
         return super().loss(text, p, f if self.memory == "always" else {}, x, y)
+
+
+@dataclass(frozen=True)
+class FedOTP(PromptFL):
+    """A shared and a private prompt, both matched to the patches of an image (Li et al., CVPR 2024).
+
+    S are the cosines between the M patch features and a class's two text features, T the transport plan of mass `gamma` between
+    patches and prompts with entropy `eps` (fpl.transport), a constant for the gradient; logits_c = s sum(T S).
+    gamma and eps are those of the released scripts for CIFAR; the few-shot script's eps 0.01 works here too.
+    Uploads and downloads m w, keeps m w. Needs the patch features of the images.
+    """
+
+    eps: float = 0.1
+    gamma: float = 0.8
+    inputs = "patches"
+
+    def check(self, text, clients):
+        super().check(text, clients)
+        if not (self.eps > 0 and 0 < self.gamma <= 1):
+            raise ValueError(
+                f"eps {self.eps} must be above 0 and gamma {self.gamma} in (0, 1]: entropy and mass of the transport"
+            )
+        if clients.patches is None:
+            raise ValueError("FedOTP needs patch features and there are none: make them with `fpl features --patches`")
+
+    def init(self, text, gen):
+        return {k: super(FedOTP, self).init(text, gen)["ctx"] for k in ("ctx", "local")}
+
+    def ctx(self, p):
+        return torch.stack([p["ctx"], p["local"]], dim=1)
+
+    def logits(self, text, t, p, f, x):
+        sim = torch.einsum("nbMd,nkcd->nbcMk", F.normalize(x.to(t.dtype), dim=-1), t)
+        plan, _ = transport.plan(sim, self.eps, self.gamma)
+        return text.scale * (plan * sim).sum((-2, -1))
 
 
 @dataclass(frozen=True)
@@ -292,8 +356,11 @@ class FedPGP(PromptFL):
         shapes = {"u": (self.n_ctx, self.rank), "v": (self.rank, text.width)}
         return {**super().init(text, gen), **{k: 0.02 * torch.randn(*shape, generator=gen) for k, shape in shapes.items()}}
 
-    def frozen(self, text, server, who, clients):
-        return {"anchor": text.zero_shot(self.anchor).expand(len(who), -1, -1)} if self.mu else {}
+    def frozen(self, text, down, who, clients):
+        return {"anchor": text.zero_shot(self.template()).expand(len(who), -1, -1)} if self.mu else {}
+
+    def template(self) -> str:
+        return self.anchor
 
     def ctx(self, p):
         return p["ctx"] + p["u"] @ p["v"]
@@ -301,9 +368,13 @@ class FedPGP(PromptFL):
     def loss(self, text, p, f, x, y):
         if not self.mu:
             return super().loss(text, p, f, x, y)
-        common, personal = text(torch.stack([p["ctx"], self.ctx(p)]))
+        common, personal = self.pair(text, p)
         contrast = self.contrast(f["anchor"], common, personal)
         return cross_entropy(self.logits(text, personal, p, f, x), y) + self.mu * contrast
+
+    def pair(self, text: Encoder, p: Params) -> Float[Tensor, "2 n *k c d"]:
+        """T_g and T_p."""
+        return text(torch.stack([p["ctx"], self.ctx(p)]))
 
     def contrast(
         self, anchor: Float[Tensor, "n c d"], common: Float[Tensor, "n c d"], personal: Float[Tensor, "n c d"]
@@ -317,12 +388,19 @@ class FedPGP(PromptFL):
 class PFedMoAP(PromptFL):
     """Mixture of experts over downloaded prompts (Luo et al., ICLR 2025, Algorithm 1).
 
-    A client downloads the average prompt, where its training starts, and K prompts of other clients, the nearest to its own
-    upload of the previous round, as frozen experts. Its gate, which never leaves it, mixes their text features with the local
+    A client downloads the average prompt, where its training starts, and K prompts of other clients as frozen experts: those
+    nearest to its own upload of the previous round. Its gate, which never leaves it, mixes their text features with the local
     ones: logits = s <pool(x), T_MoE> + lam s <x, t> (Eq. 10). A client that was never selected before has no upload to compare
     and trains without experts, like PromptFL (footnote 1). It is evaluated with its own prompt, before aggregation; one that was
     not selected, with the prompt and gate that it has and freshly chosen experts, even if its gate has not trained yet.
-    Uploads m w numbers, downloads (K + 1) m w, keeps 4 (g^2 + g).
+
+    `choice` of the K among the other clients with an upload: "knn" and "cosine" the nearest prompts, in l2 (the paper's) or by
+    angle; "random" anew for every client and round; "same" for all clients, anew in every round; "fixed" by one permutation of
+    the clients, drawn once (what the released code does); "oracle" the largest overlap sum_c min(p_i(c), p_j(c)) of training
+    label shares, which a real server cannot know. Ties go to the smaller number.
+    `mixing`: "attention" (the paper's), "uniform" attention, or a "linear" router that scores the K + 1 places from the image
+    alone. `gate_kept` "private", or "aggregated" like the prompt. `pooling`: "stride" (the code's) or "mean" (D12).
+    Uploads m w numbers, downloads (K + 1) m w, keeps 4 (g^2 + g); an aggregated gate travels both ways.
     """
 
     n_experts: int = 9
@@ -330,9 +408,21 @@ class PFedMoAP(PromptFL):
     d_gate: int = 128
     heads: int = 8
     gate_scale: float = 10.0
+    choice: str = "knn"  # or cosine, random, same, fixed, oracle
+    mixing: str = "attention"  # or uniform, linear
+    gate_kept: str = "private"  # or aggregated
+    pooling: str = "stride"  # or mean
+
+    @property
+    def shared(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("ctx",) if self.gate_kept == "private" else ("ctx", *gate.NAMES[self.mixing])
 
     def check(self, text, clients):
         super().check(text, clients)
+        known = {"choice": CHOICES, "mixing": gate.NAMES, "gate_kept": ("private", "aggregated"), "pooling": gate.POOLINGS}
+        for field, values in known.items():
+            if getattr(self, field) not in values:
+                raise ValueError(f"{field} {getattr(self, field)!r} is not known: use {', '.join(values)}")
         if min(self.heads, self.d_gate) < 1:
             raise ValueError(f"d_gate {self.d_gate} and heads {self.heads} must be at least 1")
         if self.d_gate % self.heads:
@@ -346,38 +436,84 @@ class PFedMoAP(PromptFL):
             raise ValueError(f"n_experts {self.n_experts} must be {bounds}: experts are other clients")
 
     def init(self, text, gen):
-        return {**super().init(text, gen), **gate.init(self.d_gate, gen)}
+        return {**super().init(text, gen), **gate.init(self.d_gate, gen, self.mixing, self.n_experts + 1)}
 
-    def cohorts(self, server):
+    def cohorts(self, server, drawn):
         if not self.n_experts or server.seen.sum() < 2:
-            return super().cohorts(server)
+            return super().cohorts(server, drawn)
         return [server.seen.nonzero()[:, 0], (~server.seen).nonzero()[:, 0]]
 
-    def neighbours(self, server: Server, who: Int[Tensor, " n"]) -> Int[Tensor, "n k"]:
-        """The K clients whose uploads are nearest in l2 to one's own, oneself excluded, ties by number."""
-        prompts = server.pool["ctx"].flatten(1)
-        distance = torch.cdist(prompts[who], prompts, compute_mode="donot_use_mm_for_euclid_dist")
+    def neighbours(self, server: Server, who: Int[Tensor, " n"], clients) -> Int[Tensor, "n k"]:
+        """The K clients with an upload that come first by `choice`, oneself excluded, ties by number."""
+        distance = CHOICES[self.choice](server, clients)[who]
         distance[:, ~server.seen] = torch.inf
         distance[torch.arange(len(who), device=who.device), who] = torch.inf
         k = min(self.n_experts, int(server.seen.sum()) - 1)
         return distance.sort(dim=1, stable=True).indices[:, :k]
 
-    def frozen(self, text, server, who, clients):
+    def download(self, server, who, clients):
+        down = super().download(server, who, clients)
         if not self.n_experts or server.seen.sum() < 2 or not server.seen[who].all():
+            return down
+        return {**down, "experts": server.pool["ctx"][self.neighbours(server, who, clients)]}  # (n, k, m, w)
+
+    def frozen(self, text, down, who, clients):
+        if "experts" not in down:
             return {}
-        pooled = gate.pool(text(server.pool["ctx"]), self.d_gate)  # every prompt encoded once, whoever downloads it
-        return {"experts": pooled[self.neighbours(server, who)]}  # (n, k, c, g)
+        n, k = down["experts"].shape[:2]
+        prompts, place = down["experts"].flatten(0, 1).unique(dim=0, return_inverse=True)  # encoded once, whoever gets them
+        return {"experts": self.pool(text(prompts))[place].unflatten(0, (n, k))}  # (n, k, c, g)
+
+    def pool(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n g"]:
+        return gate.POOLINGS[self.pooling](x, self.d_gate)
 
     def logits(self, text, t, p, f, x):
         local = super().logits(text, t, p, f, x)
         if "experts" not in f:
             return local
-        experts = torch.cat([gate.pool(t, self.d_gate).unsqueeze(1), f["experts"]], dim=1)
-        return text.scale * gate.mix(p, gate.pool(x, self.d_gate), experts, self.heads, self.gate_scale) + self.lam * local
+        experts = torch.cat([self.pool(t).unsqueeze(1), f["experts"]], dim=1)
+        return text.scale * gate.mix(p, self.pool(x), experts, self.heads, self.gate_scale, self.mixing) + self.lam * local
 
     def deploy(self, server, own, tune):
         never = ~server.seen.view(-1, 1, 1)
-        return {**own, "ctx": torch.where(never, server.params["ctx"], own["ctx"])}
+        return {**super().deploy(server, own, tune), "ctx": torch.where(never, server.params["ctx"], own["ctx"])}
+
+
+Distance = Float[Tensor, "n n"]  # from client (row) to client (column); only its order within a row matters
+
+
+def l2(server: Server, clients) -> Distance:
+    prompts = server.pool["ctx"].flatten(1)
+    return torch.cdist(prompts, prompts, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def cosine(server: Server, clients) -> Distance:
+    prompts = F.normalize(server.pool["ctx"].flatten(1), dim=-1)
+    return 1 - prompts @ prompts.T
+
+
+def random(server: Server, clients) -> Distance:
+    n = len(server.seen)
+    return torch.rand(n, n, generator=server.draw("experts", server.round)).to(server.seen.device)
+
+
+def same(server: Server, clients) -> Distance:
+    return random(server, clients)[:1].repeat(len(server.seen), 1)
+
+
+def fixed(server: Server, clients) -> Distance:
+    n = len(server.seen)
+    places = torch.randperm(n, generator=server.draw("experts")).argsort()  # of each client in the one permutation
+    return places.float().repeat(n, 1).to(server.seen.device)
+
+
+def oracle(server: Server, clients) -> Distance:
+    counts = torch.stack([clients.counts(i) for i in range(len(clients))]).float()
+    shares = counts / counts.sum(1, keepdim=True)
+    return -torch.minimum(shares.unsqueeze(1), shares).sum(-1)
+
+
+CHOICES = {"knn": l2, "cosine": cosine, "random": random, "same": same, "fixed": fixed, "oracle": oracle}
 
 
 METHODS: dict[str, type[PromptFL]] = {
@@ -389,6 +525,7 @@ METHODS: dict[str, type[PromptFL]] = {
     "fedprox": FedProx,
     "fedamp": FedAMP,
     "pfedprompt": PFedPrompt,
+    "fedotp": FedOTP,
     "fedpgp": FedPGP,
     "pfedmoap": PFedMoAP,
 }  # in the order of pFedMoAP's Table 1

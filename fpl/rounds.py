@@ -2,6 +2,7 @@
 
 Clients of a round that take the same number of steps train as one batch with the client axis in front: the loss is their sum,
 so each client's gradient is its own, and SGD works element by element. No tensor that is trained is shared between clients.
+(`fpl.released` has rows whose clients train one after the other and leave each other things, as in the released code.)
 """
 
 from __future__ import annotations
@@ -21,13 +22,17 @@ from fpl.methods import Params, PromptFL, Server
 
 @dataclass(frozen=True)
 class Clients:
-    """Cached image features (all images, d), labels, and which images each client trains on and is tested on."""
+    """Cached image features (all images, d), labels, and which images each client trains on and is tested on.
+
+    `patches`, the features of the M patches of each image, not normalised, is for methods that ask for them.
+    """
 
     feats: Float[Tensor, "images d"]
     labels: Int[Tensor, " images"]
     train: Sequence[Int[Tensor, " _own"]]
     test: Sequence[Int[Tensor, " _own"]]
     n_cls: int
+    patches: Float[Tensor, "images M d"] | None = None
 
     def __post_init__(self):
         for i, (train, test) in enumerate(zip(self.train, self.test, strict=True)):
@@ -62,16 +67,40 @@ class Run:
     gate_lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    schedule: str = "constant"  # or "cosine", over the local epochs
+    schedule: str = "constant"  # or "cosine", over the local epochs; or "zigzag", the released code's (rate)
+    optimiser: str = "fresh"  # for each client and round; or "shared" by all, like the released code's
     participation: float = 1.0
 
     def __post_init__(self):
-        if self.schedule not in ("constant", "cosine"):
-            raise ValueError(f"schedule {self.schedule!r} is not known: use constant or cosine")
+        for name, known in {"schedule": ("constant", "cosine", "zigzag"), "optimiser": ("fresh", "shared")}.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is not known: use {', '.join(known)}")
         if not 0 < self.participation <= 1:
             raise ValueError(f"participation {self.participation} is not a fraction in (0, 1]")
         if min(self.rounds, self.local_epochs, self.batch_size) < 1:
             raise ValueError("rounds, local_epochs and batch_size must be at least 1")
+
+    def rate(self, tensor: str, epoch: int, before: int = 0) -> float:
+        """Learning rate of a tensor in local epoch `epoch` of a training, `before` local epochs having gone before it.
+
+        "zigzag" is what the schedule of the released pFedMoAP and PromptFL comes to (D9): a cosine over the local epochs that
+        goes on, up and down, through all clients and rounds of a shared optimiser; 1e-5 in the very first; not for the gate.
+        """
+        base = self.gate_lr if tensor.startswith("gate_") else self.lr
+        if self.schedule == "constant" or (self.schedule == "zigzag" and tensor.startswith("gate_")):
+            return base
+        if self.schedule == "cosine":
+            return base * (1 + math.cos(math.pi * epoch / self.local_epochs)) / 2
+        at = before + epoch
+        return base * (1 + math.cos(math.pi * (at - 1) / self.local_epochs)) / 2 if at else 1e-5
+
+
+@dataclass
+class Optimiser:
+    """What SGD keeps from one training to the next where it is shared: velocities (one client's) and local epochs so far."""
+
+    velocity: Params = field(default_factory=dict)
+    epochs: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,12 +113,17 @@ class Seeds:
 
 @dataclass(frozen=True)
 class Round:
-    """`accuracy` in [0, 1] of every client after round `number` (0-based), `loss` the mean of the participants' last epochs."""
+    """`accuracy` in [0, 1] of every client after round `number` (0-based), `loss` the mean of the participants' last epochs.
+
+    `up` and `down`: how many numbers each participant sent and received.
+    """
 
     number: int
     accuracy: Float[Tensor, " n"]
     participants: Int[Tensor, " picked"]
     loss: float
+    up: Int[Tensor, " picked"]
+    down: Int[Tensor, " picked"]
     correct: list[Tensor] = field(repr=False, default_factory=list)
 
 
@@ -100,8 +134,8 @@ def generator(seed: int, stream: str, *key: int) -> torch.Generator:
 
 
 def select(n: int, participation: float, seed: int, number: int) -> Int[Tensor, " picked"]:
-    """The clients of a round, in increasing order: max(int(r n), 1) of them without replacement."""
-    return torch.randperm(n, generator=generator(seed, "select", number))[: max(int(participation * n), 1)].sort().values
+    """The clients of a round, as drawn: max(int(r n), 1) of them without replacement."""
+    return torch.randperm(n, generator=generator(seed, "select", number))[: max(int(participation * n), 1)]
 
 
 def batches(
@@ -126,67 +160,72 @@ def train_locally(
     clients: Clients,
     run: Run,
     tick: Callable[[int], object],
+    shared: Optimiser | None = None,
 ) -> tuple[Params, Float[Tensor, " n"]]:
-    """SGD from a copy of `start` with a fresh optimiser; what was learnt, and each client's mean loss in the last epoch."""
+    """SGD from a copy of `start`; what was learnt, and each client's mean loss in the last epoch.
+
+    The optimiser is fresh, or goes on as `shared` left off, and leaves its state there.
+    """
+    if shared and len(order) > 1:
+        raise ValueError("a shared optimiser is for clients that train one after the other: take a row of fpl.released, or fresh")
+    shared = shared or Optimiser()
     params = {k: v.clone().requires_grad_() for k, v in start.items()}
-    rate = {k: run.gate_lr if k.startswith("gate_") else run.lr for k in params}
-    sgd = torch.optim.SGD(
-        [{"params": [v], "lr": rate[k]} for k, v in params.items()], momentum=run.momentum, weight_decay=run.weight_decay
-    )
-    per_epoch, losses = order.shape[1] // run.local_epochs, []
+    sgd = torch.optim.SGD([{"params": [v]} for v in params.values()], 0.0, run.momentum, weight_decay=run.weight_decay)
+    for k in params.keys() & shared.velocity.keys():
+        sgd.state[params[k]]["momentum_buffer"] = shared.velocity[k]
+    images, per_epoch, losses = getattr(clients, method.inputs), order.shape[1] // run.local_epochs, []
     for step, index in enumerate(order.unbind(1)):
-        if run.schedule == "cosine":
-            share = (1 + math.cos(math.pi * (step // per_epoch) / run.local_epochs)) / 2
-            for group, base in zip(sgd.param_groups, rate.values(), strict=True):
-                group["lr"] = base * share
-        loss = method.loss(text, params, frozen, clients.feats[index], clients.labels[index])
+        for k, group in zip(params, sgd.param_groups, strict=True):
+            group["lr"] = run.rate(k, step // per_epoch, shared.epochs)
+        loss = method.loss(text, params, frozen, images[index], clients.labels[index])
         sgd.zero_grad()
         loss.sum().backward()
         sgd.step()
         losses.append(loss.detach())
         tick(1)
+    shared.velocity = {k: sgd.state[v]["momentum_buffer"] for k, v in params.items() if v in sgd.state}
+    shared.epochs += run.local_epochs
     return {k: v.detach() for k, v in params.items()}, torch.stack(losses[-per_epoch:]).mean(0)
 
 
-def train_cohorts(
+def train_cohort(
     method: PromptFL,
     text,
-    cohorts: list[tuple[Tensor, Params]],
     clients: Clients,
-    run: Run,
     seed: int,
     number: int,
     tick: Callable[[int], object],
-    who: Int[Tensor, " picked"],
-    stream: str,
+    who: Int[Tensor, " n"],
     begin: Params,
-    epochs: int,
+    frozen: Params,
+    run: Run,
+    stream: str,
+    shared: Optimiser | None = None,
 ) -> tuple[Params, Float[Tensor, " n"]]:
-    """Everybody's tensors after the clients `who` trained from `begin`, and their losses (nan for the others).
-
-    `cohorts` are clients with the frozen tensors that they read; `stream` names the generator of the order of images.
-    """
-    run, ended = replace(run, local_epochs=epochs), begin
-    losses = torch.full((len(clients),), torch.nan, device=clients.feats.device)
-    for cohort, frozen in cohorts if begin else []:
-        for group, order in same_shape(cohort, who, clients, run, seed, number, stream):
-            here = torch.isin(cohort, group)
-            trained, loss = train_locally(
-                method,
-                text,
-                {k: v[group] for k, v in begin.items()},
-                {k: v[here] for k, v in frozen.items()},
-                order,
-                clients,
-                run,
-                tick,
-            )
-            if not torch.isfinite(loss).all():
-                where = group[~torch.isfinite(loss)].tolist()
-                raise FloatingPointError(f"the loss of clients {where} is not finite in round {number}: lower lr or gate_lr")
-            ended = {k: v.index_copy(0, group, trained[k]) for k, v in ended.items()}
-            losses[group] = loss
+    """What the clients `who` make of `begin` on their own images, and their losses; `stream` names the order of the images."""
+    ended, losses = begin, torch.full((len(who),), torch.nan, device=clients.feats.device)
+    for at, order in same_shape(who, clients, run, seed, number, stream) if begin else []:
+        trained, losses[at] = train_locally(
+            method, text, rows_of(begin, at), rows_of(frozen, at), order, clients, run, tick, shared
+        )
+        if not torch.isfinite(losses[at]).all():
+            where = who[at][~torch.isfinite(losses[at])].tolist()
+            raise FloatingPointError(f"the loss of clients {where} is not finite in round {number}: lower lr or gate_lr")
+        ended = {k: v.index_copy(0, at, trained[k]) for k, v in ended.items()}
     return ended, losses
+
+
+def same_shape(
+    who: Int[Tensor, " n"], clients: Clients, run: Run, seed: int, number: int, stream: str
+) -> list[tuple[Tensor, Tensor]]:
+    """Clients in groups whose local steps have one shape: their places in `who`, their image numbers (group, steps, b)."""
+    groups: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
+    for at, i in enumerate(who.tolist()):
+        order = batches(clients.train[i], run, seed, number, i, stream)
+        groups.setdefault(tuple(order.shape), []).append((at, order))
+    return [
+        (torch.tensor([at for at, _ in g], device=who.device), torch.stack([order for _, order in g])) for g in groups.values()
+    ]
 
 
 @torch.no_grad()
@@ -194,13 +233,12 @@ def evaluate(
     method: PromptFL, text, p: Params, frozen: Params, clients: Clients, who: list[int], rows: int = 512
 ) -> list[Tensor]:
     """For each client whether each of its test images is classified correctly; text features are computed once per client."""
-    t, right = method.encode(text, p), []
+    t, images, right = method.encode(text, p), getattr(clients, method.inputs), []
     for n, i in enumerate(who):
         mine = lambda tensors: {k: v[n : n + 1] for k, v in tensors.items()}  # noqa: B023, E731
         t_i, p_i, f_i = None if t is None else t[n : n + 1], mine(p), mine(frozen)
         parts = [
-            method.logits(text, t_i, p_i, f_i, clients.feats[part].unsqueeze(0))[0].argmax(-1)
-            for part in clients.test[i].split(rows)
+            method.logits(text, t_i, p_i, f_i, images[part].unsqueeze(0))[0].argmax(-1) for part in clients.test[i].split(rows)
         ]
         right.append(torch.cat(parts) == clients.labels[clients.test[i]])
     return right
@@ -211,10 +249,9 @@ def run(
 ) -> Iterator[Round]:
     """Yield every round's result. What is evaluated is what each client would deploy, all clients included.
 
-    A method may train further what it deploys; this is evaluated and then forgotten, and its order of images is drawn apart.
-
-    A round's frozen tensors (experts and the like) are made once, from the server as the round found it, and used for
-    training and evaluation. Raises FloatingPointError when a loss is no longer finite, ValueError for settings that cannot be.
+    A round's download and frozen tensors (experts and the like) are made once, from the server as the cohort found it, and used
+    for training and evaluation. A method may train further what it deploys; this is evaluated and then forgotten, and its order
+    of images is drawn apart. Raises FloatingPointError when a loss is no longer finite, ValueError for settings that cannot be.
     """
     n, device = len(clients), clients.feats.device
     method.check(text, clients)
@@ -224,34 +261,50 @@ def run(
         {k: init[k] for k in method.shared},
         {k: torch.zeros_like(own[k]) for k in method.shared},
         torch.zeros(n, dtype=torch.bool, device=device),
+        draw=partial(generator, seeds.order),
     )
     sizes = torch.tensor([len(index) for index in clients.train], device=device)
+    shared = Optimiser() if cfg.optimiser == "shared" else None
     for number in range(cfg.rounds if init else 1):  # nothing to learn: one round says it all
-        picked = select(n, cfg.participation, seeds.order, number).to(device)
-        cohorts = [(who, method.frozen(text, server, who, clients)) for who in method.cohorts(server) if len(who)]
-        train = partial(train_cohorts, method, text, cohorts, clients, cfg, seeds.order, number, tick)
-        ended, losses = train(picked, "order", method.start(server, own), cfg.local_epochs)
-        own = {k: v.index_copy(0, picked, ended[k][picked]) for k, v in own.items()}
+        drawn = select(n, cfg.participation, seeds.order, number).to(device)
+        server, picked = replace(server, round=number), drawn.sort().values
+        cohorts, losses = [], torch.full((n,), torch.nan, device=device)
+        up, down = (torch.zeros(n, dtype=torch.long) for _ in range(2))
+        train = partial(train_cohort, method, text, clients, seeds.order, number, tick)
+        for who in filter(len, method.cohorts(server, drawn)):
+            received = method.download(server, who, clients)
+            frozen = method.frozen(text, received, who, clients)
+            cohorts.append((who, frozen))
+            at = torch.isin(who, picked).nonzero()[:, 0]
+            begin = method.start(rows_of(own, who), received)
+            ended, losses[who[at]] = train(who[at], rows_of(begin, at), rows_of(frozen, at), cfg, "order", shared)
+            own = {k: v.index_copy(0, who[at], ended[k]) for k, v in own.items()}
+            up[who.cpu()], down[who.cpu()] = numbers({k: own[k] for k in method.shared}), numbers(received)
+            server = method.between(server, who[at], own)
         server = method.aggregate(server, picked, {k: own[k][picked] for k in method.shared}, sizes[picked])
-        deployed = method.deploy(server, own, partial(train, torch.arange(n, device=device), "tune"))
-        correct = [torch.empty(0)] * n
+
+        def tune(p: Params, epochs: int) -> Params:
+            longer = replace(cfg, local_epochs=epochs)
+            for who, frozen in cohorts:  # noqa: B023
+                ended, _ = train(who, rows_of(p, who), frozen, longer, "tune")  # noqa: B023
+                p = {k: v.index_copy(0, who, ended[k]) for k, v in p.items()}
+            return p
+
+        deployed, correct = method.deploy(server, own, tune), [torch.empty(0)] * n
         for who, frozen in cohorts:
-            for i, right in zip(
-                who.tolist(),
-                evaluate(method, text, {k: v[who] for k, v in deployed.items()}, frozen, clients, who.tolist()),
-                strict=True,
-            ):
+            found = evaluate(method, text, rows_of(deployed, who), frozen, clients, who.tolist())
+            for i, right in zip(who.tolist(), found, strict=True):
                 correct[i] = right
         accuracy = torch.stack([right.float().mean() for right in correct]).cpu()
-        yield Round(number, accuracy, picked.cpu(), losses.nanmean().item(), correct)
+        who = picked.cpu()
+        yield Round(number, accuracy, who, losses.nanmean().item(), up[who], down[who], correct)
 
 
-def same_shape(
-    who: Tensor, picked: Tensor, clients: Clients, run: Run, seed: int, number: int, stream: str
-) -> list[tuple[Tensor, Tensor]]:
-    """The selected clients of a cohort in groups whose local steps have one shape, with their image numbers (n, steps, b)."""
-    groups: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
-    for i in who[torch.isin(who, picked)].tolist():
-        order = batches(clients.train[i], run, seed, number, i, stream)
-        groups.setdefault(tuple(order.shape), []).append((i, order))
-    return [(torch.tensor([i for i, _ in g], device=who.device), torch.stack([order for _, order in g])) for g in groups.values()]
+def rows_of(tensors: Params, at: Int[Tensor, " n"]) -> Params:
+    """The tensors of some clients."""
+    return {k: v[at] for k, v in tensors.items()}
+
+
+def numbers(tensors: Params) -> int:
+    """How many numbers one client's part of the tensors has."""
+    return sum(v[0].numel() for v in tensors.values())

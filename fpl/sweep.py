@@ -33,7 +33,20 @@ from fpl.rounds import Clients, Round, Seeds, run
 
 RECORDS = Path("results/records")
 # the modules that make a number
-SOURCES = ("clip", "gate", "methods", "controls", "rounds", "partitions", "features", "config", "shapes", "sweep")
+SOURCES = (
+    "clip",
+    "gate",
+    "methods",
+    "transport",
+    "released",
+    "controls",
+    "rounds",
+    "partitions",
+    "features",
+    "config",
+    "shapes",
+    "sweep",
+)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 # The annotated shapes of these modules are checked at every call; outside the tests they cost nothing.
-CHECKED = [f"fpl.{name}" for name in ("clip", "gate", "methods", "rounds", "controls", "transport")]
+CHECKED = [f"fpl.{name}" for name in ("clip", "gate", "methods", "rounds", "controls", "transport", "released")]
 with jaxtyping.install_import_hook(CHECKED, "beartype.beartype"):
     from fpl.clip import Clip, Text
     from fpl.controls import CONTROLS
@@ -73,11 +73,15 @@ def text(clip):
 
 @pytest.fixture(scope="session")
 def clients():
-    """Six clients with images of their own, of which 3 to 13 for training: with batches of 4, four shapes of local steps."""
+    """Six clients with images of their own, of which 3 to 13 for training: with batches of 4, four shapes of local steps.
+
+    An image has a feature and, not related to it, five patches.
+    """
     gen, train, test = torch.Generator().manual_seed(0), [8, 4, 13, 5, 3, 9], [5, 6, 7, 8, 9, 10]
     parts = torch.randperm(sum(train + test), generator=gen).split(train + test)
     feats = F.normalize(torch.randn(sum(train + test), 32, generator=gen), dim=-1)
-    return Clients(feats, torch.randint(len(NAMES), (len(feats),), generator=gen), parts[:6], parts[6:], len(NAMES))
+    labels, patches = torch.randint(len(NAMES), (len(feats),), generator=gen), torch.randn(len(feats), 5, 32, generator=gen)
+    return Clients(feats, labels, parts[:6], parts[6:], len(NAMES), patches)
 
 
 @pytest.fixture(params=METHODS)

@@ -7,7 +7,7 @@ from conftest import error, golden, stored_clip
 
 from fpl import clip
 from fpl.clip import Text
-from fpl.methods import FedPGP, FedProx, PromptFL, Server
+from fpl.methods import FedPGP, FedProx, PromptFL
 
 
 def names(z):
@@ -27,7 +27,7 @@ def fedprox(z):
     """(name, ours, stored, limit)"""
     method, text, (x, y) = FedProx(int(z["n_ctx"]), mu=z["mu"].item()), Text(stored_clip(z), names(z), int(z["n_ctx"])), batch(z)
     p = {"ctx": z["ctx"][None].clone().requires_grad_()}
-    f = method.frozen(text, Server({"ctx": z["global_ctx"]}, {}, torch.ones(1, dtype=torch.bool)), torch.tensor([0]), None)
+    f = method.frozen(text, {"ctx": z["global_ctx"][None]}, torch.tensor([0]), None)
     loss, plain = method.loss(text, p, f, x, y)[0], PromptFL(method.n_ctx).loss(text, p, {}, x, y)[0]
     (grad,), (grad_ce,) = (torch.autograd.grad(value, p["ctx"], retain_graph=True) for value in (loss, plain))
     yield "logits", method.logits(text, method.encode(text, p), p, f, x)[0], z["logits"], 5e-6
@@ -45,7 +45,7 @@ def fedpgp(z):
     method = FedPGP(m, rank=int(z["bottleneck"]), mu=z["mu"].item(), tau=z["tau"].item(), anchor=anchor)
     text, (x, y) = Text(stored_clip(z), z["classnames"], m), batch(z)
     p = {ours: z[theirs].clone().requires_grad_() for ours, theirs in {"ctx": "sigma", "u": "U", "v": "V"}.items()}
-    f = method.frozen(text, Server({}, {}, torch.ones(1, dtype=torch.bool)), torch.tensor([0]), None)
+    f = method.frozen(text, {}, torch.tensor([0]), None)
     common, personal = text(p["ctx"]), method.encode(text, p)
     logits, contrast = method.logits(text, personal, p, f, x), method.contrast(f["anchor"], common, personal)
     ce, loss = F.cross_entropy(logits[0], y[0]), method.loss(text, p, f, x, y)[0]

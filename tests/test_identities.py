@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from conftest import NAMES, SMALL, error, make, tiny_model
 
-from fpl import controls, gate, rounds
+from fpl import controls, gate, released, rounds, transport
 from fpl.clip import Clip, Text
 from fpl.controls import CONTROLS
 from fpl.methods import (
     METHODS,
     CoOp,
     FedAMP,
+    FedOTP,
     FedPer,
     FedPGP,
     FedProx,
@@ -97,9 +98,15 @@ def always(same, a, b):
     return len(a) == len(b) and all(map(same, a, b))
 
 
+def read(method, text, server, who, clients):
+    """What the clients `who` may read, by way of what they download."""
+    return method.frozen(text, method.download(server, who, clients), who, clients)
+
+
 def images(clients, x):
-    """Image numbers of features (..., d); no two images are equal."""
-    return (x.unsqueeze(-2) == clients.feats).all(-1).int().argmax(-1)
+    """Image numbers of features (n, b, d), or of patches (n, b, M, d); no two images are equal."""
+    x, stored = (x, clients.feats) if x.ndim == 3 else (x[..., 0, :], clients.patches[:, 0])
+    return (x.unsqueeze(-2) == stored).all(-1).int().argmax(-1)
 
 
 def owners(clients):
@@ -147,8 +154,8 @@ def test_every_declared_tensor_has_a_gradient(learning, clients):
     server = Server({k: init[k] for k in learning.shared}, pool, torch.ones(6, dtype=torch.bool))
     who, order = torch.tensor([0, 2]), torch.stack([clients.train[i][:4] for i in (0, 2)])
     p = {k: v.expand(2, *v.shape).clone().requires_grad_() for k, v in init.items()}
-    frozen = learning.frozen(text, server, who, clients)
-    learning.loss(text, p, frozen, clients.feats[order].double(), clients.labels[order]).sum().backward()
+    frozen = read(learning, text, server, who, clients)
+    learning.loss(text, p, frozen, getattr(clients, learning.inputs)[order].double(), clients.labels[order]).sum().backward()
     size = {k: v.grad.flatten(1).norm(dim=1) for k, v in p.items()}
     nothing = {k: size.pop(k) for k in p if k in ("gate_bk", "gate_bv", "gate_bo")}  # equal for all experts or classes: spec 3.11
     assert min(v.min() for v in size.values()) > 1e-8, size
@@ -162,8 +169,8 @@ def test_exactly_the_shared_tensors_leave_the_client(row, text, clients):
 
 
 def test_what_is_shared_is_known():
-    shared = {name: kind.shared for name, kind in {**METHODS, **CONTROLS}.items() if kind.shared}
-    a_prompt = ("promptfl", "finetuned", "fedprox", "fedamp", "pfedprompt", "fedpgp", "pfedmoap")
+    shared = {name: kind().shared for name, kind in {**METHODS, **CONTROLS}.items() if kind().shared}
+    a_prompt = ("promptfl", "finetuned", "fedprox", "fedamp", "pfedprompt", "fedotp", "fedpgp", "pfedmoap")
     assert shared == {"fedper": ("base",), **{name: ("ctx",) for name in a_prompt}}
 
 
@@ -271,7 +278,7 @@ def gradients(method, case, extra=None):
     gen = torch.Generator().manual_seed(7)
     p = {k: 0.1 * torch.randn(3, *v.shape, generator=gen).double() for k, v in method.init(case.text, gen).items()}
     p = {k: v.requires_grad_() for k, v in p.items()}
-    f = method.frozen(case.text, case.server, case.who, case.clients)
+    f = read(method, case.text, case.server, case.who, case.clients)
     value = extra(p, f) if extra else method.loss(case.text, p, f, case.x, case.y)
     return p, f, dict(zip(p, torch.autograd.grad(value.sum(), list(p.values()), materialize_grads=True), strict=True))
 
@@ -309,7 +316,7 @@ def test_fedamp_adds_the_gradient_of_its_term(case, step):
 @pytest.mark.parametrize("seen", [[True, True, False], [True, False, False]], ids=["equal prompts", "one prompt"])
 def test_fedamp_without_a_distance_has_no_attraction(seen):
     server = Server({}, {"ctx": torch.ones(3, 4, 8)}, torch.tensor(seen))
-    frozen = FedAMP().frozen(None, server, torch.arange(3), None)
+    frozen = read(FedAMP(), None, server, torch.arange(3), None)
     assert torch.equal(frozen["pull"], torch.zeros(3)) and torch.isfinite(frozen["cloud"]).all()
 
 
@@ -358,7 +365,7 @@ def test_each_prompt_is_encoded_once_a_step(learning, text, clients):
     counted = Counted(text._clip, NAMES, learning.n_ctx)
     log = play(learning, counted, clients)
     steps = sum(len(x) for _, x, *_ in log.batches + log.tuned)
-    assert sum(counts) == steps * (2 if isinstance(learning, FedPGP) else 1)
+    assert sum(counts) == steps * (2 if isinstance(learning, (FedOTP, FedPGP)) else 1)
 
 
 def test_fine_tuning_is_for_evaluation_only(text, clients):
@@ -534,8 +541,8 @@ def test_never_selected_clients_are_classified_by_the_average_alone(moap, text, 
 def test_ties_go_to_the_smaller_number_and_nobody_is_their_own_expert():
     pool = torch.tensor([0.0, 1.0, -1.0, 1.0, 5.0])[:, None, None].expand(5, 2, 3)
     server = Server({}, {"ctx": pool}, torch.tensor([True, True, True, True, False]))  # client 4 has no upload yet
-    assert PFedMoAP(n_experts=2).neighbours(server, torch.tensor([0, 3])).tolist() == [[1, 2], [1, 0]]
-    assert PFedMoAP(n_experts=4).neighbours(server, torch.tensor([1])).tolist() == [[3, 0, 2]]
+    assert PFedMoAP(n_experts=2).neighbours(server, torch.tensor([0, 3]), None).tolist() == [[1, 2], [1, 0]]
+    assert PFedMoAP(n_experts=4).neighbours(server, torch.tensor([1]), None).tolist() == [[3, 0, 2]]
 
 
 # Shapes
@@ -544,6 +551,8 @@ WRONG = {
     "clip": lambda text, x: text(x.int()),
     "gate": lambda text, x: gate.mix({}, x, x),
     "methods": lambda text, x: PromptFL().logits(text, x, {}, {}, x[0]),
+    "transport": lambda text, x: transport.plan(x[0]),
+    "released": lambda text, x: released.InTurn().cohorts(None, x),
     "rounds": lambda text, x: rounds.batches(x, RUN, 1, 0, 0),
     "controls": lambda text, x: controls.restrict(x, x),
 }

@@ -35,7 +35,8 @@ def train(name):
     pool = torch.cat([start["ctx"], z["expert_ctx"]]) if k else start["ctx"]
     server = Server({"ctx": pool[0]}, {"ctx": pool}, torch.ones(k + 1, dtype=torch.bool))
     text = Text(stored_clip(z), z["classnames"], method.n_ctx)
-    frozen, order = method.frozen(text, server, torch.tensor([0]), clients), z["batch_index"].unsqueeze(0)
+    who = torch.tensor([0])
+    frozen, order = method.frozen(text, method.download(server, who, clients), who, clients), z["batch_index"].unsqueeze(0)
     last, _ = train_locally(method, text, start, frozen, order, clients, run, lambda n: None)
     path = {name: torch.stack([w[name] for w in [*before, {k: v[0] for k, v in last.items()}]]) for name in last}
     return z, method, text, path, torch.stack(losses).detach()[:, 0], frozen, clients

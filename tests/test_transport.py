@@ -15,7 +15,8 @@ LIMIT = {torch.float32: 3e-5, torch.float64: 1e-9}
 def solve(z, kind, **changes):
     """The plan and its iterations for a golden file's similarities and settings."""
     settings = {"eps": z["eps"].item(), "gamma": z["gamma"].item(), "max_iter": int(z["max_iter"]), "thresh": z["thresh"].item()}
-    return plan(z["sim"], balanced=kind == "sinkhorn", **{**settings, **changes})
+    found, iterations = plan(z["sim"][None], balanced=kind == "sinkhorn", **{**settings, **changes})
+    return found[0], int(iterations)
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -57,15 +58,24 @@ def test_the_scale_of_the_kernel_moves_the_truncated_plan_and_not_the_limit():
     sim = z["sim"].double()
     shifted = 1 + sim - sim.amax((1, 2), keepdim=True)  # the kernel divided by its maximum
     truncated, limits = (
-        [plan(s, 0.1, 0.8, thresh=t, max_iter=n)[0] for s in (sim, shifted)] for t, n in ((1e-3, 100), (0, 3000))
+        [plan(s[None], 0.1, 0.8, thresh=t, max_iter=n)[0][0] for s in (sim, shifted)] for t, n in ((1e-3, 100), (0.0, 3000))
     )
     assert error(truncated[1], z["maxsub_cot_plan"]) < 3e-5 and error(*truncated[::-1]) > 1e-3
     assert error(*limits) < 1e-9
 
 
-def test_leading_axes_are_problems_of_one_batch():
+def test_axes_behind_the_first_are_problems_of_one_batch():
     sim = golden("ot_solver_eps0.1_g0.8")["sim"]
-    assert torch.equal(plan(sim.view(3, 2, 2, *sim.shape[1:]))[0].flatten(0, 2), plan(sim)[0])
+    assert torch.equal(plan(sim.view(1, 3, 2, 2, *sim.shape[1:]))[0].flatten(0, 3), plan(sim[None])[0][0])
+
+
+def test_a_clients_plan_does_not_depend_on_other_clients():
+    sim = golden("ot_solver_eps0.1_g0.8")["sim"].view(3, 4, *golden("ot_solver_eps0.1_g0.8")["sim"].shape[1:])
+    sim = torch.stack([sim[0], 0.1 * sim[1], sim[2]])  # the second is easier
+    together, iterations = plan(sim)
+    alone = [plan(s[None]) for s in sim]
+    assert len(set(iterations.tolist())) > 1 and iterations.tolist() == [int(n) for _, n in alone]
+    assert all(torch.equal(one, many[0]) for one, (many, _) in zip(together, alone, strict=True))
 
 
 @pytest.mark.parametrize("balanced", [False, True])
