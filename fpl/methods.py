@@ -448,7 +448,7 @@ class PFedMoAP(PromptFL):
         distance = CHOICES[self.choice](server, clients)[who]
         distance[:, ~server.seen] = torch.inf
         distance[torch.arange(len(who), device=who.device), who] = torch.inf
-        k = min(self.n_experts, int(server.seen.sum()) - 1)
+        k = min(self.n_experts, int(distance.isfinite().sum(1).min()))
         return distance.sort(dim=1, stable=True).indices[:, :k]
 
     def download(self, server, who, clients):

@@ -127,7 +127,7 @@ class ReleasedFedPGP(InTurn, PlaceholderAnchor, TwoPrompts):
 
 
 @dataclass(frozen=True)
-class ReleasedPFedMoAP(LeakingGate, LivePool, FixedExperts):
+class ReleasedPFedMoAP(FixedExperts, LeakingGate, LivePool):
     """D6, D7, D8, D9: all but the launch script's one word."""
 
     run = {"optimiser": "shared", "schedule": "zigzag"}
