@@ -304,6 +304,7 @@ class FedOTP(PromptFL):
 
     eps: float = 0.1
     gamma: float = 0.8
+    transport: str = "unbalanced"  # or balanced, where all of the image is matched and gamma is not used
     inputs = "patches"
 
     def check(self, text, clients):
@@ -312,6 +313,8 @@ class FedOTP(PromptFL):
             raise ValueError(
                 f"eps {self.eps} must be above 0 and gamma {self.gamma} in (0, 1]: entropy and mass of the transport"
             )
+        if self.transport not in ("unbalanced", "balanced"):
+            raise ValueError(f"transport {self.transport!r} is not known: use unbalanced or balanced")
         if clients.patches is None:
             raise ValueError("FedOTP needs patch features and there are none: make them with `fpl features --patches`")
 
@@ -323,8 +326,10 @@ class FedOTP(PromptFL):
 
     def logits(self, text, t, p, f, x):
         sim = torch.einsum("nbMd,nkcd->nbcMk", F.normalize(x.to(t.dtype), dim=-1), t)
-        plan, _ = transport.plan(sim, self.eps, self.gamma)
-        return text.scale * (plan * sim).sum((-2, -1))
+        return text.scale * (self.plan(sim)[0] * sim).sum((-2, -1))
+
+    def plan(self, sim: Float[Tensor, "n b c M k"]) -> tuple[Float[Tensor, "n b c M k"], Int[Tensor, " n"]]:
+        return transport.plan(sim, self.eps, self.gamma, self.transport == "balanced")
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,11 @@ class OneWord(PFedMoAP):
 
     n_ctx: int = 1
 
+    def check(self, text, clients):
+        super().check(text, clients)
+        if self.n_ctx != 1:
+            raise ValueError(f"n_ctx {self.n_ctx} must be 1 here: the prompt is the vector of one word")
+
     def init(self, text, gen):
         return {**super().init(text, gen), "ctx": text.words("False")}
 

@@ -1,13 +1,15 @@
-"""Promise: FedProx's and FedPGP's losses, and their gradients, are those of the released code, or of the formula it misses."""
+"""Promise: losses, logits and gradients of FedProx, FedPGP and FedOTP are the released ones, or of the formula they miss."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import error, golden, stored_clip
 
-from fpl import clip
+from fpl import clip, released
 from fpl.clip import Text
-from fpl.methods import FedPGP, FedProx, PromptFL
+from fpl.methods import FedOTP, FedProx, PromptFL
 
 
 def names(z):
@@ -40,13 +42,16 @@ def fedprox(z):
 
 
 def fedpgp(z):
-    m = int(z["n_ctx"])
-    anchor = "X " * m + "{}."  # the released code's placeholder: spec D11
-    method = FedPGP(m, rank=int(z["bottleneck"]), mu=z["mu"].item(), tau=z["tau"].item(), anchor=anchor)
+    m, two = int(z["n_ctx"]), int(z["N"]) == 2
+    kind = released.ReleasedFedPGP if two else released.PlaceholderAnchor
+    method = kind(m, rank=int(z["bottleneck"]), mu=z["mu"].item(), tau=z["tau"].item())
     text, (x, y) = Text(stored_clip(z), z["classnames"], m), batch(z)
-    p = {ours: z[theirs].clone().requires_grad_() for ours, theirs in {"ctx": "sigma", "u": "U", "v": "V"}.items()}
+    leaf = {theirs: z[theirs].clone().requires_grad_() for theirs in ("sigma", "U", "V")}
+    p = {ours: leaf[theirs][None] if two else leaf[theirs] for ours, theirs in {"ctx": "sigma", "u": "U", "v": "V"}.items()}
     f = method.frozen(text, {}, torch.tensor([0]), None)
-    common, personal = text(p["ctx"]), method.encode(text, p)
+    common, personal = method.pair(text, p)
+    assert torch.equal(personal, method.encode(text, p)) or error(personal, method.encode(text, p)) < 1e-5
+    yield "uv_features", method.encode(text, {**p, "ctx": torch.zeros_like(p["ctx"])})[0], z["uv_features"], 1e-5
     logits, contrast = method.logits(text, personal, p, f, x), method.contrast(f["anchor"], common, personal)
     ce, loss = F.cross_entropy(logits[0], y[0]), method.loss(text, p, f, x, y)[0]
     yield from (("anchor_features", f["anchor"][0], z["anchor_features"], 1e-5), ("logits", logits[0], z["logits"], 1e-5))
@@ -56,15 +61,32 @@ def fedpgp(z):
     yield "cos_negative", (common * personal)[0].sum(-1), z["cos_negative"], 1e-5
     yield from (("ce", ce, z["ce"], 1e-5), ("contrast", contrast[0], z["contrast"], 1e-5), ("loss", loss, z["loss"], 1e-5))
     for value, prefix in ((loss, "grad_"), (ce, "grad_ce_")):
-        for grad, theirs in zip(
-            torch.autograd.grad(value, list(p.values()), retain_graph=True), ["sigma", "U", "V"], strict=True
-        ):
+        for theirs, grad in zip(leaf, torch.autograd.grad(value, list(leaf.values()), retain_graph=True), strict=True):
             yield prefix + theirs, grad, z[prefix + theirs], 1e-4
 
 
-CASES = {"fedprox_mu0.5": fedprox, "fedprox_mu1": fedprox, "pgp_np1": fedpgp}
+def fedotp(z):
+    method = FedOTP(eps=z["eps"].item(), gamma=z["gamma"].item(), transport="balanced" if z["ot"] == "Sinkhorn" else "unbalanced")
+    raw, patches = z["text_raw"].clone().requires_grad_(), z["patch_raw"].transpose(0, 1)
+    t, text = F.normalize(raw, dim=-1)[None], SimpleNamespace(scale=z["scale"].item())
+    logits = method.logits(text, t, {}, {}, patches[None])
+    loss = F.cross_entropy(logits[0], z["labels"])
+    sim = torch.einsum("bMd,kcd->bcMk", F.normalize(patches, dim=-1), t[0].detach())
+    plan, iterations = method.plan(sim[None])
+    limit, grad_limit = (1e-4, 2e-4) if raw.dtype == torch.float32 else (1e-10, 1e-10)
+    yield from (("plan", plan[0], z["plan"], limit), ("iters", iterations[0], z["iters"], 1e-9))
+    yield from (("logits", logits[0], z["logits"], limit), ("loss", loss, z["loss"], limit))
+    yield "grad_text_ce", torch.autograd.grad(loss, raw, retain_graph=True)[0], z["grad_text_ce"], grad_limit
+    yield "grad_text_R", torch.autograd.grad((z["R"] * logits[0]).sum(), raw)[0], z["grad_text_R"], grad_limit
+    shifted, _ = method.plan((1 + sim - sim.amax((-2, -1), keepdim=True))[None])
+    yield "maxsub_logits", 100 * (shifted[0] * sim).sum((-2, -1)), z["maxsub_logits"], limit
+
+
+CASES = {"fedprox_mu0.5": fedprox, "fedprox_mu1": fedprox, "pgp_np1": fedpgp, "pgp_np2": fedpgp}
+CASES |= {f"ot_logits_{kind}": fedotp for kind in ("cot_eps0.1", "cot_eps0.01_f64", "sinkhorn_eps0.1")}
 INPUTS = {
     fedprox: ("ctx", "global_ctx", "mu", "image_raw", "emb_rows", "sd.text_projection"),
+    fedotp: ("patch_raw", "text_raw", "eps", "scale"),
     fedpgp: ("sigma", "U", "V", "mu", "tau", "image_raw", "emb_rows", "sd.text_projection"),
 }
 
@@ -83,7 +105,7 @@ def test_a_perturbed_value_fails(name):
     z, case = golden(name), CASES[name]
     for key in [found for found, *_ in case(z)]:
         changed = z[key].clone().view(-1)
-        changed[changed.abs().argmax()] *= 1.001
+        changed[changed.abs().argmax()] += 1 if key == "iters" else 0.001 * changed.abs().max()
         assert failing(case, {**z, key: changed.view_as(z[key])}) == [key]
     for key in INPUTS[case]:
         wave = torch.arange(z[key].numel()).cos().view_as(z[key])

@@ -142,8 +142,7 @@ def macro_f1(truth, logits):
     """In percent, over the classes that occur in the truth."""
     guess = logits.argmax(-1)
     scores = [
-        2 * ((guess == c) & (truth == c)).sum().double() / ((guess == c).sum() + (truth == c).sum())
-        for c in truth.unique()
+        2 * ((guess == c) & (truth == c)).sum().double() / ((guess == c).sum() + (truth == c).sum()) for c in truth.unique()
     ]
     return 100 * torch.stack(scores).double().mean()
 

@@ -28,9 +28,11 @@ def train(name):
     method = Recorded(n_ctx=int(z["n_ctx"]), **{ours: z[theirs].item() for ours, theirs in settings.items() if with_gate})
     feats, everyone = F.normalize(z["image_raw"], dim=-1), [torch.arange(len(z["labels"]))] * (k + 1)
     clients = Clients(feats, z["labels"], everyone, everyone, len(z["classnames"]))
-    run = Run(local_epochs=1, weight_decay=z["weight_decay"].item())  # the rest is our default
-    assert set(z["lr_prompt"].tolist()) == {run.lr} and z["momentum"] == run.momentum
-    assert not with_gate or set(z["lr_gate"].tolist()) == {run.gate_lr}
+    epochs, schedule = int(z.get("epochs", 1)), "zigzag" if name == "traj_moap_official_lr" else "constant"
+    run = Run(local_epochs=epochs, weight_decay=z["weight_decay"].item(), schedule=schedule)  # the rest is our default
+    per_epoch = len(z["batch_index"]) // epochs
+    assert [run.rate("ctx", step // per_epoch) for step in range(len(z["lr_prompt"]))] == pytest.approx(z["lr_prompt"].tolist())
+    assert z["momentum"] == run.momentum and (not with_gate or set(z["lr_gate"].tolist()) == {run.gate_lr})
     start = {"ctx": z["ctx"][:1], **{f"gate_{n[5:]}": v[:1] for n, v in z.items() if n.startswith("gate.")}}
     pool = torch.cat([start["ctx"], z["expert_ctx"]]) if k else start["ctx"]
     server = Server({"ctx": pool[0]}, {"ctx": pool}, torch.ones(k + 1, dtype=torch.bool))
@@ -42,7 +44,9 @@ def train(name):
     return z, method, text, path, torch.stack(losses).detach()[:, 0], frozen, clients
 
 
-@pytest.mark.parametrize("name", ["traj_promptfl", "traj_moap_k3", "traj_moap_decay", "traj_moap_round0"])
+@pytest.mark.parametrize(
+    "name", ["traj_promptfl", "traj_moap_k3", "traj_moap_decay", "traj_moap_round0", "traj_moap_official_lr"]
+)
 def test_ten_steps_end_where_the_released_code_ends(name):
     z, method, text, path, losses, frozen, clients = train(name)
     assert error(losses, z["loss"]) < LIMIT
