@@ -116,9 +116,10 @@ def known(name: str, valid: Iterable[str], what: str) -> str:
     """`name` if it is valid. Raises ValueError with the nearest valid name otherwise."""
     valid = list(valid)
     if name not in valid:
-        near = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.0)
+        near = difflib.get_close_matches(str(name), valid, n=8, cutoff=0.0)
+        listed = valid if len(valid) <= 16 else [*near, f"{len(valid) - len(near)} others"]
         raise ValueError(
-            f"unknown {what} {name!r}: did you mean {near[0]!r}? (there are {', '.join(valid)})"
+            f"unknown {what} {name!r}: did you mean {near[0]!r}? (there are {', '.join(listed)})"
             if near
             else f"unknown {what} {name!r}"
         )

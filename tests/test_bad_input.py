@@ -143,7 +143,7 @@ CASES = {  # what is wrong -> who notices, and what the sentence must contain
     ),
     "participation 0": (run(participation=0), "participation 0.0", "(0, 1]"),
     "participation above 1": (run(participation=1.5), "participation 1.5", "(0, 1]"),
-    "unknown schedule": (run(schedule="linear"), "'linear'", "constant or cosine"),
+    "unknown schedule": (run(schedule="linear"), "'linear'", "constant, cosine, zigzag"),
     "no round": (run(rounds=0), "rounds", "at least 1"),
     "no batch": (run(batch_size=0), "batch_size", "at least 1"),
     "a loss that is not finite": (run(lr=1e30), "loss", "clients [", "round 0", "lower lr"),

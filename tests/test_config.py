@@ -179,6 +179,12 @@ def test_settings_are_complete(row):
         "participation": 0.5,
         "memory": "always",
         "anchor": "a {}.",
+        "optimiser": "shared",
+        "transport": "balanced",
+        "choice": "random",
+        "mixing": "linear",
+        "gate_kept": "aggregated",
+        "pooling": "mean",
     }
     for part, value in parts.items():
         for name in (f.name for f in dataclasses.fields(value)):
