@@ -16,6 +16,8 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -180,3 +182,31 @@ def words(clip: Clip, text: str) -> Float[Tensor, "m w"]:
     """The context that stands for ordinary words, such as "a photo of a"."""
     tower = getattr(clip.model, "text", clip.model)
     return tower.token_embedding.weight[clip.tokenizer.encode(text)].detach().clone()
+
+
+def tokens(clip: Clip, images: Float[Tensor, "b 3 s s"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b M d"]]:
+    """The pooled image feature and the M patch features behind the joint projection, none normalised, in one pass of the tower.
+
+    As FedOTP reads them (Li et al., CVPR 2024; HongxiaLee/FedOTP at 9948611, clip/model.py): a ViT's tokens but for the class
+    token, or what a ResNet's attention pool gives at every position but the mean's, which is the pooled feature.
+    Raises ValueError for a tower of another kind.
+    """
+    tower = getattr(clip.model, "visual", None)
+    if isinstance(tower, ModifiedResNet):
+        made = tower.forward_intermediates(images, indices=1, intermediates_only=True)
+        x = attended(tower.attnpool, made["image_intermediates"][0])
+        return x[:, 0], x[:, 1:]
+    by_class_token = isinstance(tower, VisionTransformer) and tower.pool_type == "tok" and tower.attn_pool is None
+    if not by_class_token or tower.final_ln_after_pool:
+        kinds = "open_clip's VisionTransformer, read at its class token behind the final norm, and ModifiedResNet"
+        raise ValueError(f"this image tower ({type(tower).__name__}) has no patch features in the joint space: {kinds} have them")
+    made = tower.forward_intermediates(images, indices=1, normalize_intermediates=True, output_fmt="NLC")
+    return made["image_features"], made["image_intermediates"][0] @ tower.proj
+
+
+def attended(pool: nn.Module, x: Float[Tensor, "b w h h"]) -> Float[Tensor, "b t d"]:
+    """A ResNet's attention pool at all t = 1 + h h positions, the mean first; open_clip's own returns that one only."""
+    x = x.flatten(2).mT
+    x = torch.cat([x.mean(1, keepdim=True), x], dim=1) + pool.positional_embedding
+    q, k, v = (f(x).unflatten(-1, (pool.num_heads, -1)).transpose(1, 2) for f in (pool.q_proj, pool.k_proj, pool.v_proj))
+    return pool.c_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))

@@ -3,6 +3,8 @@
 Layout: feats (n, d) f16, labels (n,) i64, split, domain and image_id (n,) strings, classes (c,) strings in label order.
 Attributes: the provenance as JSON, and a SHA-256 over provenance and content. Features are stored in half precision and
 loaded as unit vectors in single precision: half-precision logits would flip up to 0.9 % of the predictions, the file none.
+
+A second file, made when asked for, holds patches (n, M, d) f16 in the place of feats, not normalised: M times the size.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fpl.clip import tokens
 from fpl.files import sha256, writing
 
-DATASETS = ("feats", "labels", "split", "domain", "image_id", "classes")
+CONTENT = {  # what a file can hold of an image: (clip, batch of images) -> its features
+    "feats": lambda clip, x: clip.model.encode_image(x, normalize=True),  # (b, d)
+    "patches": lambda clip, x: tokens(clip, x)[1],  # (b, M, d)
+}
+COLUMNS = ("labels", "split", "domain", "image_id", "classes")
 LIBRARIES = ("torch", "open_clip_torch", "torchvision", "pillow")
 CHUNK = 256  # images between two points where a killed extraction can go on
 
@@ -44,9 +51,12 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Features:
-    """A features file in memory. feats are unit vectors in fp32; split and domain are numpy strings, one per image."""
+    """A features file in memory; split and domain are numpy strings, one per image.
 
-    feats: Float[Tensor, "images d"]
+    feats are unit vectors (n, d) in fp32; from a file of patches they are those, (n, M, d) in fp16 and not normalised.
+    """
+
+    feats: Float[Tensor, "images *M d"]
     labels: Int[Tensor, " images"]
     split: np.ndarray
     domain: np.ndarray
@@ -98,28 +108,34 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest(path.parent, rows, [names[i] for i in range(len(names))], sha256(path))
 
 
-def provenance(manifest: Manifest, clip) -> dict[str, str]:
+def provenance(manifest: Manifest, clip, content: str = "feats") -> dict[str, str]:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
-    return {**clip.provenance, "manifest": manifest.sha256, "libraries": versions}
+    return {**clip.provenance, "manifest": manifest.sha256, "libraries": versions, "content": content}
 
 
-def extract(manifest: Manifest, clip, path: Path, device: str = "cpu", workers: int = 0) -> Path:
-    """Run the image tower over the manifest and write `path`; goes on where an interrupted call with the same request stopped."""
-    made = json.dumps(provenance(manifest, clip), sort_keys=True)
+def extract(manifest: Manifest, clip, path: Path, device: str = "cpu", workers: int = 0, content: str = "feats") -> Path:
+    """Run the image tower over the manifest and write `path`; goes on where an interrupted call with the same request stopped.
+
+    Raises OSError naming an image that cannot be read, and ValueError for patches of a tower that has none.
+    """
+    encode = CONTENT[content]
+    made = json.dumps(provenance(manifest, clip, content), sort_keys=True)
     partial, progress = path.with_suffix(".partial"), path.with_suffix(".progress")
     path.parent.mkdir(parents=True, exist_ok=True)
     done = json.loads(progress.read_text()) if partial.exists() and progress.exists() else {}
     if done.get("provenance") != made:
         progress.unlink(missing_ok=True)  # first: a kill from here on must not leave it beside another request's file
-        create(partial, manifest, width(clip, device), made)
+        with torch.no_grad():
+            shape = encode(clip, blank(clip).to(device)).shape[1:]  # from a tower that need not say it
+        create(partial, manifest, content, shape, made)
         done = {"provenance": made, "images": 0}
-    feats = rows_on_disk(partial, "feats")
+    feats = rows_on_disk(partial, content)
     with tqdm(total=len(manifest.rows), initial=done["images"], desc="image features", unit="image") as bar:
         for begin in range(done["images"], len(manifest.rows), CHUNK):
             end = min(begin + CHUNK, len(manifest.rows))
             loader = torch.utils.data.DataLoader(Images(manifest, clip.transform, begin, end), batch_size=64, num_workers=workers)
             with torch.no_grad():
-                encoded = [clip.model.encode_image(x.to(device), normalize=True).cpu() for x in batches_of(loader)]
+                encoded = [encode(clip, x.to(device)).cpu() for x in batches_of(loader)]
             feats[begin:end] = torch.cat(encoded).numpy()
             feats.flush()
             with writing(progress) as temporary:
@@ -145,15 +161,14 @@ def batches_of(loader: torch.utils.data.DataLoader) -> Iterator[Tensor]:
         raise OSError(str(e).rstrip().splitlines()[-1].removeprefix("OSError: ")) from e
 
 
-def width(clip, device: str) -> int:
-    """Joint width d, from a tower that need not say it: one blank image."""
+def blank(clip) -> Float[Tensor, "1 3 s s"]:
+    """A batch of one black image."""
     from PIL import Image
 
-    with torch.no_grad():
-        return clip.model.encode_image(clip.transform(Image.new("RGB", (64, 64))).unsqueeze(0).to(device)).shape[-1]
+    return clip.transform(Image.new("RGB", (64, 64))).unsqueeze(0)
 
 
-def create(path: Path, manifest: Manifest, d: int, made: str) -> None:
+def create(path: Path, manifest: Manifest, content: str, shape: Sequence[int], made: str) -> None:
     """The whole file but for the features, whose place is reserved: contiguous, and readable after a kill."""
     text = h5py.string_dtype()
     column = lambda name: [row[name] for row in manifest.rows]  # noqa: E731
@@ -161,7 +176,8 @@ def create(path: Path, manifest: Manifest, d: int, made: str) -> None:
         plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
         plist.set_obj_track_times(False)  # a time of creation would make every file a different one
-        h5py.h5d.create(f.id, b"feats", h5py.h5t.IEEE_F16LE, h5py.h5s.create_simple((len(manifest.rows), d)), plist)
+        space = h5py.h5s.create_simple((len(manifest.rows), *shape))
+        h5py.h5d.create(f.id, content.encode(), h5py.h5t.IEEE_F16LE, space, plist)
         f.create_dataset("labels", data=np.array([int(v) for v in column("label")]))
         for name, source in (("split", "split"), ("domain", "domain"), ("image_id", "path")):
             f.create_dataset(name, data=column(source), dtype=text)
@@ -180,36 +196,39 @@ def digest(f: h5py.File) -> str:
     total = hashlib.sha256(f.attrs["provenance"].encode())
     for name in sorted(f):
         data = f[name][:]
-        total.update(data.tobytes() if data.dtype != object else b"\0".join(data))
+        total.update(data if data.dtype != object else b"\0".join(data))
     return total.hexdigest()
 
 
-def load(path: Path, request: dict[str, str] | None = None, device: str = "cpu") -> Features:
-    """Open a features file, check that it is whole, finite and what was asked for, and normalise in fp32.
+def load(path: Path, request: dict[str, str] | None = None, device: str = "cpu", content: str = "feats") -> Features:
+    """Open a features file, check that it is whole, finite and what was asked for; pooled features are normalised in fp32.
 
-    `request` holds any of the provenance fields (model, weights, transform, manifest). Raises FileNotFoundError when there is no
-    file and ValueError for another provenance (naming both values), a wrong checksum, or features that are not finite.
+    `request` holds any of the provenance fields (model, weights, transform, manifest); for patches, the provenance of the pooled
+    features that they shall belong to. Raises FileNotFoundError when there is no file and ValueError for another provenance or
+    content (naming both values), a wrong checksum, or features that are not finite. Takes little more memory than the file.
     """
+    command = "fpl features" + " --patches" * (content == "patches")
     if not path.exists():
-        raise FileNotFoundError(f"no features at {path}: make them with `fpl features`")
+        raise FileNotFoundError(f"no features at {path}: make them with `{command}`")
     try:
         with h5py.File(path, "r") as f:
             made, checksum, found = json.loads(f.attrs["provenance"]), f.attrs["sha256"], digest(f)
-            data = {name: f[name].asstr()[:] if f[name].dtype == object else f[name][:] for name in DATASETS}
+            names = (made.get("content", content), *COLUMNS)
+            data = {name: f[name].asstr()[:] if f[name].dtype == object else f[name][:] for name in names}
     except (OSError, KeyError, RuntimeError, TypeError, ValueError) as e:  # HDF5 has them all for a broken file
-        raise ValueError(f"{path} is damaged, it cannot be read ({e}): delete it and run `fpl features`") from e
+        raise ValueError(f"{path} is damaged, it cannot be read ({e}): delete it and run `{command}`") from e
     if found != checksum:
-        raise ValueError(
-            f"{path} is damaged, its content does not have the checksum it carries: delete it and run `fpl features`"
-        )
-    for key, wanted in (request or {}).items():
+        raise ValueError(f"{path} is damaged, its content does not have the checksum it carries: delete it and run `{command}`")
+    for key, wanted in ((request or {}) | {"content": content}).items():
         if made.get(key) != wanted:
-            advice = "run `fpl features` or correct params.yaml"
+            advice = f"run `{command}` or correct params.yaml"
             raise ValueError(f"{path} was made with {key} {made.get(key)!r}, asked for is {wanted!r}: {advice}")
-    feats = torch.from_numpy(data["feats"]).float()
-    bad = (~torch.isfinite(feats)).any(1).nonzero()[:, 0]
+    feats = torch.from_numpy(data[content])
+    finite = torch.cat([part.isfinite().flatten(1).all(1) for part in feats.split(CHUNK)])  # in parts: it makes copies
+    bad = (~finite).nonzero()[:, 0]
     if len(bad):
         first = data["image_id"][int(bad[0])]
         raise ValueError(f"{path}: features of {len(bad)} images are not finite, the first is {first}: extract again")
-    unit, labels = F.normalize(feats, dim=-1).to(device), torch.from_numpy(data["labels"]).to(device)
-    return Features(unit, labels, data["split"], data["domain"], list(data["classes"]), made, checksum)
+    feats = F.normalize(feats.float(), dim=-1) if content == "feats" else feats
+    labels = torch.from_numpy(data["labels"]).to(device)
+    return Features(feats.to(device), labels, data["split"], data["domain"], list(data["classes"]), made, checksum)

@@ -28,6 +28,11 @@ def world(tmp_path_factory):
         yield folder
 
 
+@pytest.fixture(params=features.CONTENT)
+def content(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
 def manifest(world):
     return features.read_manifest(world / DATA.folder / "manifest.csv")
@@ -44,9 +49,10 @@ def chunked(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def reference(manifest, tower, tmp_path_factory):
-    """The bytes of an extraction that nobody disturbed; with other chunks than below, which must not matter to what is in it."""
-    return features.extract(manifest, tower, tmp_path_factory.mktemp("reference") / "whole.h5").read_bytes()
+def files(manifest, tower, tmp_path_factory):
+    """What it holds -> a file that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("files")
+    return {content: features.extract(manifest, tower, folder / f"{content}.h5", content=content) for content in features.CONTENT}
 
 
 class Stop(Exception):
@@ -66,23 +72,26 @@ class Counting:
         return self.transform(image)
 
 
-def interrupted(manifest, tower, path, image):
+def interrupted(manifest, tower, path, image, content="feats"):
     """An extraction that stops at an image, counted from 0; the model is asked for its width with a blank one first."""
+    counting = Counting(tower.transform, image + 1)
     with pytest.raises(Stop):
-        features.extract(manifest, dataclasses.replace(tower, transform=Counting(tower.transform, image + 1)), path)
+        features.extract(manifest, dataclasses.replace(tower, transform=counting), path, content=content)
 
 
-def test_layout(world, manifest, tower):
+@pytest.mark.parametrize(("content", "shape"), [("feats", (32,)), ("patches", (4, 32))])
+def test_layout(content, shape, files, manifest, tower):
     rows = manifest.rows
-    with h5py.File(DATA.features) as f:
-        assert set(f) == {"feats", "labels", "split", "domain", "image_id", "classes"}
-        assert (f["feats"].shape, f["feats"].dtype) == ((len(rows), 32), np.float16)
+    with h5py.File(files[content]) as f:
+        assert set(f) == {content, "labels", "split", "domain", "image_id", "classes"}
+        assert (f[content].shape, f[content].dtype) == ((len(rows), *shape), np.float16)
         assert f["labels"].dtype == np.int64 and f["labels"][:].tolist() == [int(row["label"]) for row in rows]
         for name, column in (("split", "split"), ("domain", "domain"), ("image_id", "path")):
             assert f[name].asstr()[:].tolist() == [row[column] for row in rows]
         assert f["classes"].asstr()[:].tolist() == shapes.CLASSES
         made = json.loads(f.attrs["provenance"])
-        assert made == features.provenance(manifest, tower) and set(made) == {*KEYS, "libraries"}
+        assert made == features.provenance(manifest, tower, content) and set(made) == {*KEYS, "libraries", "content"}
+        assert made["content"] == content
         total = hashlib.sha256(f.attrs["provenance"].encode())
         for name in sorted(f):
             total.update(f[name][:].tobytes() if f[name].dtype != object else b"\0".join(f[name][:]))
@@ -115,12 +124,13 @@ def test_predictions_are_those_of_the_model(manifest, tmp_path):
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_another_request_is_refused_with_both_values(key, world, manifest, tower):
-    made = features.provenance(manifest, tower)
-    assert features.load(DATA.features, made).provenance == made
+def test_another_request_is_refused_with_both_values(key, content, files, manifest, tower):
+    """Also that of the pooled features for their patches, which is but for the content the same."""
+    made, request = features.provenance(manifest, tower, content), features.provenance(manifest, tower)
+    assert features.load(files[content], request, content=content).provenance == made
     with pytest.raises(ValueError) as refused:
-        features.load(DATA.features, {**made, key: "something else"})
-    assert all(part in str(refused.value) for part in (str(DATA.features), key, repr(made[key]), "'something else'"))
+        features.load(files[content], {**request, key: "something else"}, content=content)
+    assert all(part in str(refused.value) for part in (str(files[content]), key, repr(made[key]), "'something else'"))
 
 
 def test_other_weights_and_another_manifest_are_another_request(world, manifest, tower, tmp_path):
@@ -134,13 +144,13 @@ def test_other_weights_and_another_manifest_are_another_request(world, manifest,
     assert features.provenance(second, tower)["manifest"] != features.provenance(manifest, tower)["manifest"]
 
 
-def test_a_flipped_byte_changes_nothing_unnoticed(world, tmp_path):
-    good, raw, path = features.load(DATA.features), DATA.features.read_bytes(), tmp_path / "flipped.h5"
-    with h5py.File(DATA.features) as f:
-        begin = f["feats"].id.get_offset()
+def test_a_flipped_byte_changes_nothing_unnoticed(content, files, tmp_path):
+    good, raw, path = features.load(files[content], content=content), files[content].read_bytes(), tmp_path / "flipped.h5"
+    with h5py.File(files[content]) as f:
+        begin = f[content].id.get_offset()
         values = {
             begin,
-            begin + f["feats"].nbytes - 1,
+            begin + f[content].nbytes - 1,
             f["labels"].id.get_offset(),
             raw.index(b"plain circle"),
             raw.index(b'"weights"'),
@@ -148,7 +158,7 @@ def test_a_flipped_byte_changes_nothing_unnoticed(world, tmp_path):
     for position in sorted(values | set(range(0, len(raw), 211))):
         path.write_bytes(raw[:position] + bytes([raw[position] ^ 8]) + raw[position + 1 :])
         try:
-            found = features.load(path)
+            found = features.load(path, content=content)
         except ValueError as error:
             assert f"{path} is damaged" in str(error) and "\n" not in str(error)
             continue
@@ -160,45 +170,45 @@ def test_a_flipped_byte_changes_nothing_unnoticed(world, tmp_path):
 
 
 @pytest.mark.parametrize("size", [0, 100, 5000, -1])
-def test_a_cut_file_is_refused(size, world, tmp_path):
+def test_a_cut_file_is_refused(size, content, files, tmp_path):
     path = tmp_path / "cut.h5"
-    path.write_bytes(DATA.features.read_bytes()[:size])
+    path.write_bytes(files[content].read_bytes()[:size])
     with pytest.raises(ValueError, match="is damaged"):
-        features.load(path)
+        features.load(path, content=content)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_features_that_are_not_finite_are_refused(bad, manifest, tower, tmp_path, monkeypatch):
-    encode = tower.model.encode_image
+def test_features_that_are_not_finite_are_refused(bad, content, manifest, tower, tmp_path, monkeypatch):
+    encode = features.CONTENT[content]
 
-    def broken(x, normalize=False):
-        out = encode(x, normalize=normalize)
+    def broken(clip, x):
+        out = encode(clip, x)
         if len(out) > 40:
-            out[[7, 40], 3] = bad
+            out[[7, 40], ..., 3] = bad
         return out
 
-    monkeypatch.setattr(tower.model, "encode_image", broken)
-    path = features.extract(manifest, tower, tmp_path / "f.h5")
+    monkeypatch.setitem(features.CONTENT, content, broken)
+    path = features.extract(manifest, tower, tmp_path / "f.h5", content=content)
     with pytest.raises(ValueError) as refused:
-        features.load(path)
+        features.load(path, content=content)
     assert str(path) in str(refused.value) and manifest.rows[7]["path"] in str(refused.value)
     assert manifest.rows[40]["path"] not in str(refused.value)
 
 
-def test_repeating_gives_the_same_bytes(manifest, tower, reference, tmp_path):
-    path = features.extract(manifest, tower, tmp_path / "again.h5")
-    assert path.read_bytes() == reference
-    assert features.extract(manifest, tower, path).read_bytes() == reference
+def test_repeating_gives_the_same_bytes(content, manifest, tower, files, tmp_path):
+    path, whole = tmp_path / "again.h5", files[content].read_bytes()
+    for _ in range(2):
+        assert features.extract(manifest, tower, path, content=content).read_bytes() == whole
     assert [p.name for p in tmp_path.iterdir()] == ["again.h5"]
 
 
 @pytest.mark.parametrize("image", [0, 5, CHUNK, 100, 143])
-def test_an_exception_loses_only_the_chunk_under_way(image, chunked, manifest, tower, tmp_path):
-    path, whole = tmp_path / "f.h5", features.extract(manifest, tower, tmp_path / "whole.h5").read_bytes()
-    interrupted(manifest, tower, path, image)
+def test_an_exception_loses_only_the_chunk_under_way(image, content, chunked, manifest, tower, tmp_path):
+    path, whole = tmp_path / "f.h5", features.extract(manifest, tower, tmp_path / "whole.h5", content=content).read_bytes()
+    interrupted(manifest, tower, path, image, content)
     assert not path.exists()
     counting = Counting(tower.transform)
-    features.extract(manifest, dataclasses.replace(tower, transform=counting), path)
+    features.extract(manifest, dataclasses.replace(tower, transform=counting), path, content=content)
     assert path.read_bytes() == whole
     blank = image < CHUNK  # nothing was finished: all from the beginning
     assert counting.calls == len(manifest.rows) - image // CHUNK * CHUNK + blank
@@ -211,7 +221,7 @@ from fpl import clip, features
 from helpers import BACKBONE, DATA
 
 torch.set_num_threads(1)
-features.CHUNK, events = int(sys.argv[1]), 0
+features.CHUNK, content, events = int(sys.argv[1]), sys.argv[2], 0
 tower = clip.load(BACKBONE.name)
 manifest = features.read_manifest(DATA.folder / "manifest.csv")
 
@@ -228,9 +238,9 @@ def extract(moment):
     for owner, name in ((os, "replace"), (shutil, "copyfile"), (pathlib.Path, "unlink"), (numpy.memmap, "flush")):
         setattr(owner, name, killed_at(moment, getattr(owner, name)))
     killable = dataclasses.replace(tower, transform=killed_at(moment, tower.transform))
-    features.extract(manifest, killable, pathlib.Path(f"killed/{moment}/f.h5"))
+    features.extract(manifest, killable, pathlib.Path(f"killed/{content}{moment}/f.h5"), content=content)
 
-for moment in [int(word) for word in sys.argv[2:]]:
+for moment in [int(word) for word in sys.argv[3:]]:
     child = os.fork()
     if not child:
         extract(moment)
@@ -240,36 +250,36 @@ for moment in [int(word) for word in sys.argv[2:]]:
 """
 
 
-def test_kill_at_any_moment_and_go_on(chunked, world, manifest, tower, tmp_path):
+def test_kill_at_any_moment_and_go_on(content, chunked, world, manifest, tower, tmp_path):
     """Moments are calls: to the transform (145), and what writes: flush and rename of every chunk, copy, rename, removals."""
     moments = [0, 1, 20, 34, 35, 36, 37, 90, *range(158, 170)]
-    process = python(world, "-c", KILLER, str(CHUNK), *map(str, moments))
+    process = python(world, "-c", KILLER, str(CHUNK), content, *map(str, moments))
     out, err = process.communicate()
     lines = [[int(word) for word in line.split()] for line in out.splitlines()]
     codes = dict(line for line in lines if len(line) == 2)
     (total,) = {line[0] for line in lines if len(line) == 1}  # how many moments there are; later ones were never reached
     assert codes == {m: -signal.SIGKILL if m < total else 0 for m in moments}, err
     assert 160 < total < 170, "the list above no longer reaches the end: adapt it"
-    whole = features.extract(manifest, tower, tmp_path / "whole.h5").read_bytes()
+    whole = features.extract(manifest, tower, tmp_path / "whole.h5", content=content).read_bytes()
     for moment in moments:
-        path = world / f"killed/{moment}/f.h5"
-        assert features.extract(manifest, tower, path).read_bytes() == whole, f"killed at moment {moment}"
+        path = world / f"killed/{content}{moment}/f.h5"
+        assert features.extract(manifest, tower, path, content=content).read_bytes() == whole, f"killed at moment {moment}"
         assert [other.name for other in path.parent.iterdir()] == ["f.h5"]
 
 
-def test_the_partial_file_of_another_request_is_not_continued(chunked, manifest, tower, tmp_path):
+def test_the_partial_file_of_another_request_is_not_continued(content, chunked, manifest, tower, tmp_path):
     store_clip(tmp_path / "clip", seed=1)
     other, path = clips.load(f"local-dir:{tmp_path}/clip"), tmp_path / "f.h5"
-    whole = {
-        name: features.extract(manifest, t, tmp_path / f"{name}.h5").read_bytes()
-        for name, t in (("ours", tower), ("other", other))
-    }
-    assert whole["ours"] != whole["other"]
-    interrupted(manifest, tower, path, 100)
-    assert features.extract(manifest, other, path).read_bytes() == whole["other"]
-    interrupted(manifest, tower, path, 100)
-    interrupted(manifest, other, path, 5)  # has begun its own partial file, but finished no chunk of it
-    assert features.extract(manifest, tower, path).read_bytes() == whole["ours"]
+    requests = {"ours": (tower, content), "other": (other, content), "rest": (tower, *({*features.CONTENT} - {content}))}
+    make = lambda name, to: features.extract(manifest, requests[name][0], to, content=requests[name][1]).read_bytes()  # noqa: E731
+    whole = {name: make(name, tmp_path / f"{name}.h5") for name in requests}
+    assert len(set(whole.values())) == 3
+    for name in ("other", "rest"):
+        interrupted(manifest, tower, path, 100, content)
+        assert make(name, path) == whole[name]
+        interrupted(manifest, tower, path, 100, content)
+        interrupted(manifest, requests[name][0], path, 5, requests[name][1])  # has begun its own, but finished no chunk of it
+        assert make("ours", path) == whole["ours"]
 
 
 DAMAGE = {
