@@ -19,10 +19,11 @@ def features(options: argparse.Namespace) -> None:
     params = config.read(options.params)
     data = params.data
     config.known(data.name, ["shapes"], "data set")
-    manifest = shapes.make(data.folder, data.seed, data.train_per_class, data.test_per_class)
+    manifest = cache.read_manifest(shapes.make(data.folder, data.seed, data.train_per_class, data.test_per_class))
     loaded = clip.load(params.backbone.name, params.backbone.weights or None, sweep.device())
-    path = cache.extract(cache.read_manifest(manifest), loaded, data.features, sweep.device(), options.workers)
-    print(f"features: {path}")
+    files = {"feats": data.features} | ({"patches": data.patches} if options.patches else {})
+    for content, path in files.items():
+        print(f"features: {cache.extract(manifest, loaded, path, sweep.device(), options.workers, content)}")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -156,7 +157,9 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--fresh", action="store_true", help="run again even where a record exists")
         return sub
 
-    add(features, params=True).add_argument("--workers", type=int, default=0, help="processes that decode images")
+    images = add(features, params=True)
+    images.add_argument("--workers", type=int, default=0, help="processes that decode images")
+    images.add_argument("--patches", action="store_true", help="also write the file of patch features, which FedOTP reads")
     one = add(run, params=True, fresh=True)
     one.add_argument("method", help="a row of the table, such as promptfl")
     one.add_argument("changes", nargs="*", metavar="name=value", help="settings to change, such as lam=1 seed=2")

@@ -43,6 +43,10 @@ class Data:
     def features(self) -> Path:
         return Path("data") / "features" / f"{self.name}.h5"
 
+    @property
+    def patches(self) -> Path:
+        return self.features.with_stem(f"{self.name}_patches")
+
 
 @dataclass(frozen=True)
 class Backbone:

@@ -8,11 +8,12 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from conftest import error
 from helpers import BACKBONE, DATA, ROOT, build, standing_in
 
+from fpl import cli, features
 from fpl import clip as clips
-from fpl import features
 
 VIT = {"image_size": 32, "patch_size": 8, "layers": 2, "width": 32, "head_width": 16}
 RESNET = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32}
@@ -189,3 +190,17 @@ def test_opening_takes_little_more_memory_than_the_file(manifest, tower, tmp_pat
         tracemalloc.stop()
     assert loaded.feats.nbytes == len(manifest.rows) * 1024 * 64 * 2
     assert loaded.feats.nbytes < peak < 1.2 * loaded.feats.nbytes
+
+
+def test_the_command_makes_both_files(world, tmp_path):
+    settings = {"data": {"train_per_class": 2, "test_per_class": 1}, "backbone": {"name": f"local-dir:{world}/clip"}}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(settings))
+    with standing_in(tmp_path):
+        cli.main(["features"])
+        assert not DATA.patches.exists()
+        alone = DATA.features.read_bytes()
+        cli.main(["features", "--patches"])
+        assert DATA.features.read_bytes() == alone
+        assert sorted(path.name for path in DATA.features.parent.iterdir()) == ["shapes.h5", "shapes_patches.h5"]
+        pooled = features.load(DATA.features)
+        assert len(features.load(DATA.patches, pooled.provenance, content="patches").feats) == len(pooled.feats)
