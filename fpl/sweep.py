@@ -15,12 +15,12 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
@@ -31,6 +31,7 @@ from fpl.config import Backbone, Data, Experiment
 from fpl.files import sha256, writing
 from fpl.rounds import Clients, Round, Seeds, run
 
+T = TypeVar("T", bound=Callable)
 RECORDS = Path("results/records")
 # the modules that make a number
 SOURCES = (
@@ -56,22 +57,24 @@ def code_fingerprint() -> str:
     return hashlib.sha256("\n".join(trees).encode()).hexdigest()
 
 
+def kept(maxsize: int) -> Callable[[T], T]:
+    """Keep in memory what a function of (data, ...) returned, until the features file is another one."""
+
+    def wrap(function):
+        cached = functools.lru_cache(maxsize)(lambda state, *arguments: function(*arguments))
+
+        def look(data: Data, *arguments):
+            path = data.features
+            return cached((str(path.resolve()), path.stat().st_mtime_ns if path.exists() else 0), data, *arguments)
+
+        return functools.update_wrapper(look, function)
+
+    return wrap
+
+
+@kept(maxsize=1)
 def opened(data: Data, backbone: Backbone, device: str) -> tuple[clip.Clip, features.Features]:
     """Backbone and features of a data set, refused unless the one was made with the other."""
-    return _opened(data, backbone, device, stamp(data.features))
-
-
-def text_of(data: Data, backbone: Backbone, device: str, n_ctx: int) -> clip.Text:
-    return _text_of(data, backbone, device, n_ctx, stamp(data.features))
-
-
-def stamp(path: Path) -> tuple[str, int]:
-    """Names one state of a file: what was opened is kept in memory until the file is another one."""
-    return str(path.resolve()), path.stat().st_mtime_ns if path.exists() else 0
-
-
-@functools.lru_cache(maxsize=1)
-def _opened(data: Data, backbone: Backbone, device: str, state: tuple[str, int]) -> tuple[clip.Clip, features.Features]:
     drawn, wanted = data.folder / "drawn.json", shapes.drawing(data.seed, data.train_per_class, data.test_per_class)
     if drawn.exists() and drawn.read_text() != wanted:
         found = f"{data.folder} holds images of {drawn.read_text().strip()}"
@@ -81,10 +84,17 @@ def _opened(data: Data, backbone: Backbone, device: str, state: tuple[str, int])
     return loaded, features.load(data.features, loaded.provenance | images, device)
 
 
-@functools.lru_cache(maxsize=4)
-def _text_of(data: Data, backbone: Backbone, device: str, n_ctx: int, state: tuple[str, int]) -> clip.Text:
-    loaded, feats = _opened(data, backbone, device, state)
+@kept(maxsize=4)
+def text_of(data: Data, backbone: Backbone, device: str, n_ctx: int) -> clip.Text:
+    loaded, feats = opened(data, backbone, device)
     return clip.Text(loaded, feats.classes, n_ctx)
+
+
+@kept(maxsize=1)
+def patches_of(data: Data, backbone: Backbone, device: str) -> torch.Tensor:
+    """Patch features (images, M, d) in half precision, of the images of the pooled ones."""
+    _, feats = opened(data, backbone, device)
+    return features.load(data.patches, feats.provenance, device, "patches").feats
 
 
 def device() -> str:
@@ -100,7 +110,8 @@ def make_clients(data: Data, backbone: Backbone, experiment: Experiment, device:
     _, feats = opened(data, backbone, device)
     train, test = partitions.make(experiment.partition, feats.labels.cpu().numpy(), feats.split, experiment.seed)
     as_tensor = lambda parts: [torch.from_numpy(i).to(device) for i in parts]  # noqa: E731
-    return Clients(feats.feats, feats.labels, as_tensor(train), as_tensor(test), len(feats.classes))
+    patches = patches_of(data, backbone, device) if experiment.method.inputs == "patches" else None
+    return Clients(feats.feats, feats.labels, as_tensor(train), as_tensor(test), len(feats.classes), patches)
 
 
 def rounds_of(data: Data, backbone: Backbone, experiment: Experiment, tick=lambda n: None) -> Iterable[Round]:
@@ -125,6 +136,8 @@ def perform(data: Data, backbone: Backbone, experiment: Experiment, path: Path, 
             "accuracy": [round(a, 6) for a in r.accuracy.tolist()],
             "participants": r.participants.tolist(),
             "loss": None if math.isnan(r.loss) else r.loss,
+            "up": r.up.tolist(),
+            "down": r.down.tolist(),
         }
         for r in tqdm(
             rounds_of(data, backbone, experiment), experiment.row, experiment.run.rounds, unit="round", disable=not progress
@@ -205,12 +218,17 @@ def found(data: Data, backbone: Backbone, experiments: Sequence[Experiment]) -> 
 
 
 def frame(paths: Iterable[Path]) -> pd.DataFrame:
-    """One line per run, round and client: all settings as columns, then round, client, accuracy in [0, 1]."""
+    """One line per run, round and client: all settings as columns, then round, client, accuracy in [0, 1], numbers up and down.
+
+    Of clients that did not participate in a round, up and down are missing.
+    """
     lines: list[dict[str, Any]] = []
     for path in paths:
         record = json.loads(path.read_text())
         for r in record["rounds"]:
+            moved = {i: {"up": up, "down": down} for i, up, down in zip(r["participants"], r["up"], r["down"], strict=True)}
             lines += [
-                {**record["settings"], "round": r["round"], "client": i, "accuracy": a} for i, a in enumerate(r["accuracy"])
+                {**record["settings"], "round": r["round"], "client": i, "accuracy": a, **moved.get(i, {})}
+                for i, a in enumerate(r["accuracy"])
             ]
     return pd.DataFrame(lines)

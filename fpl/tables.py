@@ -16,7 +16,8 @@ BESIDE = "paper, mean of 5 data sets"
 DECIMALS = ("mean", "std", "low", "high", BESIDE)
 NOTE_TABLE1 = (
     "Miniature of Table 1 on the demo world, accuracy in %, last round; mean, std and 95 % interval over seeds. "
-    "The paper's column is other data and another CLIP."
+    "The paper's column is other data and another CLIP. Up and down are the numbers that a participating client sends and "
+    "receives in the last round, and their bytes in single precision."
 )
 NOTE_ABLATION = "pFedMoAP on the demo world, accuracy in %, last round; mean, std and 95 % interval over seeds."
 NAMES = {
@@ -31,9 +32,22 @@ NAMES = {
     "fedper": "Prompt+FedPer",
     "fedprox": "Prompt+FedProx",
     "fedamp": "Prompt+FedAMP",
-    "pfedprompt": "pFedPrompt",
+    "pfedprompt": "pFedPrompt (reconstruction)",
+    "fedotp": "FedOTP",
     "fedpgp": "FedPGP",
     "pfedmoap": "pFedMoAP",
+    "promptfl_released": "released: PromptFL",
+    "fedprox_detached": "released: FedProx's term alone",
+    "fedprox_released": "released: Prompt+FedProx",
+    "fedotp_released": "released: FedOTP",
+    "fedpgp_two": "released: FedPGP's two prompts alone",
+    "fedpgp_placeholder": "released: FedPGP's anchor alone",
+    "fedpgp_released": "released: FedPGP",
+    "pfedmoap_oneword": "released: pFedMoAP's one word alone",
+    "pfedmoap_fixed": "released: pFedMoAP's experts alone",
+    "pfedmoap_live": "released: pFedMoAP's pool alone",
+    "pfedmoap_leak": "released: pFedMoAP's gate alone",
+    "pfedmoap_released": "released: pFedMoAP",
 }
 
 
@@ -56,7 +70,10 @@ def table1(runs: pd.DataFrame) -> pd.DataFrame:
     own = summary(runs)
     table = percent(own)
     table.insert(0, "row", [NAMES.get(m, m) for m in own.index])
-    table[BESIDE] = [paper.get(NAMES.get(m)) for m in own.index]
+    table[BESIDE] = [paper.get(NAMES.get(m, "").removesuffix(" (reconstruction)")) for m in own.index]
+    last = runs[runs["round"] == runs.groupby(["method", "seed"])["round"].transform("max")]
+    moved = last.groupby("method")[["up", "down"]].mean().reindex(own.index).round().astype(int)
+    table = table.join(moved).join(4 * moved.add_suffix(", bytes"))
     return table.rename_axis("method").round(2)
 
 
