@@ -18,7 +18,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from fpl.files import writing
-from fpl.partitions import released_domain_dirichlet
+from fpl.released_splits import domain_dirichlet
 
 Counts = dict[str, np.ndarray]  # domain -> (v, 2, c) images per split, train or test, and class
 
@@ -60,14 +60,14 @@ def stratified(totals: np.ndarray, tenths: int = 2) -> np.ndarray:
 
 
 def clients(split: np.ndarray, **partition) -> np.ndarray:
-    """Images per client and class (2, n, c) of one domain with counts (2, c); options as `released_domain_dirichlet`.
+    """Images per client and class (2, n, c) of one domain with counts (2, c); options as `domain_dirichlet`.
 
     The counts of a client do not depend on the list order (see there), so sorted labels stand for FedBN's shuffled lists.
     """
     n_classes = split.shape[1]
     labels = [np.repeat(np.arange(n_classes), count) for count in split]
     train, test = labels
-    parts = released_domain_dirichlet(train, test, **partition)
+    parts = domain_dirichlet(train, test, **partition)
     return np.array([[np.bincount(y[i], minlength=n_classes) for i in part] for y, part in zip(labels, parts)])
 
 

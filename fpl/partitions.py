@@ -5,9 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 Indices = list[np.ndarray]  # one integer array per client
+
+SUPERCLASSES = (  # of CIFAR-100, whose classes are numbered in alphabetical order: aquatic mammals, fish, flowers, ...
+    (4, 30, 55, 72, 95), (1, 32, 67, 73, 91), (54, 62, 70, 82, 92), (9, 10, 16, 28, 61), (0, 51, 53, 57, 83),
+    (22, 39, 40, 86, 87), (5, 20, 25, 84, 94), (6, 7, 14, 18, 24), (3, 42, 43, 88, 97), (12, 17, 37, 68, 76),
+    (23, 33, 49, 60, 71), (15, 19, 21, 31, 38), (34, 63, 64, 66, 75), (26, 45, 77, 79, 99), (2, 11, 35, 46, 98),
+    (27, 29, 44, 78, 93), (36, 50, 65, 74, 80), (47, 52, 56, 59, 96), (8, 13, 48, 58, 90), (41, 69, 81, 85, 89),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,59 +55,3 @@ def make(partition: Partition, labels: np.ndarray, split: np.ndarray, seed: int)
     train = [np.concatenate([chosen[c] for c in block]) for block in blocks]
     test = [np.flatnonzero(np.isin(labels, block) & (split == "test")) for block in blocks]
     return train, test
-
-
-def released_domain_dirichlet(
-    train_labels: ArrayLike,
-    test_labels: ArrayLike,
-    n_clients: int = 5,
-    beta: float = 0.3,
-    min_size: int = 2,
-    seed: int = 0,
-) -> tuple[Indices, Indices]:
-    """The clients of one domain of DomainNet or Office-Caltech10, as the code released with pFedMoAP deals them out.
-
-    Class after class, the shuffled images are cut in proportions p ~ Dir(beta 1_n); a client that already holds 1/n of the
-    training images gets none of the class. Train and test are cut with the same p. Legacy NumPy is re-seeded for every
-    class, so the split does not depend on the run's seed, the p of different classes are related, and the label counts
-    depend on the class counts alone, not on the order of the list. Use it to reproduce Tables 3 and 4, for nothing else.
-
-    train_labels (n_train,), test_labels (n_test,): class of each image of the domain.
-    Returns the train and the test indices of each client, in the order in which the released code leaves them.
-    ValueError if a client gets fewer than `min_size` images: the release would then try again with the same numbers, forever;
-    and if the p of all clients that may still take images round to 0 (tiny beta), where the release fails too.
-    Source: pFedMoAP (ICLR 2025), Section 4.1, and a description in our own words of its repository at a481de3.
-    """
-    train_labels, test_labels = np.asarray(train_labels), np.asarray(test_labels)
-    train: Indices = [np.empty(0, int)] * n_clients
-    test: Indices = [np.empty(0, int)] * n_clients
-    rng = np.random.RandomState(seed)
-    for label in np.union1d(train_labels, test_labels):
-        rng = np.random.RandomState(seed)  # again for every class: this is the defect that fixes the partition
-        train_class = rng.permutation(np.flatnonzero(train_labels == label))
-        test_class = rng.permutation(np.flatnonzero(test_labels == label))
-        shares = rng.dirichlet(np.full(n_clients, beta))
-        shares[[len(held) >= len(train_labels) / n_clients for held in train]] = 0
-        train, test = _deal(train, train_class, shares), _deal(test, test_class, shares)
-    _check_sizes(train, test, min_size)
-    for client in range(n_clients):  # continues the generator of the last class
-        rng.shuffle(train[client])
-        rng.shuffle(test[client])
-    return train, test
-
-
-def _deal(held: Indices, images: np.ndarray, shares: np.ndarray) -> Indices:
-    """Adds to each client its part of `images`; `shares` (n,) need not sum to 1. ValueError if they are all 0."""
-    if not shares.any():
-        raise ValueError("no client that may still take images drew a share of the class: pass another seed or a larger beta")
-    cuts = (np.cumsum(shares / shares.sum())[:-1] * len(images)).astype(int)
-    return [np.concatenate(pair) for pair in zip(held, np.split(images, cuts))]
-
-
-def _check_sizes(train: Indices, test: Indices, min_size: int) -> None:
-    size, split, client = min((len(i), name, c) for name, part in (("train", train), ("test", test)) for c, i in enumerate(part))
-    if size < min_size:
-        raise ValueError(
-            f"client {client} would hold {size} {split} images, fewer than min_size={min_size}, and every further pass of the "
-            "released rule is the same because it re-seeds: pass another seed, a smaller min_size or fewer clients"
-        )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fpl import label_prior
-from fpl.partitions import released_domain_dirichlet
+from fpl.released_splits import domain_dirichlet
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = json.loads((ROOT / "tests/data/label_prior.json").read_text())
@@ -59,7 +59,7 @@ def test_every_image_has_one_client_and_global_state_is_left_alone():
     rng = np.random.default_rng(0)
     labels = rng.integers(10, size=500), rng.integers(10, size=200)
     before = np.random.get_state()[1].copy()
-    parts = released_domain_dirichlet(*labels, beta=5.0)
+    parts = domain_dirichlet(*labels, beta=5.0)
     assert np.array_equal(before, np.random.get_state()[1])
     for part, y in zip(parts, labels):
         assert sorted(np.concatenate(part)) == list(range(len(y)))
@@ -68,14 +68,14 @@ def test_every_image_has_one_client_and_global_state_is_left_alone():
 def test_list_order_does_not_change_the_label_counts():
     y = np.repeat(np.arange(10), 40)
     shuffled = np.random.default_rng(1).permutation(y)
-    for a, b in zip(released_domain_dirichlet(y, y)[0], released_domain_dirichlet(shuffled, shuffled)[0]):
+    for a, b in zip(domain_dirichlet(y, y)[0], domain_dirichlet(shuffled, shuffled)[0]):
         assert np.array_equal(np.bincount(y[a], minlength=10), np.bincount(shuffled[b], minlength=10))
 
 
 def test_a_partition_that_would_never_end_raises():
     labels = np.zeros(20, int)
     with pytest.raises(ValueError, match=r"client \d would hold \d (train|test) images.*min_size=2"):
-        released_domain_dirichlet(labels, labels)
+        domain_dirichlet(labels, labels)
 
 
 def test_majority_guess_of_each_domain(counts, file):
