@@ -108,7 +108,7 @@ def manifest(data: Data) -> features.Manifest:
 
 def make_clients(data: Data, backbone: Backbone, experiment: Experiment, device: str) -> Clients:
     _, feats = opened(data, backbone, device)
-    train, test = partitions.make(experiment.partition, feats.labels.cpu().numpy(), feats.split, experiment.seed)
+    train, test = partitions.make(experiment.partition, feats.labels.cpu().numpy(), feats.split, experiment.seed, feats.domain)
     as_tensor = lambda parts: [torch.from_numpy(i).to(device) for i in parts]  # noqa: E731
     patches = patches_of(data, backbone, device) if experiment.method.inputs == "patches" else None
     return Clients(feats.feats, feats.labels, as_tensor(train), as_tensor(test), len(feats.classes), patches)

@@ -1,6 +1,5 @@
 """Promise: the demo world is drawn from its seed alone, and the demo CLIP that ships with it is worth looking at."""
 
-import dataclasses
 import io
 import json
 import random
@@ -197,4 +196,4 @@ def test_features_suffice_for_a_clients_own_classes(quality):
 
 def test_the_quality_is_measured_with_the_published_partition():
     params = config.read(ROOT / "params.yaml")
-    assert dataclasses.asdict(params.partition) == {"kind": "pathological", "clients": 10, "shots": 16}
+    assert params.partition == config.Partition("pathological", clients=10, shots=16)

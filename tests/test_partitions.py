@@ -1,5 +1,7 @@
 """Promise: clients get the classes of the paper's rule, their shots and all their test images, and a seed says which."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -26,6 +28,32 @@ def world(n_cls, train=20, test=6):
     keep = (labels != 0) | (split == "test") | (np.arange(len(labels)) < 5)
     order = np.random.default_rng(0).permutation(keep.sum())
     return labels[keep][order], split[keep][order]
+
+
+def with_domains(n_cls):
+    labels, split = world(n_cls)
+    return labels, split, np.random.default_rng(1).choice(["one", "two", "three"], len(labels))
+
+
+KINDS = partitions.KINDS
+WORLDS = {kind: with_domains(100 if kind == "pachinko" else 12) for kind in KINDS}
+WORLDS["iid"] = tuple(column[WORLDS["iid"][0] > 0] for column in WORLDS["iid"])  # the rare class is too rare
+WORLDS["iid"][0][:] -= 1
+
+
+def deal(kind, shots, seed=1):
+    """Six clients of this kind."""
+    labels, split, domain = WORLDS[kind]
+    return partitions.make(Partition(kind, 6, shots), labels, split, seed, domain)
+
+
+def tally(parts, kind):
+    """Images of each client and class."""
+    return np.array([np.bincount(WORLDS[kind][0][index], minlength=100) for index in parts])
+
+
+def same_sets(parts, others):
+    return all(set(a.tolist()) == set(b.tolist()) for a, b in zip(parts, others, strict=True))
 
 
 def classes(parts, labels):
@@ -82,23 +110,170 @@ def test_who_has_a_class_does_not_decide_its_shots(other):
     assert set(np.concatenate(chosen).tolist()) == set(np.concatenate(differently).tolist())
 
 
-@pytest.mark.parametrize("stream", ["classes", "shots"])
-def test_the_streams_are_separate(stream, monkeypatch):
-    """With one stream changed, what the other one draws stays."""
-    labels, split = world(48)
-    partition, generator = Partition(clients=10, shots=4), np.random.default_rng
-    before = partitions.make(partition, labels, split, 1)[0]
+@pytest.mark.parametrize("stream", ["classes", "shots", "test"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_streams_are_separate(kind, stream, monkeypatch):
+    """With one stream changed, what the other ones draw stays."""
+    before, generator = deal(kind, shots=0), np.random.default_rng
+    few = deal(kind, shots=2)
     monkeypatch.setattr(np.random, "default_rng", lambda key: generator([99, *key] if bytes(key[1:]) == stream.encode() else key))
-    after = partitions.make(partition, labels, split, 1)[0]
-    assert (classes(before, labels) == classes(after, labels)) == (stream == "shots")
-    assert (set(np.concatenate(before).tolist()) == set(np.concatenate(after).tolist())) == (stream == "classes")
+    after = deal(kind, shots=0)
+    same = [np.array_equal(tally(a, kind), tally(b, kind)) for a, b in zip(before, after, strict=True)]
+    assert same == [stream != "classes" or kind == "iid"] * 2  # how many of each class: iid draws nothing there
+    if kind in ("pathological", "even"):  # whole classes: which images these are is decided by the shots
+        chosen, differently = (set(np.concatenate(parts).tolist()) for parts in (few[0], deal(kind, shots=2)[0]))
+        assert (chosen == differently) == (stream != "shots")
+    elif stream != "classes":
+        assert [same_sets(a, b) for a, b in zip(before, after, strict=True)] == [stream != "shots", stream != "test"]
 
 
-def test_fewer_shots_are_some_of_more():
-    labels, split = world(48)
-    few, many = (partitions.make(Partition(shots=shots), labels, split, 1) for shots in (2, 8))
-    assert all(set(a.tolist()) < set(b.tolist()) for a, b in zip(few[0], many[0], strict=True))
-    assert all(np.array_equal(a, b) for a, b in zip(few[1], many[1], strict=True))
+@pytest.mark.parametrize("kind", KINDS)
+def test_fewer_shots_are_some_of_more_and_change_nothing_else(kind):
+    everything, (few, test) = deal(kind, shots=0), deal(kind, shots=2)
+    assert np.array_equal(tally(few, kind), np.minimum(tally(everything[0], kind), 2))
+    assert all(set(a.tolist()) < set(b.tolist()) for a, b in zip(few, everything[0], strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(test, everything[1], strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_image_goes_to_one_client(kind):
+    _, split, _ = WORLDS[kind]
+    for parts, name in zip(deal(kind, shots=0), ("train", "test"), strict=True):
+        assert len(parts) == 6 and all(len(part) for part in parts)
+        assert sorted(np.concatenate(parts).tolist()) == np.flatnonzero(split == name).tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_images_stand_class_by_class_and_test_images_in_the_files_order(kind):
+    train, test = deal(kind, shots=0)
+    for mine in train:
+        own = WORLDS[kind][0][mine]
+        assert 1 + np.count_nonzero(np.diff(own)) == len(set(own.tolist()))
+        assert all((np.diff(mine[own == c]) > 0).all() for c in own)
+    assert all((np.diff(mine) > 0).all() for mine in test)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_seed_decides_everything(kind):
+    first, again, other = (deal(kind, 4, seed) for seed in (1, 1, 2))
+    assert all(map(np.array_equal, first[0] + first[1], again[0] + again[1]))
+    assert not same_sets(first[0], other[0]) and not same_sets(first[1], other[1])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_dirichlet_deals_test_images_like_training_images_and_nothing_to_those_who_have_their_share(seed):
+    counts = np.full((2, 12), 40)
+    partition = Partition("dirichlet", 5, concentration=0.3, min_size=30)
+    (train, test), _ = partitions.dirichlet(partition, counts, 5, np.random.default_rng(seed))
+    assert np.array_equal(train, test) and train.sum(1).min() >= 30
+    had = train.cumsum(1) - train
+    full = had >= counts[0].sum() / 5
+    assert full.any() and (train[full] == 0).all()
+
+
+def test_dirichlet_draws_again_until_all_have_the_least():
+    smallest = {least: min(smallest_set(seed, least) for seed in range(20)) for least in (1, 6)}
+    assert smallest[1] < 6 <= smallest[6]
+
+
+def smallest_set(seed, least):
+    partition = Partition("dirichlet", 6, 0, concentration=0.3, min_size=least)
+    return min(len(part) for parts in partitions.make(partition, *WORLDS["dirichlet"][:2], seed) for part in parts)
+
+
+def of_a_class(seed):
+    """What the first client of Dir(0.3) takes of the first class, when nobody has anything yet."""
+    partition, counts = Partition("dirichlet", concentration=0.3), np.full((2, 20), 10**6)
+    return partitions.dirichlet(partition, counts, 5, np.random.default_rng(seed))[0][0, 0, 0] / 10**6
+
+
+@functools.cache
+def of_superclass_3(seed):
+    """Images of its five classes that the first client takes, in training and in test, when nothing is used up."""
+    partition, counts = Partition("pachinko", concentration=0.3), np.full((2, 100), 10**6)
+    dealt, _ = partitions.pachinko(partition, counts, 50, np.random.default_rng(seed))
+    return dealt[:, 0, list(partitions.SUPERCLASSES[3])]
+
+
+def of_its_first_class(seed):
+    five = of_superclass_3(seed)[0]
+    return five[0] / five.sum() if five.sum() > 1e4 else np.nan
+
+
+DRAWN = {  # a share -> its mean and its concentration
+    "a class of dirichlet": (of_a_class, 1 / 5, 0.3 * 5),
+    "a superclass of pachinko": (lambda seed: of_superclass_3(seed)[0].sum() / (2 * 10**6), 1 / 20, 0.3 * 20),
+    "a class of its superclass": (of_its_first_class, 1 / 5, 10 * 5),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_shares_vary_as_their_dirichlet_does(name):
+    share, mean, concentration = DRAWN[name]
+    drawn = np.array([share(seed) for seed in range(150)])
+    std = np.sqrt(mean * (1 - mean) / (1 + concentration))
+    assert abs(np.nanmean(drawn) - mean) < 4 * std / np.sqrt(len(drawn)) and 0.75 < np.nanstd(drawn) / std < 1.3
+
+
+def test_pachinko_takes_test_images_by_the_weights_of_training():
+    for seed in range(20):
+        train, test = of_superclass_3(seed)
+        assert np.abs(train - test).max() <= 6 * np.sqrt(2 * train.max() + 1)
+
+
+def test_domains_have_clients_of_their_own_in_their_order():
+    _, _, domain = WORLDS["domain"]
+    for parts in deal("domain", shots=0):
+        assert [set(domain[part].tolist()) for part in parts] == [{"one"}, {"one"}, {"three"}, {"three"}, {"two"}, {"two"}]
+        counts = tally(parts, "domain")
+        assert not np.array_equal(counts[0], counts[2]) and not np.array_equal(counts[2], counts[4])
+
+
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_iid_clients_differ_by_one_image_in_a_class_and_in_all(name):
+    counts = tally(deal("iid", shots=0)[name == "test"], "iid")
+    assert counts[:, :11].min() > 0 and np.ptp(counts, axis=0).max() <= 1 and np.ptp(counts.sum(1)) <= 1
+
+
+@pytest.mark.parametrize("concentration", [0.5, 1e-9])
+def test_pachinko_deals_everything_in_equal_sizes(concentration):
+    """Also where all weights but one round to 0, and that one is used up."""
+    counts = np.full((2, 100), [[7], [3]])
+    dealt, _ = partitions.pachinko(Partition("pachinko", concentration=concentration), counts, 9, np.random.default_rng(1))
+    assert np.array_equal(dealt.sum(1), counts) and np.ptp(dealt.sum(2), axis=1).max() <= 1
+
+
+WORLD = WORLDS["dirichlet"]
+REFUSED = {
+    "kind": (lambda: Partition("shards"), ["'shards'", "iid or pachinko"]),
+    "clients": (lambda: Partition(clients=0), ["clients (0)", "at least 1"]),
+    "shots": (lambda: Partition(shots=-1), ["shots (-1)", "at least 0", "all training images"]),
+    "concentration": (lambda: Partition("dirichlet", concentration=0.0), ["concentration (0.0)", "above 0"]),
+    "min_size": (lambda: Partition("dirichlet", min_size=0), ["min_size (0)", "at least 1"]),
+    "no domains": (lambda: partitions.make(Partition("domain"), *WORLD[:2], 1), ["domain of each image", "use dirichlet"]),
+    "clients and domains": (
+        lambda: partitions.make(Partition("domain", 10), *WORLD[:2], 1, WORLD[2]),
+        ["10", "3 domains", "of 3"],
+    ),
+    "too few images": (
+        lambda: partitions.make(Partition("dirichlet", 10, min_size=30), *WORLD[:2], 1),
+        ["100 draws of Dir(0.5)", "10 clients", "30 training and test images", "use fewer clients"],
+    ),
+    "tiny shares": (lambda: partitions.make(Partition("dirichlet", 12, concentration=1e-9), *WORLD[:2], 1), ["Dir(1e-09)"]),
+    "a rare class": (lambda: partitions.make(Partition("iid", 21), *WORLD[:2], 1), ["21 clients", "5 training", "class 0"]),
+    "no superclasses": (
+        lambda: partitions.make(Partition("pachinko"), *WORLD[:2], 1),
+        ["100 classes", "have 12", "use dirichlet"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_dealt_is_refused_in_one_sentence(name):
+    call, words = REFUSED[name]
+    with pytest.raises(ValueError) as error:
+        call()
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
 
 
 @pytest.mark.parametrize("n_cls", [37, 47, 48, 102])
