@@ -8,7 +8,7 @@ import torch
 from conftest import NAMES, SMALL, error, golden, make
 from test_identities import HALF, RUN, SEEDS, batches, calls, equal, near, play
 
-from fpl import methods, released, rounds
+from fpl import methods, released, released_splits, rounds
 from fpl.clip import Text
 from fpl.methods import FedPGP, FedProx, PFedMoAP, PromptFL, Server
 from fpl.released import RELEASED
@@ -72,10 +72,15 @@ def test_d5_the_term_is_reported_and_does_nothing(text, clients):
 @pytest.mark.parametrize("name", ["select_experts_n10", "select_experts_n30"])
 def test_d6_experts_are_the_first_others_of_one_permutation(name, monkeypatch):
     z, n = golden(name), int(golden(name)["num_users"])
+    split = [z[f"split_{part}"].numpy() for part in ("train_labels", "test_labels")]
     for s, seed in enumerate(z["seeds"].tolist()):
-        order = list(range(n))
+        order, after = list(range(n)), list(range(n))
         random.Random(seed).shuffle(order)
         assert order == z["permutation"][s].tolist()
+        draw = random.Random(seed)
+        released_splits.pathological(*split, int(z["split_users"]), int(z["split_shots"]), draw=draw)
+        draw.shuffle(after)
+        assert after == z["permutation_after_split"][s].tolist(), "after the split the permutation is the same for every seed"
         places = torch.tensor(order).argsort().float()
         monkeypatch.setitem(methods.CHOICES, "fixed", lambda server, clients: places.repeat(n, 1))  # noqa: B023
         for e, number in enumerate(z["num_experts"].tolist()):
