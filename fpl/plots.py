@@ -165,6 +165,18 @@ def bars(values: Sequence[float], names: Sequence[str], title: str, xlabel: str,
     return fig
 
 
+def steps(values: Sequence[float], every: int, title: str, xlabel: str, ylabel: str) -> Figure:
+    """A sequence as points on a line, with a vertical line before every `every` of them."""
+    with plt.rc_context(STYLE):
+        fig = _figure(figsize=(7.5, 2.6))
+        ax = fig.subplots()
+        ax.plot(values, marker="o", markersize=3, color="black", linewidth=0.8)
+        for x in range(0, len(values), every):
+            ax.axvline(x - 0.5, color="#BBBBBB", linewidth=0.8)
+        ax.set(title=title, xlabel=xlabel, ylabel=ylabel, xlim=(-0.5, len(values) - 0.5))
+    return fig
+
+
 def heat(matrix: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, label: str) -> Figure:
     """A matrix as shades, light to dark."""
     with plt.rc_context(STYLE):

@@ -61,11 +61,11 @@ def kept(maxsize: int) -> Callable[[T], T]:
     """Keep in memory what a function of (data, ...) returned, until the features file is another one."""
 
     def wrap(function):
-        cached = functools.lru_cache(maxsize)(lambda state, *arguments: function(*arguments))
+        cached = functools.lru_cache(maxsize)(lambda state, *arguments, **named: function(*arguments, **named))
 
-        def look(data: Data, *arguments):
+        def look(data: Data, *arguments, **named):
             path = data.features
-            return cached((str(path.resolve()), path.stat().st_mtime_ns if path.exists() else 0), data, *arguments)
+            return cached((str(path.resolve()), path.stat().st_mtime_ns if path.exists() else 0), data, *arguments, **named)
 
         return functools.update_wrapper(look, function)
 

@@ -41,10 +41,12 @@ def plan(
     iterations = torch.zeros(len(sim), dtype=torch.long, device=sim.device)
     going = torch.ones(len(sim), dtype=torch.bool, device=sim.device)
     for _ in range(max_iter):
-        keep = going.view(-1, *[1] * (sim.ndim - 3))  # a client that has stopped stays as it is
-        row = 1 / patches / (kernel * v.unsqueeze(-1)).sum(0)
-        new_u = torch.where(keep.unsqueeze(-1), row if balanced else row.clamp(max=1), u)
-        new_v = torch.where(keep, (1 if balanced else gamma) / prompts / (kernel * new_u).sum(-1), v)
+        new_u = 1 / patches / (kernel * v.unsqueeze(-1)).sum(0)
+        new_u = new_u if balanced else new_u.clamp_(max=1)
+        new_v = (1 if balanced else gamma) / prompts / (kernel * new_u).sum(-1)
+        if not going.all():  # a client that has stopped stays as it is
+            keep = going.view(-1, *[1] * (sim.ndim - 3))
+            new_u, new_v = torch.where(keep.unsqueeze(-1), new_u, u), torch.where(keep, new_v, v)
         change = (new_u - u) / unit if balanced else ((new_v - v) / unit[..., 0]).movedim(0, -1)
         u, v, iterations = new_u, new_v, iterations + going
         going = going & ~(change.abs().flatten(1).mean(1) < thresh)
