@@ -65,7 +65,10 @@ class LivePool(InTurn, PFedMoAP):
 
 @dataclass(frozen=True)
 class LeakingGate(InTurn, PFedMoAP):
-    """D8a: a client's gate is stored from its second participation on; before, it starts from that of the client before it."""
+    """D8a: a client's gate is stored from its second participation on; before, it starts from that of the client before it.
+
+    What it gets of another's gate counts as received.
+    """
 
     def download(self, server, who, clients):
         leaked = {k: server.pool[k][who] for k in gate.NAMES[self.mixing] if k in server.pool}

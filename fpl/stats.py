@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import pandas as pd
 from scipy import stats
 
+RESULTS = ("round", "client", "accuracy", "up", "down")  # columns of a frame of runs that are no settings
+
 
 def over_seeds(values: Sequence[float], level: float = 0.95) -> pd.Series:
     """mean, sample std, and the t-interval of the mean (low, high); std and interval are nan for a single value."""
@@ -19,7 +21,7 @@ def over_seeds(values: Sequence[float], level: float = 0.95) -> pd.Series:
 
 def last_round(runs: pd.DataFrame) -> pd.DataFrame:
     """The rule that picks what is reported: every client's accuracy after the last round, never the best one."""
-    settings = [column for column in runs.columns if column not in ("round", "client", "accuracy")]  # together they name a run
+    settings = [column for column in runs.columns if column not in RESULTS]  # together they name a run
     final = runs.groupby(settings, dropna=False)["round"].transform("max")
     return runs[runs["round"] == final]
 

@@ -8,7 +8,7 @@ import pandas as pd
 
 from fpl.controls import CONTROLS
 from fpl.files import writing
-from fpl.stats import by_seed, over_seeds
+from fpl.stats import by_seed, last_round, over_seeds
 
 TABLES = Path("results/tables")
 PAPER = "pFedMoAP (ICLR 2025, 2410.10114)"
@@ -71,8 +71,7 @@ def table1(runs: pd.DataFrame) -> pd.DataFrame:
     table = percent(own)
     table.insert(0, "row", [NAMES.get(m, m) for m in own.index])
     table[BESIDE] = [paper.get(NAMES.get(m, "").removesuffix(" (reconstruction)")) for m in own.index]
-    last = runs[runs["round"] == runs.groupby(["method", "seed"])["round"].transform("max")]
-    moved = last.groupby("method")[["up", "down"]].mean().reindex(own.index).round().astype(int)
+    moved = last_round(runs).groupby("method")[["up", "down"]].mean().reindex(own.index).round().astype(int)
     table = table.join(moved).join(4 * moved.add_suffix(", bytes"))
     return table.rename_axis("method").round(2)
 

@@ -12,6 +12,7 @@ from helpers import BACKBONE, DATA, PARAMS, Here, build, python, standing_in, st
 
 from fpl import cli, config, features, sweep
 from fpl import clip as clips
+from fpl.methods import FedOTP
 
 HEADER = "path,label,class,split,domain\n"
 FILE = {
@@ -41,6 +42,10 @@ def here(world, monkeypatch):
 def run(row="promptfl", backbone=BACKBONE, **changes):
     """A whole experiment; what is refused must be refused before its first round is over."""
     return lambda monkeypatch: next(iter(sweep.rounds_of(DATA, backbone, PARAMS.experiment(row, 1, **changes))))
+
+
+def check(method):
+    return lambda monkeypatch: method.check(None, None)
 
 
 def with_features(change, row="promptfl", **changes):
@@ -122,6 +127,15 @@ CASES = {  # what is wrong -> who notices, and what the sentence must contain
     "a negative gate": (run("pfedmoap", d_gate=-16), "d_gate -16"),
     "as many experts as clients": (run("pfedmoap", n_experts=4), "n_experts 4", "number of clients 4"),
     "a negative number of experts": (run("pfedmoap", n_experts=-1), "n_experts -1", "at least 0"),
+    "unknown choice of experts": (run("pfedmoap", choice="nearest"), "choice 'nearest'", "knn, cosine, random"),
+    "unknown gate": (run("pfedmoap", mixing="mlp"), "mixing 'mlp'", "attention, uniform, linear"),
+    "unknown place of the gate": (run("pfedmoap", gate_kept="both"), "gate_kept 'both'", "private, aggregated"),
+    "unknown pooling": (run("pfedmoap", pooling="max"), "pooling 'max'", "stride, mean"),
+    "FedOTP without patches": (run("fedotp", n_ctx=2), "no features at", "_patches.h5", "fpl features --patches"),
+    "FedOTP with too little entropy": (check(FedOTP(eps=0.001)), "eps 0.001", "0.003"),
+    "FedOTP that matches more than all": (check(FedOTP(gamma=1.2)), "gamma 1.2", "(0, 1]"),
+    "one optimiser for clients at once": (run(optimiser="shared"), "shared optimiser", "one after the other"),
+    "one word of several vectors": (run("pfedmoap_oneword", n_ctx=4, n_experts=1, d_gate=16, heads=4), "n_ctx 4", "one word"),
     "a negative time of fine-tuning": (run("finetuned", tune_epochs=-1), "tune_epochs -1", "0 for no fine-tuning"),
     "more shared vectors than there are": (run("fedper", n_ctx=2, n_base=3), "n_base 3", "n_ctx 2"),
     "a negative number of shared vectors": (run("fedper", n_ctx=2, n_base=-1), "n_base -1", "n_ctx 2"),

@@ -220,6 +220,17 @@ def test_pfedmoap_without_experts_trains_like_promptfl(text, clients, cfg):
     assert not always(equal, with_experts.uploads, plain.uploads)
 
 
+def test_fedotp_with_one_patch_and_equal_prompts_classifies_like_promptfl(text, clients):
+    whole = dataclasses.replace(clients, patches=3 * clients.feats.unsqueeze(1))  # of any length
+    method, ctx = dataclasses.replace(make(FedOTP), gamma=1.0), 0.1 * torch.randn(2, 4, text.width)
+    index = torch.stack([whole.train[i][:3] for i in (0, 2)])
+    twice, once = {"ctx": ctx, "local": ctx}, {"ctx": ctx}
+    found = method.logits(text, method.encode(text, twice), twice, {}, whole.patches[index])
+    assert error(found, PromptFL().logits(text, text(ctx), once, {}, whole.feats[index])) < 1e-5
+    part = dataclasses.replace(method, gamma=0.5)
+    assert error(part.logits(text, method.encode(text, twice), twice, {}, whole.patches[index]), found / 2) < 1e-5
+
+
 DEGENERATE = {
     "fedprox without the term": (FedProx, {"mu": 0.0}, PromptFL),
     "fedper, all vectors shared": (FedPer, {"n_base": 4}, PromptFL),

@@ -239,7 +239,7 @@ def test_frame(here):
     ]
     frame = sweep.frame(sweep.sweep(DATA, BACKBONE, experiments))
     assert len(frame) == 2 * 4 + 2 * 3 + 1 * 4  # rounds times clients; what learns nothing has one round
-    assert set(frame.columns) == {*experiments[0].settings(), "round", "client", "accuracy"}
+    assert set(frame.columns) == {*experiments[0].settings(), *stats.RESULTS}
     assert frame["accuracy"].between(0, 1).all()
     for experiment in experiments:
         lines = frame[(frame["method"] == experiment.row) & (frame["seed"] == experiment.seed)]
@@ -265,6 +265,12 @@ def test_the_last_round_is_reported_never_the_best():
     assert last["accuracy"].tolist() == [0.2, 0.4, 0.6, 0.8, 0.5, 0.7, 0.0, 0.1]
     assert stats.by_seed(RUNS).to_dict() == pytest.approx({("a", 1): 0.3, ("a", 2): 0.7, ("b", 1): 0.6, ("b", 2): 0.05})
     assert stats.by_seed(RUNS[RUNS["method"] == "a"], "lam").to_dict() == pytest.approx({(0.5, 1): 0.3, (0.5, 2): 0.7})
+
+
+def test_what_a_run_found_does_not_tell_runs_apart():
+    """Clients without an upload receive less, so what travels differs by round and client within a run."""
+    moved = RUNS.assign(up=range(len(RUNS)), down=[1.0, None] * 6)
+    assert stats.by_seed(moved).equals(stats.by_seed(RUNS))
 
 
 def test_each_run_has_its_own_last_round():
