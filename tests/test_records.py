@@ -126,7 +126,7 @@ def test_another_row_seed_features_or_code_is_another_record(monkeypatch):
 
 @pytest.mark.parametrize("name", sweep.SOURCES)
 def test_the_fingerprint_is_that_of_the_code(name, tmp_path, monkeypatch):
-    """A comment or a blank line makes no other code, a statement does."""
+    """A comment, a docstring or a blank line makes no other code, a statement does."""
     source = Path(sweep.__file__).parent
     for module in source.glob("*.py"):
         shutil.copy(module, tmp_path)
@@ -135,6 +135,8 @@ def test_the_fingerprint_is_that_of_the_code(name, tmp_path, monkeypatch):
     before, text = fingerprint(), file.read_text()
     assert before == sweep.code_fingerprint()
     file.write_text(f"# another comment\n\n{text}\n\n# and one more\n")
+    assert fingerprint() == before
+    file.write_text(text.replace('"""\n', ' Another.\n"""\n'))
     assert fingerprint() == before
     file.write_text(text + "\nANYTHING = 1\n")
     assert fingerprint() != before
