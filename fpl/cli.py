@@ -13,17 +13,37 @@ from fpl.files import alone, writing
 
 def features(options: argparse.Namespace) -> None:
     """Draw the demo images if needed and run the frozen image tower over them once."""
-    from fpl import clip, config, shapes, sweep
+    from fpl import clip, config, datasets, shapes, sweep
     from fpl import features as cache
 
-    params = config.read(options.params)
+    params = config.read(options.params, options.set)
     data = params.data
-    config.known(data.name, ["shapes"], "data set")
-    manifest = cache.read_manifest(shapes.make(data.folder, data.seed, data.train_per_class, data.test_per_class))
+    config.known(data.name, ["shapes", "own", *datasets.DATASETS], "data set")
+    if data.name == "shapes":
+        listed = shapes.make(data.folder, data.seed, data.train_per_class, data.test_per_class)
+    else:
+        listed = datasets.prepare(data.name, Path(data.root), data.layout or None, data.manifest)
+    manifest = cache.read_manifest(listed)
     loaded = clip.load(params.backbone.name, params.backbone.weights or None, sweep.device())
     files = {"feats": data.features} | ({"patches": data.patches} if options.patches else {})
     for content, path in files.items():
         print(f"features: {cache.extract(manifest, loaded, path, sweep.device(), options.workers, content)}")
+
+
+def data(options: argparse.Namespace) -> None:
+    """List the data sets, fetch one, or check what is there and what is missing."""
+    from fpl import datasets, fetch
+
+    if options.what == "list":
+        print(datasets.overview(options.root).to_markdown(index=False))
+        return
+    left = []
+    if options.what == "fetch":
+        print(f"terms of use: {fetch.terms(options.name)}", flush=True)
+        left = fetch.fetch(options.name, options.root)
+    elif options.name != "own":
+        left = fetch.by_hand(options.name, options.root)
+    print("\n".join([datasets.checklist(options.name, options.root).to_markdown(index=False), *left]))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -31,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
     from fpl import config, stats
     from fpl import sweep as records
 
-    params = config.read(options.params)
+    params = config.read(options.params, options.set)
     changes = {}
     for change in options.changes:
         key, equals, value = change.partition("=")
@@ -50,7 +70,7 @@ def sweep(options: argparse.Namespace) -> None:
     from fpl import config
     from fpl import sweep as records
 
-    params = config.read(options.params)
+    params = config.read(options.params, options.set)
     experiments = {"table1": params.table, "ablations": params.ablation}[options.table]()
     records.sweep(params.data, params.backbone, experiments, options.jobs, options.fresh)
 
@@ -153,10 +173,18 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         if params:
             sub.add_argument("--params", type=Path, default=Path("params.yaml"), help="settings file (params.yaml)")
+            example = "a setting in place of the file's, such as data.name=flowers102"
+            sub.add_argument("--set", action="append", default=[], metavar="SECTION.NAME=VALUE", help=example)
         if fresh:
             sub.add_argument("--fresh", action="store_true", help="run again even where a record exists")
         return sub
 
+    sets = add(data)
+    sets.add_argument("what", choices=("list", "fetch", "check"))
+    sets.add_argument("name", nargs="?", default="", help="a data set of `fpl data list`, or own")
+    sets.add_argument(
+        "--root", type=Path, default=Path("data/images"), help="folder of data sets (data/images); for own, the CSV or folder"
+    )
     images = add(features, params=True)
     images.add_argument("--workers", type=int, default=0, help="processes that decode images")
     images.add_argument("--patches", action="store_true", help="also write the file of patch features, which FedOTP reads")

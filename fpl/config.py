@@ -24,12 +24,15 @@ PARAMS = Path("params.yaml")
 
 @dataclass(frozen=True)
 class Data:
-    """The data set: its name, and for the drawn demo world its seed and size."""
+    """The data set: "shapes", the drawn demo world, with its seed and size; one of fpl.datasets; or "own" images."""
 
     name: str = "shapes"
     seed: int = 1
     train_per_class: int = 32
     test_per_class: int = 40
+    root: str = "data/images"  # the folder of data sets, where `fpl data fetch` puts them; of own data the CSV file or folder
+    layout: str = ""  # of a data set's lists, such as coop or torchvision; by default the first that is there
+    store: str = ""  # name of the features files, if not the data set's: two backbones need two
 
     @property
     def folder(self) -> Path:
@@ -41,11 +44,11 @@ class Data:
 
     @property
     def features(self) -> Path:
-        return Path("data") / "features" / f"{self.name}.h5"
+        return Path("data") / "features" / f"{self.store or self.name}.h5"
 
     @property
     def patches(self) -> Path:
-        return self.features.with_stem(f"{self.name}_patches")
+        return self.features.with_stem(f"{self.features.stem}_patches")
 
 
 @dataclass(frozen=True)
@@ -167,9 +170,19 @@ def number(value: Any, kind: str, where: str) -> int | float:
         raise ValueError(f"{where} must be of type {kind}, not {value!r}") from None
 
 
-def read(path: Path = PARAMS) -> Params:
-    """Raises FileNotFoundError, or ValueError for what is no YAML and for anything in the file that would be ignored."""
+def read(path: Path = PARAMS, changes: Sequence[str] = ()) -> Params:
+    """Raises FileNotFoundError, or ValueError for what is no YAML and for anything in the file that would be ignored.
+
+    `changes` are of the form SECTION.NAME=VALUE, or SECTION=VALUE for a list, and replace what the file says.
+    """
     content = of_type(plain(path.read_text(), str(path)), dict, str(path))
+    for change in changes:
+        place, equals, value = change.partition("=")
+        section, _, name = place.partition(".")
+        if not equals:
+            raise ValueError(f"{change!r} is not of the form section.name=value, such as data.name=flowers102")
+        whole = {name: plain(value, place)} if name else plain(value, place)
+        content[section] = of_type(content.get(section) or {}, dict, section) | whole if name else whole
     for key in content:
         known(key, [f.name for f in dataclasses.fields(Params)], f"section of {path}")
     made: dict[str, Any] = {

@@ -15,7 +15,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -427,6 +427,13 @@ def read(name: str, root: Path, layout: str | None = None) -> Manifest:
     except Exception as e:  # MATLAB files, JSON and lines of another form fail in many ways
         reason = e if isinstance(e, ValueError) else f"{type(e).__name__} {e}"
         raise ValueError(f"{name}: the lists of the {key} layout in {folder} are not as they should be: {reason}") from e
+
+
+def prepare(name: str, root: Path, layout: str | None, path: Path) -> Path:
+    """Write the manifest from which features are made: all images but those for validation, which no protocol here uses."""
+    whole = read(name, root, layout)
+    used = [row for row in whole.rows if row["split"] != "val"]
+    return write_manifest(replace(whole, rows=used), path)
 
 
 def checklist(name: str, root: Path) -> pd.DataFrame:

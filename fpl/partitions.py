@@ -14,7 +14,9 @@ import numpy as np
 Indices = list[np.ndarray]  # one integer array per client
 Counts = np.ndarray  # (2, n, c) training and test images of each client and class; (2, c) of all
 
-KINDS = ("pathological", "even", "dirichlet", "domain", "iid", "pachinko")
+KINDS = ("pathological", "even", "dirichlet", "domain", "iid", "pachinko", "column")
+FORMS = ("ours", "released")
+LOADERS = ("right", "mismatched", "misnamed", "both")
 DRAWS = 100  # of all clients together, until each has min_size images
 SUPERCLASSES = (  # of CIFAR-100, whose classes are numbered in alphabetical order: aquatic mammals, fish, flowers, ...
     (4, 30, 55, 72, 95), (1, 32, 67, 73, 91), (54, 62, 70, 82, 92), (9, 10, 16, 28, 61), (0, 51, 53, 57, 83),
@@ -29,7 +31,9 @@ class Partition:
     """How images go to clients.
 
     kind: "pathological", disjoint classes by the rule of the paper (pFedMoAP, section 4.1); "even", the same with class counts
-    that differ by at most one, ours; "dirichlet", "domain", "iid" and "pachinko", ours, see `dirichlet`, `iid`, `pachinko`.
+    that differ by at most one, ours; "dirichlet", "domain", "iid" and "pachinko", ours, see `dirichlet`, `iid`, `pachinko`;
+    "column", as the manifest's column client says. form "released": the split of that kind in the released code, index by index,
+    and loader: its mistakes with DomainNet and Office, see `fpl.released_splits`.
     """
 
     kind: str = "pathological"
@@ -37,10 +41,15 @@ class Partition:
     shots: int = 16  # training images per class and client; 0: all
     concentration: float = 0.5  # the alpha of Dir(alpha), of kinds dirichlet, domain and pachinko: small is far from even
     min_size: int = 2  # training and test images that every client has, of kinds dirichlet and domain
+    form: str = "ours"
+    loader: str = "right"  # or mismatched (D1), misnamed (D2), both
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"partition {self.kind!r} is not known: use {', '.join(KINDS[:-1])} or {KINDS[-1]}")
+        for what, value, known in (("partition", self.kind, KINDS), ("form", self.form, FORMS), ("loader", self.loader, LOADERS)):
+            if value not in known:
+                raise ValueError(f"{what} {value!r} is not known: use {', '.join(known[:-1])} or {known[-1]}")
+        if self.loader != "right" and self.kind != "domain":
+            raise ValueError(f"loader {self.loader!r} is that of domains: use it with kind domain, not {self.kind}")
         if self.clients < 1 or self.min_size < 1:
             raise ValueError(f"clients ({self.clients}) and min_size ({self.min_size}) must be at least 1")
         if self.shots < 0:
@@ -50,16 +59,25 @@ class Partition:
 
 
 def make(
-    partition: Partition, labels: np.ndarray, split: np.ndarray, seed: int, domain: np.ndarray | None = None
+    partition: Partition,
+    labels: np.ndarray,
+    split: np.ndarray,
+    seed: int,
+    domain: np.ndarray | None = None,
+    client: np.ndarray | None = None,
 ) -> tuple[Indices, Indices]:
     """Image numbers of each client: for training class by class, for testing in the files' order.
 
-    labels, split ("train", "test"), domain: one per image; only the kind "domain" needs the last one: Dirichlet in each domain,
-    the clients of the first domain (in alphabetical order) first. A client trains on `shots` of its images of each class (all, if
-    there are fewer) and is tested on all of its test images. Who has what is drawn from the stream "classes", which training
-    images these are from "shots", which test images from "test". Raises ValueError when the images cannot be dealt as asked.
+    labels, split ("train", "test"), domain, client: one per image. Kind "domain" needs the domains: Dirichlet in each, the
+    clients of the first (in alphabetical order) first. Kind "column" needs the clients, who come in the order of their names. A
+    client trains on `shots` of its images of each class (all, if there are fewer) and is tested on all of its test images. Who
+    has what is drawn from the stream "classes", which training images these are from "shots", which test images from "test".
+    Raises ValueError when the images cannot be dealt as asked.
     """
-    groups = _domains(partition.clients, domain) if partition.kind == "domain" else [np.full(len(labels), True)]
+    if partition.kind == "column":
+        groups = _clients(partition.clients, client)
+    else:
+        groups = _domains(partition.clients, domain) if partition.kind == "domain" else [np.full(len(labels), True)]
     n, n_cls = partition.clients // len(groups), int(labels.max()) + 1
     streams = {name: np.random.default_rng([seed, *name.encode()]) for name in ("classes", "shots", "test")}
     train: Indices = []
@@ -88,6 +106,20 @@ def _domains(clients: int, domain: np.ndarray | None) -> list[np.ndarray]:
     if clients % len(names):
         raise ValueError(f"{clients} clients cannot be shared evenly by {len(names)} domains: use a multiple of {len(names)}")
     return [domain == name for name in names]
+
+
+def _clients(clients: int, client: np.ndarray | None) -> list[np.ndarray]:
+    if client is None:
+        raise ValueError("the partition by column needs the client of each image: give the manifest a column client")
+    names = np.unique(client)
+    if len(names) != clients:
+        raise ValueError(f"the column client names {len(names)} clients, asked for are {clients}: set clients to {len(names)}")
+    return [client == name for name in names]
+
+
+def column(partition: Partition, counts: Counts, n: int, rng: np.random.Generator) -> tuple[Counts, np.ndarray]:
+    """All images of the one client."""
+    return counts[:, None], np.arange(counts.shape[1])
 
 
 def disjoint(partition: Partition, counts: Counts, n: int, rng: np.random.Generator) -> tuple[Counts, np.ndarray]:
@@ -189,4 +221,5 @@ DEALERS: dict[str, Callable[[Partition, Counts, int, np.random.Generator], tuple
     "domain": dirichlet,
     "iid": iid,
     "pachinko": pachinko,
+    "column": column,
 }

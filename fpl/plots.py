@@ -177,6 +177,30 @@ def steps(values: Sequence[float], every: int, title: str, xlabel: str, ylabel: 
     return fig
 
 
+def partition(images: pd.DataFrame) -> Figure:
+    """Who has what: a bubble for each client and class, its area the number of images, its colour and marker the domain.
+
+    images: one line per image with columns client (0, 1, ..), class (names), domain.
+    """
+    counts = images.groupby(["client", "class", "domain"], sort=False).size().rename("images").reset_index()
+    classes, domains = sorted(counts["class"].unique()), sorted(counts["domain"].unique())
+    clients, named = int(counts["client"].max()) + 1, len(classes) <= 60
+    with plt.rc_context(STYLE):
+        fig = _figure(figsize=(min(max(0.2 * len(classes), 5) + 1.5, 14), min(max(0.26 * clients, 2) + 1.6, 14)))
+        ax = fig.subplots()
+        for k, (domain, rows) in enumerate(counts.groupby("domain")):
+            at = [classes.index(name) + 0.1 * (k - (len(domains) - 1) / 2) for name in rows["class"]]
+            look = {"marker": "osD^vP*X"[k % 8], "color": COLOURS[(k + 2) % len(COLOURS)], "edgecolor": "black", "linewidth": 0.3}
+            ax.scatter(at, rows["client"], s=90 * rows["images"] / counts["images"].max(), label=domain, **look)
+        ax.set(xlabel=f"class ({len(classes)})", ylabel="client", xlim=(-0.8, len(classes) - 0.2), ylim=(clients - 0.4, -0.6))
+        ax.set_xticks(*((range(len(classes)), classes) if named else ([],)))
+        ax.tick_params(axis="x", rotation=90, labelsize=7)
+        ax.set_title(f"{len(images)} images; the largest bubble is {counts['images'].max()} of them")
+        if len(domains) > 1:
+            fig.legend(*ax.get_legend_handles_labels(), loc="outside lower left", ncols=6)
+    return fig
+
+
 def heat(matrix: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, label: str) -> Figure:
     """A matrix as shades, light to dark."""
     with plt.rc_context(STYLE):

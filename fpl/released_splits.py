@@ -9,15 +9,51 @@ instead, and what it draws next is what the released run would draw next.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fpl.partitions import SUPERCLASSES, Indices
+from fpl.partitions import SUPERCLASSES, Indices, Partition
 
 SPLIT_SEED = 2023  # of the pathological split, whatever the run's seed
 PACHINKO_SEED = 12345
+
+
+def make(
+    partition: Partition, labels: np.ndarray, split: np.ndarray, seed: int, domain: np.ndarray | None = None
+) -> tuple[Indices, Indices]:
+    """As `fpl.partitions.make`: image numbers of each client, of the released split of the partition's kind.
+
+    Numbers that the release fixes stay as they are (sizes, its own seeds). Raises ValueError for a kind that it has not, and for
+    shots where it takes all images.
+    """
+    if partition.kind not in ("pathological", "iid") and partition.shots:
+        raise ValueError(f"the released {partition.kind} split takes all training images: set shots to 0, not {partition.shots}")
+    n, beta, useall = partition.clients, partition.concentration, not partition.shots
+    if partition.kind == "domain":
+        if domain is None:
+            raise ValueError("the partition by domain needs the domain of each image: give a domain column")
+        groups = [domain == name for name in np.unique(domain)]
+        if n % len(groups):
+            raise ValueError(f"{n} clients cannot be shared evenly by {len(groups)} domains: use a multiple of {len(groups)}")
+        parts = [_numbers(domain_dirichlet, labels, split, here, n // len(groups), beta) for here in groups]
+        return [i for train, _ in parts for i in train], [i for _, test in parts for i in test]
+    everything = np.full(len(labels), True)
+    if partition.kind in ("pathological", "iid"):
+        return _numbers(pathological, labels, split, everything, n, partition.shots or 1, useall, partition.kind == "iid")
+    if partition.kind in ("dirichlet", "pachinko"):
+        rule: Callable = label_dirichlet if partition.kind == "dirichlet" else pachinko
+        return _numbers(rule, labels, split, everything, n, beta, seed)
+    raise ValueError(f"the released code has no {partition.kind} split: use form ours")
+
+
+def _numbers(rule: Callable, labels: np.ndarray, split: np.ndarray, here: np.ndarray, *settings: Any) -> tuple[Indices, Indices]:
+    """A rule on the training and the test list of some images, in numbers of all images."""
+    train, test = (np.flatnonzero(here & (split == name)) for name in ("train", "test"))
+    found = rule(labels[train], labels[test], *settings)
+    return [train[i] for i in found[0]], [test[i] for i in found[1]]
 
 
 def pathological(
@@ -242,7 +278,29 @@ def domain_loader(labels: ArrayLike, parts: Indices) -> list[tuple[np.ndarray, n
     return [(labels[index], np.arange(len(index))) for index in parts]
 
 
-def class_order(classes: Sequence[str], seed: int) -> list[str]:
+def mistaken(
+    loader: str, labels: np.ndarray, split: np.ndarray, domain: np.ndarray, parts: tuple[Indices, Indices], seed: int
+) -> tuple[np.ndarray, np.ndarray, tuple[Indices, Indices]]:
+    """What the released loader makes of a partition by domain: image numbers, their labels, and who has which of these.
+
+    "mismatched" (D1): see `domain_loader`. "misnamed" (D2): see `class_order`; that the prompt of class c speaks of another class
+    is said here by giving its images the label of that class. "both".
+    """
+    images, given, sizes = [], [], []
+    for of_split, name in zip(parts, ("train", "test"), strict=True):
+        for index in of_split:
+            here = np.flatnonzero((domain == domain[index[0]]) & (split == name))
+            images.append(index if loader == "misnamed" else here[: len(index)])
+            given.append(labels[index])
+            sizes.append(len(index))
+    renamed = np.concatenate(given)
+    if loader != "mismatched":
+        renamed = np.array(class_order(range(int(labels.max()) + 1), seed))[renamed]
+    places = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+    return np.concatenate(images), renamed, (places[: len(parts[0])], places[len(parts[0]) :])
+
+
+def class_order(classes: Sequence[Any], seed: int) -> list[Any]:
     """The class names in the order in which a prompt's row c gets one, on DomainNet and Office.
 
     The release keeps the names in a Python set, whose order differs from process to process, so a prompt carries the name of a

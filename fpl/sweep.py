@@ -22,11 +22,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from fpl import clip, features, partitions, shapes
+from fpl import clip, features, partitions, released_splits, shapes
 from fpl.config import Backbone, Data, Experiment
 from fpl.files import sha256, writing
 from fpl.rounds import Clients, Round, Seeds, run
@@ -111,10 +112,17 @@ def manifest(data: Data) -> features.Manifest:
 
 def make_clients(data: Data, backbone: Backbone, experiment: Experiment, device: str) -> Clients:
     _, feats = opened(data, backbone, device)
-    train, test = partitions.make(experiment.partition, feats.labels.cpu().numpy(), feats.split, experiment.seed, feats.domain)
-    as_tensor = lambda parts: [torch.from_numpy(i).to(device) for i in parts]  # noqa: E731
-    patches = patches_of(data, backbone, device) if experiment.method.inputs == "patches" else None
-    return Clients(feats.feats, feats.labels, as_tensor(train), as_tensor(test), len(feats.classes), patches)
+    asked, labels, rows = experiment.partition, feats.labels.cpu().numpy(), np.s_[:]
+    if asked.form == "released":
+        parts = released_splits.make(asked, labels, feats.split, experiment.seed, feats.domain)
+    else:
+        parts = partitions.make(asked, labels, feats.split, experiment.seed, feats.domain, feats.client)
+    if asked.loader != "right":
+        rows, labels, parts = released_splits.mistaken(asked.loader, labels, feats.split, feats.domain, parts, experiment.seed)
+    place = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
+    train, test = ([place(index) for index in part] for part in parts)
+    patches = patches_of(data, backbone, device)[rows] if experiment.method.inputs == "patches" else None
+    return Clients(feats.feats[rows], place(labels), train, test, len(feats.classes), patches)
 
 
 def rounds_of(data: Data, backbone: Backbone, experiment: Experiment, tick=lambda n: None) -> Iterable[Round]:

@@ -117,7 +117,7 @@ CASES = {  # what is wrong -> who notices, and what the sentence must contain
     "more clients than classes, even": (run(clients=50, kind="even"), "50 clients", "48 classes", "even", "use 48"),
     "no client": (run(clients=0), "clients (0)", "at least 1"),
     "a negative number of shots": (run(shots=-1), "shots (-1)", "at least 0"),
-    "unknown partition": (run(kind="shards"), "'shards'", "pathological, even, dirichlet, domain, iid or pachinko"),
+    "unknown partition": (run(kind="shards"), "'shards'", "pathological, even, dirichlet, domain, iid, pachinko or column"),
     "a client without test images": (with_features(without_tests_of_class_3, clients=48), "client ", " of 48 ", "no test images"),
     "heads do not divide the gate": (run("pfedmoap", heads=3), "heads 3", "d_gate 16"),
     "no head": (run("pfedmoap", heads=0), "heads 0", "d_gate 16"),

@@ -35,7 +35,7 @@ def with_domains(n_cls):
     return labels, split, np.random.default_rng(1).choice(["one", "two", "three"], len(labels))
 
 
-KINDS = partitions.KINDS
+KINDS = [kind for kind in partitions.KINDS if kind != "column"]
 WORLDS = {kind: with_domains(100 if kind == "pachinko" else 12) for kind in KINDS}
 WORLDS["iid"] = tuple(column[WORLDS["iid"][0] > 0] for column in WORLDS["iid"])  # the rare class is too rare
 WORLDS["iid"][0][:] -= 1
@@ -290,3 +290,32 @@ def test_every_number_of_clients_is_dealt_or_refused_with_one_that_works(n_cls):
             ) == int(words[-1])
         else:
             assert len(train) == clients and all(len(part) for part in train)
+
+
+def test_a_column_names_the_clients():
+    labels, split, _ = WORLDS["dirichlet"]
+    client = np.random.default_rng(2).choice(["site b", "site a", "site c"], len(labels))
+    train, test = partitions.make(Partition("column", clients=3, shots=0), labels, split, 1, client=client)
+    for name, own, tested in zip(["site a", "site b", "site c"], train, test, strict=True):
+        assert sorted(own) == np.flatnonzero((client == name) & (split == "train")).tolist()
+        assert tested.tolist() == np.flatnonzero((client == name) & (split == "test")).tolist()
+    few, _ = partitions.make(Partition("column", clients=3, shots=2), labels, split, 1, client=client)
+    assert all(np.bincount(labels[own]).max() <= 2 and set(own) <= set(whole) for own, whole in zip(few, train, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (lambda: partitions.make(Partition("column"), *WORLDS["dirichlet"][:2], 1), "column client"),
+        (
+            lambda: partitions.make(Partition("column"), *WORLDS["dirichlet"][:2], 1, client=WORLDS["dirichlet"][2]),
+            "names 3 clients, asked for are 10: set clients to 3",
+        ),
+        (lambda: Partition(form="theirs"), "form 'theirs' is not known: use ours or released"),
+        (lambda: Partition("domain", loader="wrong"), "loader 'wrong' is not known: use right, mismatched, misnamed or both"),
+        (lambda: Partition(loader="both"), "loader 'both' is that of domains: use it with kind domain, not pathological"),
+    ],
+)
+def test_columns_forms_and_loaders_that_cannot_be(settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        settings()

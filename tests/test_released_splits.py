@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT, golden
 
 from fpl import released_splits as released
+from fpl.partitions import Partition
 
 FILES = sorted(
     path.stem for pattern in ("split_*", "select_clients*") for path in (ROOT / "tests/data/golden").glob(f"{pattern}.npz")
@@ -240,3 +241,73 @@ def test_after_a_domain_split_every_seed_has_the_same_participants():
         released.domain_dirichlet(CIFAR10, CIFAR10, rng=rng)
         picks.append(released.participants(30, 0.25, 5, rng).tolist())
     assert picks[0] == picks[1]
+
+
+# As settings of an experiment: one list of images, training and test mixed
+
+
+def mixed(train_labels, test_labels, order):
+    """Labels and split of all images in some order, and for both lists the place of each of its images."""
+    labels = np.concatenate([train_labels, test_labels])[order]
+    split = np.repeat(["train", "test"], [len(train_labels), len(test_labels)])[order]
+    return labels, split, np.flatnonzero(split == "train"), np.flatnonzero(split == "test")
+
+
+MADE = {
+    "pathological": (Partition("pathological", 4, shots=3, form="released"), lambda a, b: released.pathological(a, b, 4, 3)),
+    "all images": (
+        Partition("pathological", 4, shots=0, form="released"),
+        lambda a, b: released.pathological(a, b, 4, useall=True),
+    ),
+    "iid": (Partition("iid", 3, shots=2, form="released"), lambda a, b: released.pathological(a, b, 3, 2, iid=True)),
+    "dirichlet": (Partition("dirichlet", 3, 0, 0.7, form="released"), lambda a, b: released.label_dirichlet(a, b, 3, 0.7, 5)),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_settings_deal_as_the_functions_do(name):
+    partition, rule = MADE[name]
+    gen = np.random.default_rng(3)
+    lists = gen.integers(0, 8, 240), gen.integers(0, 8, 100)
+    labels, split, *places = mixed(*lists, gen.permutation(340))
+    found = released.make(partition, labels, split, 5)
+    wanted = rule(labels[places[0]], labels[places[1]])
+    for ours, theirs, place in zip(found, wanted, places, strict=True):
+        assert all(np.array_equal(own, place[index]) for own, index in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("name", ["split_domainnet12", "split_domainnet30", "split_office20"])
+def test_the_released_loader_is_what_the_files_say(name):
+    z = load(name)
+    lists = [(site, part, z[f"{site}.{part}_labels"]) for site in sorted(z["sites"].tolist()) for part in ("train", "test")]
+    labels = np.concatenate([found for *_, found in lists])
+    domain, split = (np.concatenate([[of[k]] * len(of[2]) for of in lists]) for k in (0, 1))
+    partition = Partition("domain", int(z["num_users"]), 0, z["beta"].item(), form="released", loader="mismatched")
+    parts = released.make(partition, labels, split, 7, domain)
+    images, given, (train, test) = released.mistaken("mismatched", labels, split, domain, parts, 7)
+    for site in sorted(z["sites"].tolist()):
+        for part, own in (("train", train), ("test", test)):
+            here = np.concatenate([index for index in own if domain[images[index[0]]] == site])
+            first = np.flatnonzero((domain == site) & (split == part))[0]
+            assert np.array_equal(given[here], z[f"{site}.{part}_released_label"])
+            assert np.array_equal(images[here] - first, z[f"{site}.{part}_released_image"])
+    right, same, _ = released.mistaken("misnamed", labels, split, domain, parts, 7)
+    assert np.array_equal(right, np.concatenate([*parts[0], *parts[1]]))
+    names = np.array(released.class_order(range(10), 7))
+    assert np.array_equal(same, names[labels[right]]) and not np.array_equal(names, np.arange(10))
+    _, both, _ = released.mistaken("both", labels, split, domain, parts, 7)
+    assert np.array_equal(both, names[given])
+
+
+@pytest.mark.parametrize(
+    ("partition", "sentence"),
+    [
+        (Partition("even", 2, 0, form="released"), "released code has no even split"),
+        (Partition("dirichlet", 2, 4, form="released"), "takes all training images: set shots to 0, not 4"),
+        (Partition("domain", 2, 0, form="released"), "needs the domain of each image"),
+    ],
+)
+def test_settings_that_the_release_has_not_are_refused(partition, sentence):
+    labels, split, *_ = mixed(np.arange(40) % 4, np.arange(20) % 4, np.arange(60))
+    with pytest.raises(ValueError, match=sentence):
+        released.make(partition, labels, split, 1)
