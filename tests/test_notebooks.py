@@ -30,7 +30,7 @@ def project(tmp_path_factory) -> Path:
         shutil.copytree(notebook.ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(notebook.ROOT / "data" / "published.csv", root / "data")
     (root / "params.yaml").write_text(SMALL)
-    for command in (["features"], ["sweep", "table1"], ["sweep", "ablations"]):
+    for command in (["features", "--patches"], ["sweep", "table1"], ["sweep", "ablations"]):
         run(root, *command)
     return root
 

@@ -245,7 +245,7 @@ def test_pachinko_deals_everything_in_equal_sizes(concentration):
 
 WORLD = WORLDS["dirichlet"]
 REFUSED = {
-    "kind": (lambda: Partition("shards"), ["'shards'", "iid or pachinko"]),
+    "kind": (lambda: Partition("shards"), ["'shards'", "pachinko or column"]),
     "clients": (lambda: Partition(clients=0), ["clients (0)", "at least 1"]),
     "shots": (lambda: Partition(shots=-1), ["shots (-1)", "at least 0", "all training images"]),
     "concentration": (lambda: Partition("dirichlet", concentration=0.0), ["concentration (0.0)", "above 0"]),
