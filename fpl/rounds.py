@@ -24,7 +24,8 @@ from fpl.methods import Params, PromptFL, Server
 class Clients:
     """Cached image features (all images, d), labels, and which images each client trains on and is tested on.
 
-    `patches`, the features of the M patches of each image, not normalised, is for methods that ask for them.
+    `patches`, the features of the M patches of each image, not normalised, is for methods that ask for them. `views` are features
+    of V random crops of each training image, of which an epoch sees one after the other; `place` is where an image has them.
     """
 
     feats: Float[Tensor, "images d"]
@@ -33,6 +34,8 @@ class Clients:
     test: Sequence[Int[Tensor, " _own"]]
     n_cls: int
     patches: Float[Tensor, "images M d"] | None = None
+    views: Float[Tensor, "rows V d"] | None = None
+    place: Int[Tensor, " images"] | None = None
 
     def __post_init__(self):
         for i, (train, test) in enumerate(zip(self.train, self.test, strict=True)):
@@ -47,6 +50,12 @@ class Clients:
 
     def __len__(self) -> int:
         return len(self.train)
+
+    def shown(self, inputs: str, index: Int[Tensor, "n b"], epoch: int) -> Float[Tensor, "n b *M d"]:
+        """What training sees of some images in local epoch `epoch`, counted from the beginning of the run."""
+        if self.views is None or self.place is None or inputs != "feats":
+            return getattr(self, inputs)[index]
+        return self.views[self.place[index], epoch % self.views.shape[1]]
 
     def training(self, i: int) -> tuple[Float[Tensor, "own d"], Int[Tensor, " own"]]:
         return self.feats[self.train[i]], self.labels[self.train[i]]
@@ -161,10 +170,12 @@ def train_locally(
     run: Run,
     tick: Callable[[int], object],
     shared: Optimiser | None = None,
+    first: int = 0,
 ) -> tuple[Params, Float[Tensor, " n"]]:
     """SGD from a copy of `start`; what was learnt, and each client's mean loss in the last epoch.
 
-    The optimiser is fresh, or goes on as `shared` left off, and leaves its state there.
+    The optimiser is fresh, or goes on as `shared` left off, and leaves its state there. `first` is the number of the first local
+    epoch since the beginning of the run.
     """
     if shared and len(order) > 1:
         raise ValueError("a shared optimiser is for clients that train one after the other: take a row of fpl.released, or fresh")
@@ -173,11 +184,13 @@ def train_locally(
     sgd = torch.optim.SGD([{"params": [v]} for v in params.values()], 0.0, run.momentum, weight_decay=run.weight_decay)
     for k in params.keys() & shared.velocity.keys():
         sgd.state[params[k]]["momentum_buffer"] = shared.velocity[k]
-    images, per_epoch, losses = getattr(clients, method.inputs), order.shape[1] // run.local_epochs, []
+    per_epoch, losses = order.shape[1] // run.local_epochs, []
     for step, index in enumerate(order.unbind(1)):
+        epoch = step // per_epoch
         for k, group in zip(params, sgd.param_groups, strict=True):
-            group["lr"] = run.rate(k, step // per_epoch, shared.epochs)
-        loss = method.loss(text, params, frozen, images[index], clients.labels[index])
+            group["lr"] = run.rate(k, epoch, shared.epochs)
+        x = clients.shown(method.inputs, index, first + epoch)
+        loss = method.loss(text, params, frozen, x, clients.labels[index])
         sgd.zero_grad()
         loss.sum().backward()
         sgd.step()
@@ -205,9 +218,8 @@ def train_cohort(
     """What the clients `who` make of `begin` on their own images, and their losses; `stream` names the order of the images."""
     ended, losses = begin, torch.full((len(who),), torch.nan, device=clients.feats.device)
     for at, order in same_shape(who, clients, run, seed, number, stream) if begin else []:
-        trained, losses[at] = train_locally(
-            method, text, rows_of(begin, at), rows_of(frozen, at), order, clients, run, tick, shared
-        )
+        begins, reads, first = rows_of(begin, at), rows_of(frozen, at), number * run.local_epochs
+        trained, losses[at] = train_locally(method, text, begins, reads, order, clients, run, tick, shared, first)
         if not torch.isfinite(losses[at]).all():
             where = who[at][~torch.isfinite(losses[at])].tolist()
             raise FloatingPointError(f"the loss of clients {where} is not finite in round {number}: lower lr or gate_lr")

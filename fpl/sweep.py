@@ -112,7 +112,7 @@ def manifest(data: Data) -> features.Manifest:
 
 def make_clients(data: Data, backbone: Backbone, experiment: Experiment, device: str) -> Clients:
     _, feats = opened(data, backbone, device)
-    asked, labels, rows = experiment.partition, feats.labels.cpu().numpy(), np.s_[:]
+    asked, labels, rows = experiment.partition, feats.labels.cpu().numpy(), np.arange(len(feats.labels))
     if asked.form == "released":
         parts = released_splits.make(asked, labels, feats.split, experiment.seed, feats.domain)
     else:
@@ -121,8 +121,10 @@ def make_clients(data: Data, backbone: Backbone, experiment: Experiment, device:
         rows, labels, parts = released_splits.mistaken(asked.loader, labels, feats.split, feats.domain, parts, experiment.seed)
     place = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
     train, test = ([place(index) for index in part] for part in parts)
-    patches = patches_of(data, backbone, device)[rows] if experiment.method.inputs == "patches" else None
-    return Clients(feats.feats[rows], place(labels), train, test, len(feats.classes), patches)
+    patches = patches_of(data, backbone, device) if experiment.method.inputs == "patches" else None
+    if asked.loader == "right":
+        return Clients(feats.feats, place(labels), train, test, len(feats.classes), patches)
+    return Clients(feats.feats[rows], place(labels), train, test, len(feats.classes), None if patches is None else patches[rows])
 
 
 def rounds_of(data: Data, backbone: Backbone, experiment: Experiment, tick=lambda n: None) -> Iterable[Round]:

@@ -7,7 +7,8 @@ from conftest import error, golden, stored_clip
 
 from fpl.clip import Text
 from fpl.methods import PFedMoAP, PromptFL, Server
-from fpl.rounds import Clients, Run, evaluate, train_locally
+from fpl.rounds import Clients, Run, Seeds, evaluate, train_locally
+from fpl.rounds import run as run_rounds
 
 LIMIT, MOVED, MOVED_BY_NOISE = 3e-4, 3e-3, 1e-2  # golden/README.md; the gradient of b_k, b_v, b_o is rounding noise
 
@@ -91,3 +92,32 @@ def test_without_experts_the_gate_stays_as_it_was_to_the_bit():
     assert not frozen and len(path) == 9
     assert all(torch.equal(v[-1], v[0]) for k, v in path.items() if k != "ctx")
     assert not torch.equal(path["ctx"][-1], path["ctx"][0])
+
+
+def test_views_of_an_image_come_one_after_the_other_epoch_by_epoch():
+    gen, seen = torch.Generator().manual_seed(0), []
+    views, place = torch.randn(3, 4, 2, generator=gen), torch.tensor([2, 0, -1, 1])  # image 2 is for testing and has none
+    train = [torch.tensor([0, 1]), torch.tensor([3, 1])]
+    clients = Clients(torch.zeros(4, 2), torch.zeros(4).long(), train, [torch.tensor([2])] * 2, 1, None, views, place)
+
+    class Watched(PromptFL):
+        def loss(self, text, p, f, x, y):
+            seen.append(x)
+            return p["ctx"].flatten(1).sum(1)
+
+        def init(self, text, gen):
+            return {"ctx": torch.ones(1, 1)}
+
+        def logits(self, text, t, p, f, x):
+            assert torch.equal(x, torch.zeros(1, 1, 2)), "evaluation is with the image itself"
+            return x[..., :1]
+
+        def encode(self, text, p):
+            return None
+
+    cfg = Run(rounds=2, local_epochs=3, batch_size=2)
+    list(run_rounds(Watched(), None, clients, cfg, Seeds()))
+    assert len(seen) == 6
+    for epoch, x in enumerate(seen):
+        for i in (0, 1):
+            assert {tuple(v) for v in x[i].tolist()} == {tuple(v) for v in views[place[train[i]], epoch % 4].tolist()}
