@@ -139,7 +139,7 @@ def repro(options: argparse.Namespace) -> None:
     """Run the DVC pipeline, then `fpl compare`. One at a time in a folder; what a killed one left half written is removed."""
     import subprocess
 
-    with alone("results/.repro.lock") as lock:
+    with alone("results/.repro.lock", waiting) as lock:
         for path in (Path(".dvc/tmp/rwlock"), Path("dvc.lock")):  # DVC empties them before it writes
             if path.exists() and not readable(path):
                 path.unlink()
@@ -149,6 +149,10 @@ def repro(options: argparse.Namespace) -> None:
     if code:
         raise SystemExit(code)
     compare(options)
+
+
+def waiting() -> None:
+    print("another fpl is at work in this folder: waiting until it has finished", file=sys.stderr, flush=True)
 
 
 def readable(path: Path) -> bool:
@@ -217,7 +221,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     try:
         stage = options.command in (features, sweep, notebook, report)  # an orphan of a killed pipeline may still be at one
-        with alone("results/.stage.lock") if stage else nullcontext():
+        with alone("results/.stage.lock", waiting) if stage else nullcontext():
             options.command(options)
     except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
         sys.exit(f"fpl {options.command.__name__}: {error}")

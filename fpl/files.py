@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,15 +24,19 @@ def writing(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def alone(path: str | Path) -> Iterator[int]:
-    """One process at a time: waits for whoever holds the lock file, which a killed process lets go of.
+def alone(path: str | Path, notice: Callable[[], object] = lambda: None) -> Iterator[int]:
+    """One process at a time: waits for whoever holds the lock file, which a killed process lets go of; `notice` before it waits.
 
     Yields the descriptor; a child that is given it holds the lock too, as long as it lives.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            notice()
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield lock.fileno()
 
 

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -48,3 +50,20 @@ def test_a_killed_holder_lets_go(tmp_path):
 def test_half_written_files_are_told_from_whole_ones(text, whole, tmp_path):
     (tmp_path / "file").write_text(text)
     assert cli.readable(tmp_path / "file") == whole
+
+
+def test_whoever_has_to_wait_is_told_so(tmp_path):
+    told = []
+    with files.alone(tmp_path / "lock", lambda: told.append("first")):
+        waits = threading.Thread(target=lambda: enter(tmp_path / "lock", told))
+        waits.start()
+        while not told:
+            time.sleep(0.01)
+        assert told == ["second waits"]
+    waits.join()
+    assert told == ["second waits", "second is in"]
+
+
+def enter(lock, told):
+    with files.alone(lock, lambda: told.append("second waits")):
+        told.append("second is in")
