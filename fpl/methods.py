@@ -309,10 +309,10 @@ class FedOTP(PromptFL):
 
     def check(self, text, clients):
         super().check(text, clients)
-        if not (self.eps > 0 and 0 < self.gamma <= 1):
-            raise ValueError(
-                f"eps {self.eps} must be above 0 and gamma {self.gamma} in (0, 1]: entropy and mass of the transport"
-            )
+        if self.eps < 0.003:
+            raise ValueError(f"eps {self.eps} is below 0.003, where exp(-2 / eps) is 0 in double precision: take a larger one")
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma {self.gamma} is not in (0, 1]: it is the part of the image that is matched")
         if self.transport not in ("unbalanced", "balanced"):
             raise ValueError(f"transport {self.transport!r} is not known: use unbalanced or balanced")
         if clients.patches is None:

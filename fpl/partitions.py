@@ -48,8 +48,6 @@ class Partition:
         for what, value, known in (("partition", self.kind, KINDS), ("form", self.form, FORMS), ("loader", self.loader, LOADERS)):
             if value not in known:
                 raise ValueError(f"{what} {value!r} is not known: use {', '.join(known[:-1])} or {known[-1]}")
-        if self.loader != "right" and self.kind != "domain":
-            raise ValueError(f"loader {self.loader!r} is that of domains: use it with kind domain, not {self.kind}")
         if self.clients < 1 or self.min_size < 1:
             raise ValueError(f"clients ({self.clients}) and min_size ({self.min_size}) must be at least 1")
         if self.shots < 0:

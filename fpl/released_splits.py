@@ -289,6 +289,8 @@ def mistaken(
     images, given, sizes = [], [], []
     for of_split, name in zip(parts, ("train", "test"), strict=True):
         for index in of_split:
+            if len(set(domain[index])) > 1:
+                raise ValueError(f"loader {loader!r} is for clients of one domain each: use kind domain, or loader right")
             here = np.flatnonzero((domain == domain[index[0]]) & (split == name))
             images.append(index if loader == "misnamed" else here[: len(index)])
             given.append(labels[index])

@@ -35,19 +35,8 @@ from fpl.rounds import Clients, Round, Seeds, run
 T = TypeVar("T", bound=Callable)
 RECORDS = Path("results/records")
 # the modules that make a number
-SOURCES = (
-    "clip",
-    "gate",
-    "methods",
-    "transport",
-    "released",
-    "controls",
-    "rounds",
-    "partitions",
-    "features",
-    "config",
-    "shapes",
-    "sweep",
+SOURCES = tuple(
+    "clip gate methods transport released controls rounds partitions released_splits features config shapes sweep".split()
 )
 
 
@@ -116,7 +105,7 @@ def make_clients(data: Data, backbone: Backbone, experiment: Experiment, device:
     if asked.form == "released":
         parts = released_splits.make(asked, labels, feats.split, experiment.seed, feats.domain)
     else:
-        parts = partitions.make(asked, labels, feats.split, experiment.seed, feats.domain, feats.client)
+        parts = partitions.make(asked, labels, feats.split, experiment.seed, feats.domain, getattr(feats, "client", None))
     if asked.loader != "right":
         rows, labels, parts = released_splits.mistaken(asked.loader, labels, feats.split, feats.domain, parts, experiment.seed)
     place = lambda array: torch.from_numpy(array).to(device)  # noqa: E731

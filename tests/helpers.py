@@ -31,6 +31,23 @@ PARAMS = config.Params(
     methods={"promptfl": {"n_ctx": 2}, "pfedmoap": {"n_ctx": 2, "n_experts": 2, "d_gate": 16, "heads": 4}},
 )
 
+OTHER = {  # of every setting to which 1 cannot be added, a value that is not the default
+    "kind": "even",
+    "form": "released",
+    "loader": "both",
+    "schedule": "cosine",
+    "optimiser": "shared",
+    "participation": 0.5,
+    "template": "a {}.",
+    "memory": "always",
+    "anchor": "a {}.",
+    "transport": "balanced",
+    "choice": "random",
+    "mixing": "linear",
+    "gate_kept": "aggregated",
+    "pooling": "mean",
+}
+
 
 def store_clip(folder, seed=0):
     """A random open_clip model in the layout that `local-dir:` loads."""

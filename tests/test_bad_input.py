@@ -223,7 +223,7 @@ COMMANDS = {
     "settings that are no YAML": (["sweep", "table1", "--params", "broken.yaml"], "fpl sweep: ", "broken.yaml"),
     "other model": (["run", "promptfl", "--params", "other.yaml"], "fpl run: ", "'local-dir:clip'", "'local-dir:other'"),
     "no weights": (["features", "--params", "nowhere/params.yaml"], "fpl features: ", "nowhere/open_clip_model.safetensors"),
-    "unknown data set": (["features", "--params", "food.yaml"], "fpl features: unknown data set 'food'", "'shapes'"),
+    "unknown data set": (["features", "--params", "food.yaml"], "fpl features: unknown data set 'food'", "'food101'"),
 }
 
 

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import yaml
-from helpers import ROOT
+from helpers import OTHER, ROOT
 
 from fpl import config
 from fpl.controls import CONTROLS
@@ -172,23 +172,9 @@ def test_settings_are_complete(row):
     names = [f.name for part in parts.values() for f in dataclasses.fields(part)]
     assert len(names) == len(set(names)), "one name, two owners"
     assert sorted(base.settings()) == sorted(["method", "seed", *names])
-    other = {
-        "kind": "even",
-        "schedule": "cosine",
-        "template": "a {}.",
-        "participation": 0.5,
-        "memory": "always",
-        "anchor": "a {}.",
-        "optimiser": "shared",
-        "transport": "balanced",
-        "choice": "random",
-        "mixing": "linear",
-        "gate_kept": "aggregated",
-        "pooling": "mean",
-    }
     for part, value in parts.items():
         for name in (f.name for f in dataclasses.fields(value)):
-            new = other[name] if name in other else getattr(value, name) + 1
+            new = OTHER[name] if name in OTHER else getattr(value, name) + 1
             changed = dataclasses.replace(base, **{part: dataclasses.replace(value, **{name: new})})
             assert changed.settings() == {**base.settings(), name: new}
     assert dataclasses.replace(base, seed=2).settings() == {**base.settings(), "seed": 2}

@@ -313,7 +313,6 @@ def test_a_column_names_the_clients():
         ),
         (lambda: Partition(form="theirs"), "form 'theirs' is not known: use ours or released"),
         (lambda: Partition("domain", loader="wrong"), "loader 'wrong' is not known: use right, mismatched, misnamed or both"),
-        (lambda: Partition(loader="both"), "loader 'both' is that of domains: use it with kind domain, not pathological"),
     ],
 )
 def test_columns_forms_and_loaders_that_cannot_be(settings, sentence):

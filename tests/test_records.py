@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from helpers import BACKBONE, DATA, PARAMS, Here, build, python, standing_in
+from helpers import BACKBONE, DATA, OTHER, PARAMS, Here, build, python, standing_in
 
 from fpl import stats, sweep
 
@@ -106,7 +106,7 @@ NAMES = [
 def test_any_change_of_settings_is_another_record(part, name):
     base = PARAMS.experiment("pfedmoap", 1)
     value = getattr(base, part)
-    new = {"kind": "even", "schedule": "cosine", "participation": 0.5}.get(name) or getattr(value, name) + 1
+    new = OTHER[name] if name in OTHER else getattr(value, name) + 1
     changed = dataclasses.replace(base, **{part: dataclasses.replace(value, **{name: new})})
     assert sweep.record_path("sha", changed) != sweep.record_path("sha", base)
 

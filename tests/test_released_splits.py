@@ -295,6 +295,8 @@ def test_the_released_loader_is_what_the_files_say(name):
     assert np.array_equal(right, np.concatenate([*parts[0], *parts[1]]))
     names = np.array(released.class_order(range(10), 7))
     assert np.array_equal(same, names[labels[right]]) and not np.array_equal(names, np.arange(10))
+    with pytest.raises(ValueError, match="loader 'both' is for clients of one domain each: use kind domain"):
+        released.mistaken("both", labels, split, domain, ([np.arange(len(labels))], parts[1]), 7)
     _, both, _ = released.mistaken("both", labels, split, domain, parts, 7)
     assert np.array_equal(both, names[given])
 
