@@ -35,8 +35,9 @@ from fpl.rounds import Clients, Round, Seeds, run
 T = TypeVar("T", bound=Callable)
 RECORDS = Path("results/records")
 # the modules that make a number
-SOURCES = tuple(
-    "clip gate methods transport released controls rounds partitions released_splits features config shapes sweep".split()
+SOURCES = (
+    *("clip", "gate", "methods", "transport", "released", "controls", "rounds"),
+    *("partitions", "released_splits", "features", "config", "shapes", "sweep"),
 )
 
 
