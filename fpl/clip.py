@@ -7,6 +7,11 @@ Shapes: c classes, m context length, w text width, d joint width, t nodes of a p
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import os
+import textwrap
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +20,20 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from jaxtyping import Float
 from open_clip.modified_resnet import ModifiedResNet
+from open_clip.pretrained import hf_hub_download
 from open_clip.transformer import VisionTransformer
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fpl.files import sha256
+
+CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"  # of a model in a hub's repository or in a folder
+PICKLED = "open_clip_pytorch_model.bin"  # in older repositories
+LOCAL, HUB, QUICK = "local-dir:", "hf-hub:", "-quickgelu"
 
 
 @dataclass(frozen=True)
@@ -35,25 +47,121 @@ class Clip:
 
 
 def load(name: str, weights: str | Path | None = None, device: str = "cpu", image_tower: bool = True) -> Clip:
-    """An open_clip model by name: "local-dir:FOLDER" with its own weights, or such as "ViT-B-16-quickgelu" with a tag or a file.
+    """An open_clip model. The paper's are "RN50-quickgelu" and "ViT-B-16-quickgelu" with the weights "openai".
 
-    Without `image_tower` only the text tower is kept: what comes after the features needs no other.
-    Raises FileNotFoundError with the missing path when a weights file is not there.
+    `name` is a built-in model with `weights`, a tag or the path of a file; or "hf-hub:REPOSITORY" or "local-dir:FOLDER", which
+    have their own. Whatever the source, `provenance["weights"]` is the SHA-256 of the file that is loaded, so a tag and its file
+    brought by hand are the same. Nothing in a weights file is run. Without `image_tower` only the text tower is kept: what comes
+    after the features needs no other.
+
+    Raises FileNotFoundError when the file is not there or cannot be downloaded, saying which one to bring, and ValueError for an
+    unknown model or tag, the wrong one of GELU and QuickGELU, a file that is no state dict, and one that does not fit the model.
     """
-    local = name.removeprefix("local-dir:") if name.startswith("local-dir:") else None
-    file = Path(local) / "open_clip_model.safetensors" if local else Path(weights) if weights and Path(weights).suffix else None
-    if file and not file.is_file():
-        raise FileNotFoundError(f"no weights at {file}: put the checkpoint of {name} there, or correct `backbone` in params.yaml")
-    made = open_clip.create_model_from_pretrained(name, str(weights) if weights else None, device=device)
-    model, transform = made[0].float().eval().requires_grad_(False), made[1]
+    source, file, transform = resolve(name, str(weights or ""))
+    check_plain(file)
+    try:
+        made = open_clip.create_model_from_pretrained(source, None if source.startswith(LOCAL) else str(file), **transform)
+    except (AssertionError, AttributeError, KeyError, RuntimeError) as e:  # open_clip has them all for what does not fit
+        why = textwrap.shorten(str(e).partition(":\n")[2] or str(e), 160)
+        raise ValueError(f"{file} does not load as {name} ({why}): correct `backbone` in params.yaml") from e
+    model = made[0].float().eval().requires_grad_(False)
     if not image_tower:
         del model.visual
-    provenance = {
-        "model": name,
-        "weights": sha256(file) if file else str(weights),
-        "transform": " ".join(repr(transform).split()),
-    }
-    return Clip(model, transform, open_clip.get_tokenizer(name), provenance)
+    provenance = {"model": name, "weights": sha256(file), "transform": " ".join(repr(made[1]).split())}
+    return Clip(model.to(device), made[1], open_clip.get_tokenizer(source), provenance)
+
+
+def resolve(name: str, weights: str) -> tuple[str, Path, dict[str, Any]]:
+    """What open_clip shall load: its name for the model, a weights file on this disk, and settings of the image transform.
+
+    A file does not say its transform and gets that of the model's first tag, which most of its tags share.
+    """
+    if name.startswith((LOCAL, HUB)):
+        if weights:
+            raise ValueError(f"{name} has weights of its own: leave `backbone.weights` empty, not {weights!r}")
+        file = model_of_hub(name.removeprefix(HUB)) if name.startswith(HUB) else Path(name.removeprefix(LOCAL)) / WEIGHTS
+        return f"{LOCAL}{file.parent}", there(file, name), {}
+    models, tags = open_clip.list_models(), open_clip.list_pretrained_tags_by_model(name)
+    if name not in models:
+        raise ValueError(f"unknown model {name!r}: did you mean {nearest(name, models)!r}?")
+    if not weights:
+        either = f"a tag such as {tags[0]!r}, or " if tags else ""
+        raise ValueError(f"{name} needs weights: set `backbone.weights` in params.yaml to {either}the path of a file")
+    twin = name.removesuffix(QUICK) if name.endswith(QUICK) else name + QUICK
+    if belongs(twin, weights) and not belongs(name, weights):
+        activation = "QuickGELU" if twin.endswith(QUICK) else "GELU"
+        raise ValueError(f"the weights {weights!r} were trained with {activation}: set `backbone.name` to {twin}, not {name}")
+    known, path = open_clip.get_pretrained_cfg(name, weights), Path(weights)
+    if known:
+        repository, file = os.path.split(known["hf_hub"])
+        files = [f"{os.path.splitext(file)[0]}.safetensors", file] if file else [WEIGHTS, PICKLED]
+        instead = f"bring {file or WEIGHTS} of {repository} to any place and set `backbone.weights` to its path"
+        path = from_hub(repository, files, f"the weights {weights!r} of {name}", instead)
+    elif tags and not path.exists() and not path.suffix and path.name == weights:
+        near = nearest(weights, tags)
+        raise ValueError(f"unknown weights {weights!r} of {name}: did you mean the tag {near!r}, or the path of a file?")
+    known = known or open_clip.get_pretrained_cfg(name, tags[0] if tags else "")
+    transform = {f"image_{key}": known[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in known}
+    return name, there(path, name), transform
+
+
+def belongs(name: str, tag: str) -> bool:
+    """Whether the weights with this tag were trained as this built-in model, with its activation; open_clip would only warn."""
+    known = open_clip.get_pretrained_cfg(name, tag)
+    return bool(known) and known.get("quick_gelu", False) == open_clip.get_model_config(name).get("quick_gelu", False)
+
+
+def nearest(name: str, valid: Sequence[str]) -> str:
+    return difflib.get_close_matches(name, valid, n=1, cutoff=0.0)[0]
+
+
+def model_of_hub(repository: str) -> Path:
+    """The weights of a repository that holds one model; its config lies beside them."""
+    instead = f"bring its {CONFIG} and {WEIGHTS} into one folder and set `backbone.name` to {LOCAL}FOLDER"
+    from_hub(repository, [CONFIG], f"the model {repository}", instead)
+    return from_hub(repository, [WEIGHTS, PICKLED], f"the model {repository}", instead)
+
+
+def from_hub(repository: str, files: Sequence[str], what: str, instead: str) -> Path:
+    """The first of these files that a model repository has. What is in the hub's cache is taken without asking the network."""
+    for file in files:
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return Path(hf_hub_download(repository, file, local_files_only=True))
+    try:
+        for file in files:
+            with contextlib.suppress(RemoteEntryNotFoundError):
+                return Path(hf_hub_download(repository, file))
+        raise FileNotFoundError(f"{repository} has none of {', '.join(files)}")
+    except (OSError, ValueError) as e:
+        raise FileNotFoundError(f"{what} cannot be downloaded (no network, or no longer there): {instead}") from e
+
+
+def there(file: Path, name: str) -> Path:
+    if not file.is_file():
+        raise FileNotFoundError(f"no weights at {file}: put the checkpoint of {name} there, or correct `backbone` in params.yaml")
+    return file
+
+
+def check_plain(file: Path) -> None:
+    """Raises ValueError unless the file is a state dict that can be read without running anything in it."""
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, "pt"):
+                return
+        except SafetensorError as e:
+            raise ValueError(f"{file} is damaged, or no safetensors file ({e}): bring it again") from e
+    try:
+        with warnings.catch_warnings(action="ignore"):  # "looks like a TorchScript archive", for which there is a sentence below
+            content = torch.load(file, "cpu", weights_only=True)
+        content = content.get("state_dict", content)
+        plain = bool(content) and all(isinstance(value, Tensor) for value in content.values())
+    except Exception:  # torch has many for what it does not want to read
+        plain = False
+    if not plain:
+        kinds = "a damaged file, a pickle of more than tensors, or a TorchScript archive such as OpenAI's own .pt"
+        convert = "torch.save(open_clip.load_openai_model(OLD).state_dict(), NEW)"
+        instead = f"bring {WEIGHTS} of the model's repository, or convert OpenAI's by {convert}"
+        raise ValueError(f"{file} is no state dict but {kinds}, which is not opened: {instead}")
 
 
 class Text(nn.Module):
