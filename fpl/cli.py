@@ -41,9 +41,10 @@ def data(options: argparse.Namespace) -> None:
     if options.what == "fetch":
         print(f"terms of use: {fetch.terms(options.name)}", flush=True)
         left = fetch.fetch(options.name, options.root)
-    elif options.name != "own":
+    table = datasets.checklist(options.name, options.root)
+    if options.what == "check" and (table["todo"] != "").any() and options.name != "own":
         left = fetch.by_hand(options.name, options.root)
-    print("\n".join([datasets.checklist(options.name, options.root).to_markdown(index=False), *left]))
+    print("\n".join([table.to_markdown(index=False), *left]))
 
 
 def run(options: argparse.Namespace) -> None:
