@@ -1,5 +1,6 @@
 """Promise: an encoder is the model that its weights file was made from, whatever brought the file, and nothing in it is run."""
 
+import collections
 import hashlib
 import json
 import os
@@ -293,6 +294,13 @@ class Hostile:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
+
+
+class Stumble:
+    """PyTorch's restricted reading raises TypeError for it, after which open_clip's loader reads without saying how."""
+
+    def __reduce__(self):
+        return collections.OrderedDict, (), (None, {})
 
 
 def pickled(content, path):
