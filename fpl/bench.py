@@ -7,14 +7,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import open_clip
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from fpl.clip import Clip, Text
+from fpl.clip import Clip, Text, untrained
 from fpl.methods import PromptFL
 
 NAMES = Path(__file__).parent.parent / "data" / "class_names" / "food101.txt"
@@ -44,13 +43,14 @@ class Prompts:
 def local_step(model: str, classes: int, batch: int, repeats: int, n_ctx: int = 16) -> pd.DataFrame:
     """Median milliseconds of forward and backward, tokens, ratio to 77 tokens, and the largest differences to it.
 
-    Features are random: their values do not change what a step costs. Raises ValueError for more classes than there are names.
+    Features are random: their values do not change what a step costs. Raises ValueError for more classes than there are names
+    and for an unknown model.
     """
     names = NAMES.read_text().split()
     if not 1 <= classes <= len(names):
         raise ValueError(f"--classes {classes}: there are 1 to {len(names)} names in {NAMES.name}")
     names, gen = names[:classes], torch.Generator().manual_seed(1)
-    clip = Clip(open_clip.create_model(model).eval().requires_grad_(False))
+    clip = untrained(model)
     ways = {
         "77 tokens": Prompts(clip, names, n_ctx, cut=False),
         "cut at EOS": Prompts(clip, names, n_ctx, cut=True),

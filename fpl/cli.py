@@ -123,11 +123,25 @@ def accept(options: argparse.Namespace) -> None:
 
 
 def bench(options: argparse.Namespace) -> None:
-    """Time one local step with 77-token prompts, cut at EOS, and as a tree, in one run."""
-    from fpl import bench as timing
+    """Time a local step, the extraction of features or reading them, or list how large their files are."""
+    from fpl import bench, bench_features, sweep
 
-    table = timing.local_step(options.model, options.classes, options.batch, options.repeats)
-    shown = table.to_markdown(index=False, floatfmt=".4g")
+    device = sweep.device()
+    table = {
+        "step": lambda: bench.local_step(options.model, options.classes, options.batch or 16, options.repeats),
+        "extraction": lambda: bench_features.extraction(
+            options.model,
+            options.weights,
+            options.images or 256,
+            options.batch or (256 if device == "cuda" else 64),
+            options.workers,
+            options.repeats,
+            device,
+        ),
+        "reading": lambda: bench_features.reading(options.images or 75_000, options.repeats),
+        "sizes": lambda: bench_features.sizes(options.views),
+    }[options.what]()
+    shown = table.to_markdown(index=False, floatfmt=".6g" if options.what == "sizes" else ".4g")
     print(shown)
     if options.save:
         with writing(options.save.with_suffix(".json")) as temporary:
@@ -164,6 +178,13 @@ def readable(path: Path) -> bool:
         return isinstance(yaml.safe_load(path.read_text()), dict)
     except yaml.YAMLError:
         return False
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -208,10 +229,22 @@ def parser() -> argparse.ArgumentParser:
     add(compare)
     add(accept)
     speed = add(bench)
-    speed.add_argument("--model", default="ViT-B-16-quickgelu", help="open_clip model with random weights")
-    speed.add_argument("--classes", type=int, default=101, help="number of class names (101: those of Food101)")
-    speed.add_argument("--batch", type=int, default=16)
-    speed.add_argument("--repeats", type=int, default=3)
+    speed.add_argument(
+        "what",
+        nargs="?",
+        default="step",
+        choices=("step", "extraction", "reading", "sizes"),
+        help="a local step with 77-token prompts, cut at EOS, and as a tree (the default); the extraction of features beside the "
+        "bare model; a features file read into memory; the size of each data set's features",
+    )
+    speed.add_argument("--model", default="ViT-B-16-quickgelu", help="step, extraction: open_clip model")
+    speed.add_argument("--weights", default="", help="extraction: weights as in params.yaml (random ones)")
+    speed.add_argument("--classes", type=int, default=101, help="step: number of class names (101: those of Food101)")
+    speed.add_argument("--batch", type=positive, help="images in a step (16), or that the bare model sees at once (64, GPU 256)")
+    speed.add_argument("--images", type=positive, help="extraction: number of images (256); reading: of features (75000)")
+    speed.add_argument("--views", type=positive, default=10, help="sizes: views of a training image (10)")
+    speed.add_argument("--repeats", type=positive, default=3, help="times that each way is taken (3)")
+    speed.add_argument("--workers", type=int, default=0, help="extraction: processes that decode images")
     speed.add_argument("--save", type=Path, help="also write the table to this name with .json and .md")
     add(repro).add_argument("dvc", nargs="*", help="passed on to dvc repro")
     return top

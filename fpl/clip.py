@@ -71,6 +71,12 @@ def load(name: str, weights: str | Path | None = None, device: str = "cpu", imag
     return Clip(model.to(device), made[1], open_clip.get_tokenizer(source), provenance)
 
 
+def untrained(name: str, device: str = "cpu") -> Clip:
+    """A built-in model with random weights, for what does not depend on them, such as time."""
+    made = open_clip.create_model_and_transforms(check_name(name), device=device, pretrained_text=False)
+    return Clip(made[0].eval().requires_grad_(False), made[2], provenance={"model": name, "weights": "random"})
+
+
 def resolve(name: str, weights: str) -> tuple[str, Path, dict[str, Any]]:
     """What open_clip shall load: its name for the model, a weights file on this disk, and settings of the image transform.
 
@@ -81,9 +87,7 @@ def resolve(name: str, weights: str) -> tuple[str, Path, dict[str, Any]]:
             raise ValueError(f"{name} has weights of its own: leave `backbone.weights` empty, not {weights!r}")
         file = model_of_hub(name.removeprefix(HUB)) if name.startswith(HUB) else Path(name.removeprefix(LOCAL)) / WEIGHTS
         return f"{LOCAL}{file.parent}", there(file, name), {}
-    models, tags = open_clip.list_models(), open_clip.list_pretrained_tags_by_model(name)
-    if name not in models:
-        raise ValueError(f"unknown model {name!r}: did you mean {nearest(name, models)!r}?")
+    tags = open_clip.list_pretrained_tags_by_model(check_name(name))
     if not weights:
         either = f"a tag such as {tags[0]!r}, or " if tags else ""
         raise ValueError(f"{name} needs weights: set `backbone.weights` in params.yaml to {either}the path of a file")
@@ -103,6 +107,12 @@ def resolve(name: str, weights: str) -> tuple[str, Path, dict[str, Any]]:
     known = known or open_clip.get_pretrained_cfg(name, tags[0] if tags else "")
     transform = {f"image_{key}": known[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in known}
     return name, there(path, name), transform
+
+
+def check_name(name: str) -> str:
+    if name not in open_clip.list_models():
+        raise ValueError(f"unknown model {name!r}: did you mean {nearest(name, open_clip.list_models())!r}?")
+    return name
 
 
 def belongs(name: str, tag: str) -> bool:
