@@ -12,7 +12,22 @@ from fpl.files import alone, writing
 
 
 def features(options: argparse.Namespace) -> None:
-    """Draw the demo images if needed and run the frozen image tower over them once."""
+    """Run the frozen image tower over the images once (extract); or export, import and verify a pack of what it made.
+
+    A pack is one file with all that the tables need: features, labels, class names, split, domain and provenance. Whoever imports
+    it needs no images, but the weights of the text tower, which are not in it.
+    """
+    takes_file = options.action != "extract"
+    if takes_file != (options.file is not None):
+        needs = "needs the name of a pack" if takes_file else f"takes no file ({options.file}): params.yaml says where it goes"
+        raise ValueError(f"`fpl features {options.action}` {needs}")
+    {"extract": extract, "export": export, "import": unpack, "verify": verify}[options.action](options)
+
+
+def extract(options: argparse.Namespace) -> None:
+    """Draw the demo images if needed, and make the features files that are asked for and not there."""
+    import torch
+
     from fpl import clip, config, datasets, shapes, sweep
     from fpl import features as cache
 
@@ -25,9 +40,56 @@ def features(options: argparse.Namespace) -> None:
         listed = datasets.prepare(data.name, Path(data.root), data.layout or None, data.manifest)
     manifest = cache.read_manifest(listed)
     loaded = clip.load(params.backbone.name, params.backbone.weights or None, sweep.device())
-    files = {"feats": data.features} | ({"patches": data.patches} if options.patches else {})
-    for content, path in files.items():
-        print(f"features: {cache.extract(manifest, loaded, path, sweep.device(), options.workers, content)}")
+    gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
+    workers = min(cores if gpus else cores // 4, 8) if options.workers is None else options.workers
+    number = data.views if options.views is None else options.views
+    views = cache.Views(number) if number else None
+    for content in ["feats"] + ["patches"] * options.patches + ["views"] * (views is not None):
+        path = cache.file_of(data.features, content)
+        made, skipped = cache.header(path)
+        asked = cache.provenance(manifest.without(skipped), loaded, content, views)
+        if options.fresh or not made.items() >= asked.items() or (skipped and not options.skip_bad):
+            others = [f"cuda:{i}" for i in range(1, gpus)]
+            settings = {"views": views, "workers": workers, "devices": others, "skip_bad": options.skip_bad}
+            cache.extract(manifest, loaded, path, content, **settings)
+            _, skipped = cache.header(path)
+        print(f"features: {path}" + (f", without {len(skipped)} images that cannot be read" if skipped else ""))
+        manifest = manifest.without(skipped)  # patches and views are of the same images
+
+
+def files_of(options: argparse.Namespace):
+    """The settings, and content -> where they look for it."""
+    from fpl import config
+    from fpl import features as cache
+
+    params = config.read(options.params, options.set)
+    return params, {content: cache.file_of(params.data.features, content) for content in cache.CONTENT}
+
+
+def export(options: argparse.Namespace) -> None:
+    from fpl import pack
+
+    params, files = files_of(options)
+    described(pack.export(files, params.data.name, options.file))
+
+
+def unpack(options: argparse.Namespace) -> None:
+    from fpl import pack
+
+    params, files = files_of(options)
+    for path, written in pack.unpack(options.file, files, params.data.name, params.backbone.name, options.force).items():
+        print(f"features: {path}" + ("" if written else ", which was there already"))
+
+
+def verify(options: argparse.Namespace) -> None:
+    from fpl import pack
+
+    described(pack.verify(options.file))
+
+
+def described(words: dict[str, str]) -> None:
+    for what, value in words.items():
+        print(f"{what + ':':10}{value}")
 
 
 def data(options: argparse.Namespace) -> None:
@@ -212,8 +274,15 @@ def parser() -> argparse.ArgumentParser:
         "--root", type=Path, default=Path("data/images"), help="folder of data sets (data/images); for own, the CSV or folder"
     )
     images = add(features, params=True)
-    images.add_argument("--workers", type=int, default=0, help="processes that decode images")
+    actions = ("extract", "export", "import", "verify")
+    images.add_argument("action", nargs="?", choices=actions, default="extract", help="what to do (extract)")
+    images.add_argument("file", nargs="?", type=Path, help="the pack to write or read")
+    images.add_argument("--workers", type=int, help="processes that decode images (with a GPU a core each, up to 8; else fewer)")
     images.add_argument("--patches", action="store_true", help="also write the file of patch features, which FedOTP reads")
+    images.add_argument("--views", type=int, metavar="V", help="also write V random crops and flips of each training image")
+    images.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read")
+    images.add_argument("--fresh", action="store_true", help="extract again what is there as asked for")
+    images.add_argument("--force", action="store_true", help="import over other features")
     one = add(run, params=True, fresh=True)
     one.add_argument("method", help="a row of the table, such as promptfl")
     one.add_argument("changes", nargs="*", metavar="name=value", help="settings to change, such as lam=1 seed=2")

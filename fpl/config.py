@@ -33,6 +33,7 @@ class Data:
     root: str = "data/images"  # the folder of data sets, where `fpl data fetch` puts them; of own data the CSV file or folder
     layout: str = ""  # of a data set's lists, such as coop or torchvision; by default the first that is there
     store: str = ""  # name of the features files, if not the data set's: two backbones need two
+    views: int = 0  # seeded random crops of each training image, of which an epoch sees one after the other; 0: the image itself
 
     @property
     def folder(self) -> Path:
@@ -49,6 +50,10 @@ class Data:
     @property
     def patches(self) -> Path:
         return self.features.with_stem(f"{self.features.stem}_patches")
+
+    @property
+    def views_file(self) -> Path:
+        return self.features.with_stem(f"{self.features.stem}_views")
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,19 @@ def patches_of(data: Data, backbone: Backbone, device: str) -> torch.Tensor:
     return features.load(data.patches, feats.provenance, device, "patches").feats
 
 
+@kept(maxsize=1)
+def views_of(data: Data, backbone: Backbone, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit features of the views of training images (rows, V, d), and the row of each image (-1: none). Raises ValueError."""
+    _, feats = opened(data, backbone, device)
+    made = features.load(data.views_file, feats.provenance, device, "views")
+    if made.feats.shape[1] != data.views:
+        found = f"{data.views_file} has {made.feats.shape[1]} views of an image, asked for are {data.views}"
+        raise ValueError(f"{found}: run `fpl features --views {data.views}` or set data.views")
+    where = torch.full((len(feats.labels),), -1, device=device)
+    where[made.rows] = torch.arange(len(made.feats), device=device)
+    return torch.nn.functional.normalize(made.feats.float(), dim=-1), where
+
+
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -106,15 +119,19 @@ def make_clients(data: Data, backbone: Backbone, experiment: Experiment, device:
     if asked.form == "released":
         parts = released_splits.make(asked, labels, feats.split, experiment.seed, feats.domain)
     else:
-        parts = partitions.make(asked, labels, feats.split, experiment.seed, feats.domain, getattr(feats, "client", None))
+        parts = partitions.make(asked, labels, feats.split, experiment.seed, feats.domain, feats.client)
     if asked.loader != "right":
         rows, labels, parts = released_splits.mistaken(asked.loader, labels, feats.split, feats.domain, parts, experiment.seed)
     place = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
     train, test = ([place(index) for index in part] for part in parts)
     patches = patches_of(data, backbone, device) if experiment.method.inputs == "patches" else None
+    views, where = views_of(data, backbone, device) if data.views else (None, None)
+    if patches is not None and views is not None:
+        raise ValueError(f"{experiment.row} reads patches, of which there are no views: set data.views to 0")
     if asked.loader == "right":
-        return Clients(feats.feats, place(labels), train, test, len(feats.classes), patches)
-    return Clients(feats.feats[rows], place(labels), train, test, len(feats.classes), None if patches is None else patches[rows])
+        return Clients(feats.feats, place(labels), train, test, len(feats.classes), patches, views, where)
+    patches, where = (None if of_image is None else of_image[rows] for of_image in (patches, where))
+    return Clients(feats.feats[rows], place(labels), train, test, len(feats.classes), patches, views, where)
 
 
 def rounds_of(data: Data, backbone: Backbone, experiment: Experiment, tick=lambda n: None) -> Iterable[Round]:
@@ -153,6 +170,7 @@ def perform(data: Data, backbone: Backbone, experiment: Experiment, path: Path, 
         "data": data.name,
         "backbone": backbone.name,
         "features": opened(data, backbone, device())[1].sha256,
+        "views": data.views,
         "code": code_fingerprint(),
         "torch": torch.__version__,
         "device": device(),
@@ -206,7 +224,7 @@ def sweep(
 def paths_of(data: Data, backbone: Backbone, experiments: Sequence[Experiment]) -> list[Path]:
     """Where the records are or will be, for features that are the ones asked for."""
     _, feats = opened(data, backbone, device())
-    return [record_path(feats.sha256, e) for e in experiments]
+    return [record_path(f"{feats.sha256} {data.views}" if data.views else feats.sha256, e) for e in experiments]
 
 
 def found(data: Data, backbone: Backbone, experiments: Sequence[Experiment]) -> list[Path]:

@@ -1,7 +1,6 @@
 """Promise: image features are computed once, into a file that is right, whole and reproducible; another file is refused."""
 
 import dataclasses
-import gc
 import hashlib
 import json
 import shutil
@@ -13,12 +12,15 @@ import open_clip
 import PIL.Image
 import pytest
 import torch
+import torchvision
 from helpers import BACKBONE, DATA, PARAMS, ROOT, build, python, standing_in, store_clip
 
 from fpl import clip as clips
 from fpl import features, shapes, sweep
 
 CHUNK = 32
+VIEWS = features.Views(2)
+PER_IMAGE = {"feats": 1, "patches": 1, "views": 2}
 KEYS = ["model", "weights", "transform", "manifest"]
 
 
@@ -45,14 +47,20 @@ def tower(world):
 
 @pytest.fixture
 def chunked(monkeypatch):
+    """Batches and chunks of 32 images, or 16 with two views each."""
     monkeypatch.setattr(features, "CHUNK", CHUNK)
+    monkeypatch.setitem(features.BATCH, "cpu", CHUNK)
+
+
+def extract(manifest, tower, path, content, **settings):
+    return features.extract(manifest, tower, path, content, views=VIEWS, **settings)
 
 
 @pytest.fixture(scope="module")
 def files(manifest, tower, tmp_path_factory):
     """What it holds -> a file that nobody disturbed."""
     folder = tmp_path_factory.mktemp("files")
-    return {content: features.extract(manifest, tower, folder / f"{content}.h5", content=content) for content in features.CONTENT}
+    return {content: extract(manifest, tower, folder / f"{content}.h5", content) for content in features.CONTENT}
 
 
 class Stop(Exception):
@@ -60,38 +68,48 @@ class Stop(Exception):
 
 
 class Counting:
-    """The model's transform; counts its images and stops at one of them."""
+    """A step of the transform that changes nothing; counts its images and stops at one of them."""
 
-    def __init__(self, transform, stop_at=None):
-        self.transform, self.stop_at, self.calls = transform, stop_at, 0
+    def __init__(self, stop_at=None):
+        self.stop_at, self.calls = stop_at, 0
 
     def __call__(self, image):
         if self.calls == self.stop_at:
             raise Stop
         self.calls += 1
-        return self.transform(image)
+        return image
+
+
+def stepping(tower, *steps):
+    """The tower with a transform that begins with some other steps."""
+    return dataclasses.replace(tower, transform=torchvision.transforms.Compose([*steps, *tower.transform.transforms]))
 
 
 def interrupted(manifest, tower, path, image, content="feats"):
-    """An extraction that stops at an image, counted from 0; the model is asked for its width with a blank one first."""
-    counting = Counting(tower.transform, image + 1)
+    """An extraction that stops at an image, counted from 0; the transform is asked for its size with a blank one first."""
     with pytest.raises(Stop):
-        features.extract(manifest, dataclasses.replace(tower, transform=counting), path, content=content)
+        extract(manifest, stepping(tower, Counting(image * PER_IMAGE[content] + 1)), path, content)
 
 
-@pytest.mark.parametrize(("content", "shape"), [("feats", (32,)), ("patches", (4, 32))])
+@pytest.mark.parametrize(("content", "shape"), [("feats", (32,)), ("patches", (4, 32)), ("views", (2, 32))])
 def test_layout(content, shape, files, manifest, tower):
-    rows = manifest.rows
+    numbers = [i for i, row in enumerate(manifest.rows) if content != "views" or row["split"] == "train"]
+    rows = [manifest.rows[i] for i in numbers]
     with h5py.File(files[content]) as f:
-        assert set(f) == {content, "labels", "split", "domain", "image_id", "classes"}
+        columns = {content, "labels", "split", "domain", "image_id", "classes"}
+        assert set(f) == columns | ({"rows"} if content == "views" else set())
+        assert content != "views" or f["rows"][:].tolist() == numbers and 0 < len(numbers) < len(manifest.rows)
         assert (f[content].shape, f[content].dtype) == ((len(rows), *shape), np.float16)
         assert f["labels"].dtype == np.int64 and f["labels"][:].tolist() == [int(row["label"]) for row in rows]
         for name, column in (("split", "split"), ("domain", "domain"), ("image_id", "path")):
             assert f[name].asstr()[:].tolist() == [row[column] for row in rows]
         assert f["classes"].asstr()[:].tolist() == shapes.CLASSES
         made = json.loads(f.attrs["provenance"])
-        assert made == features.provenance(manifest, tower, content) and set(made) == {*KEYS, "libraries", "content"}
-        assert made["content"] == content
+        drawn = {"views": "2 random crops and flips, seed 0"} if content == "views" else {}
+        asked = features.provenance(manifest, tower, content) | drawn
+        assert set(asked) == {*KEYS, "libraries", "content", "skipped", *drawn}
+        assert made == {**asked, "precision": "fp32 on cpu", "batch": "64"}
+        assert made["content"] == content and made["skipped"] == "none"
         total = hashlib.sha256(f.attrs["provenance"].encode())
         for name in sorted(f):
             total.update(f[name][:].tobytes() if f[name].dtype != object else b"\0".join(f[name][:]))
@@ -125,12 +143,18 @@ def test_predictions_are_those_of_the_model(manifest, tmp_path):
 
 @pytest.mark.parametrize("key", KEYS)
 def test_another_request_is_refused_with_both_values(key, content, files, manifest, tower):
-    """Also that of the pooled features for their patches, which is but for the content the same."""
+    """Also that of the pooled features for their patches and views, which is but for the content the same."""
     made, request = features.provenance(manifest, tower, content), features.provenance(manifest, tower)
-    assert features.load(files[content], request, content=content).provenance == made
+    assert features.load(files[content], request, content=content).provenance.items() >= made.items()
     with pytest.raises(ValueError) as refused:
         features.load(files[content], {**request, key: "something else"}, content=content)
     assert all(part in str(refused.value) for part in (str(files[content]), key, repr(made[key]), "'something else'"))
+
+
+def test_how_it_was_computed_is_no_request(content, files, manifest, tower):
+    """Patches from a laptop go with pooled features from a GPU."""
+    request = features.provenance(manifest, tower) | {"precision": "fp16 on cuda", "batch": "256"}
+    assert features.load(files[content], request, content=content).provenance["batch"] == "64"
 
 
 def test_other_weights_and_another_manifest_are_another_request(world, manifest, tower, tmp_path):
@@ -165,7 +189,7 @@ def test_a_flipped_byte_changes_nothing_unnoticed(content, files, tmp_path):
         assert position not in values, f"byte {position} is content, and its change went unnoticed"
         for name in ("feats", "labels"):
             assert torch.equal(getattr(found, name), getattr(good, name)), f"byte {position} changes {name}"
-        for name in ("split", "domain", "classes", "provenance"):
+        for name in ("split", "domain", "classes", "provenance", "skipped", "rows", "client"):
             assert np.array_equal(getattr(found, name), getattr(good, name)), f"byte {position} changes {name}"
 
 
@@ -179,49 +203,118 @@ def test_a_cut_file_is_refused(size, content, files, tmp_path):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_features_that_are_not_finite_are_refused(bad, content, manifest, tower, tmp_path, monkeypatch):
-    encode = features.CONTENT[content]
+    encode, numbers = features.CONTENT[content], features.images_of(manifest, content)
 
     def broken(clip, x):
         out = encode(clip, x)
-        if len(out) > 40:
-            out[[7, 40], ..., 3] = bad
+        if len(out) == 64:
+            out[[7 * PER_IMAGE[content], 20 * PER_IMAGE[content]], ..., 3] = bad
         return out
 
     monkeypatch.setitem(features.CONTENT, content, broken)
-    path = features.extract(manifest, tower, tmp_path / "f.h5", content=content)
+    path = extract(manifest, tower, tmp_path / "f.h5", content)
     with pytest.raises(ValueError) as refused:
         features.load(path, content=content)
-    assert str(path) in str(refused.value) and manifest.rows[7]["path"] in str(refused.value)
-    assert manifest.rows[40]["path"] not in str(refused.value)
+    assert str(path) in str(refused.value) and manifest.rows[numbers[7]]["path"] in str(refused.value)
+    assert manifest.rows[numbers[20]]["path"] not in str(refused.value)
 
 
-def test_repeating_gives_the_same_bytes(content, manifest, tower, files, tmp_path):
+@pytest.mark.parametrize(
+    "settings", [{}, {"workers": 2}, {"devices": ("cpu",)}, {"workers": 1, "devices": ("cpu", "cpu")}], ids=str
+)
+def test_repeating_gives_the_same_bytes(settings, content, manifest, tower, files, tmp_path):
+    """Whoever decodes the images, and however many devices (here all of them the CPU) take turns."""
     path, whole = tmp_path / "again.h5", files[content].read_bytes()
     for _ in range(2):
-        assert features.extract(manifest, tower, path, content=content).read_bytes() == whole
+        assert extract(manifest, tower, path, content, **settings).read_bytes() == whole
     assert [p.name for p in tmp_path.iterdir()] == ["again.h5"]
 
 
-@pytest.mark.parametrize("image", [0, 5, CHUNK, 100, 143])
+def test_every_device_takes_its_turn(chunked, manifest, tower, tmp_path, monkeypatch):
+    encode, used = features.encode, []
+    monkeypatch.setattr(features, "encode", lambda clip, *rest: (used.append(clip.model), encode(clip, *rest))[1])
+    extract(manifest, tower, tmp_path / "f.h5", "feats", devices=("cpu", "cpu"))
+    models = list(dict.fromkeys(used))
+    assert len(models) == 3 and models[0] is tower.model
+    assert used == [models[0], *[models[i % 3] for i in range(5)]]  # the width is asked of the first, then 144 images in 32s
+
+
+@pytest.mark.parametrize(("room", "size"), [(1000, 256), (256, 256), (255, 128), (40, 32), (1, 1)])
+def test_the_batch_is_what_memory_suffices_for(room, size, tower, monkeypatch):
+    tried = []
+
+    def limited(clip, x):
+        tried.append(len(x))
+        if len(x) > room:
+            raise torch.OutOfMemoryError
+        return x[:, 0, 0, :1]
+
+    monkeypatch.setitem(features.CONTENT, "feats", limited)
+    assert features.largest_batch([tower, tower], "feats", (3, 2, 2)) == size
+    assert tried[-2:] == [size, size]  # the last device too, with a batch waiting
+
+
+def test_no_room_for_one_image_is_said(tower, monkeypatch):
+    def full(clip, x):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setitem(features.CONTENT, "feats", full)
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        features.largest_batch([tower], "feats", (3, 2, 2))
+
+
+def test_going_on_keeps_the_size_of_the_batches(content, chunked, manifest, tower, tmp_path, monkeypatch):
+    """Also where a new measurement of the memory would give another."""
+    path, whole = tmp_path / "f.h5", extract(manifest, tower, tmp_path / "whole.h5", content).read_bytes()
+    interrupted(manifest, tower, path, 60, content)
+    monkeypatch.setitem(features.BATCH, "cpu", 7)
+    assert extract(manifest, tower, path, content).read_bytes() == whole
+    assert features.load(path, content=content).provenance["batch"] == str(CHUNK)
+
+
+@pytest.mark.parametrize("image", [0, 5, CHUNK, 70, 95])
 def test_an_exception_loses_only_the_chunk_under_way(image, content, chunked, manifest, tower, tmp_path):
-    path, whole = tmp_path / "f.h5", features.extract(manifest, tower, tmp_path / "whole.h5", content=content).read_bytes()
+    path, whole = tmp_path / "f.h5", extract(manifest, tower, tmp_path / "whole.h5", content).read_bytes()
     interrupted(manifest, tower, path, image, content)
     assert not path.exists()
-    counting = Counting(tower.transform)
-    features.extract(manifest, dataclasses.replace(tower, transform=counting), path, content=content)
+    counting, each = Counting(), PER_IMAGE[content]
+    extract(manifest, stepping(tower, counting), path, content)
     assert path.read_bytes() == whole
-    blank = image < CHUNK  # nothing was finished: all from the beginning
-    assert counting.calls == len(manifest.rows) - image // CHUNK * CHUNK + blank
+    chunk = CHUNK // each
+    assert counting.calls == 1 + each * (len(features.images_of(manifest, content)) - image // chunk * chunk)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("batch", [0, 1, 3, 4])
+def test_an_interrupted_batch_is_made_again(batch, workers, content, chunked, manifest, tower, tmp_path, monkeypatch):
+    path, whole = tmp_path / "f.h5", extract(manifest, tower, tmp_path / "whole.h5", content).read_bytes()
+    encode, calls = features.encode, iter(range(100))
+
+    def stopping(*arguments):
+        if next(calls) == batch + 1:  # the width is asked for first
+            raise KeyboardInterrupt
+        return encode(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "encode", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            extract(manifest, tower, path, content, workers=workers)
+    again = Counting()
+    assert extract(manifest, stepping(tower, again), path, content).read_bytes() == whole
+    assert again.calls == 1 + PER_IMAGE[content] * len(features.images_of(manifest, content)) - batch * CHUNK
 
 
 KILLER = """
-import dataclasses, os, pathlib, shutil, signal, sys
-import numpy, torch
+import os, pathlib, signal, sys
+import torch
 from fpl import clip, features
 from helpers import BACKBONE, DATA
+from test_features import CHUNK, extract, stepping
 
 torch.set_num_threads(1)
-features.CHUNK, content, events = int(sys.argv[1]), sys.argv[2], 0
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.1  # in which workers find that their parent is gone
+content, workers, events = sys.argv[1], int(sys.argv[2]), 0
+features.CHUNK = features.BATCH["cpu"] = CHUNK
 tower = clip.load(BACKBONE.name)
 manifest = features.read_manifest(DATA.folder / "manifest.csv")
 
@@ -234,81 +327,75 @@ def killed_at(moment, call):
         return call(*args, **kwargs)
     return counted
 
-def extract(moment):
-    for owner, name in ((os, "replace"), (shutil, "copyfile"), (pathlib.Path, "unlink"), (numpy.memmap, "flush")):
-        setattr(owner, name, killed_at(moment, getattr(owner, name)))
-    killable = dataclasses.replace(tower, transform=killed_at(moment, tower.transform))
-    features.extract(manifest, killable, pathlib.Path(f"killed/{content}{moment}/f.h5"), content=content)
-
-for moment in [int(word) for word in sys.argv[3:]]:
-    child = os.fork()
-    if not child:
-        extract(moment)
-        print(events, flush=True)
+def status_when_killed_at(moment):
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    try:
+        for owner, name in ((os, "replace"), (os, "fsync"), (pathlib.Path, "unlink"), (features, "encode")):
+            setattr(owner, name, killed_at(moment, getattr(owner, name)))
+        killable = stepping(tower, killed_at(moment, lambda image: image))
+        extract(manifest, killable, pathlib.Path(f"killed/{content}{workers}/{moment}/f.h5"), content, workers=workers)
+        pathlib.Path(f"events_{content}{workers}").write_text(str(events))
         os._exit(0)
-    print(moment, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    finally:
+        os._exit(1)  # a worker was killed
+
+print(-1, status_when_killed_at(-1), flush=True)
+total = int(pathlib.Path(f"events_{content}{workers}").read_text())
+for moment in sorted({*range(6), 9, 14, 40, 41, 42, 43, 44, 90, *range(total - 9, total)} & set(range(total))):
+    print(moment, status_when_killed_at(moment), flush=True)
 """
 
 
-def test_kill_at_any_moment_and_go_on(content, chunked, world, manifest, tower, tmp_path):
-    """Moments are calls: to the transform (145), and what writes: flush and rename of every chunk, copy, rename, removals."""
-    moments = [0, 1, 20, 34, 35, 36, 37, 90, *range(158, 170)]
-    process = python(world, "-c", KILLER, str(CHUNK), content, *map(str, moments))
+@pytest.mark.parametrize(("content", "workers"), [*((content, 0) for content in features.CONTENT), ("feats", 2)])
+def test_kill_at_any_moment_and_go_on(content, workers, chunked, world, manifest, tower, tmp_path):
+    """Moments are calls: to the transform (in a worker, if there are), to the tower, and of what flushes, renames, removes."""
+    process = python(world, "-c", KILLER, content, str(workers))
     out, err = process.communicate()
-    lines = [[int(word) for word in line.split()] for line in out.splitlines()]
-    codes = dict(line for line in lines if len(line) == 2)
-    (total,) = {line[0] for line in lines if len(line) == 1}  # how many moments there are; later ones were never reached
-    assert codes == {m: -signal.SIGKILL if m < total else 0 for m in moments}, err
-    assert 160 < total < 170, "the list above no longer reaches the end: adapt it"
-    whole = features.extract(manifest, tower, tmp_path / "whole.h5", content=content).read_bytes()
-    for moment in moments:
-        path = world / f"killed/{content}{moment}/f.h5"
-        assert features.extract(manifest, tower, path, content=content).read_bytes() == whole, f"killed at moment {moment}"
+    codes = {int(moment): int(code) for moment, code in (line.split() for line in out.splitlines())}
+    assert codes.pop(-1) == 0 and len(codes) > 15, err
+    assert set(codes.values()) <= {-signal.SIGKILL, 1 if workers else -signal.SIGKILL}, err
+    whole = extract(manifest, tower, tmp_path / "whole.h5", content).read_bytes()
+    for moment in codes:
+        path = world / f"killed/{content}{workers}/{moment}/f.h5"
+        assert extract(manifest, tower, path, content).read_bytes() == whole, f"killed at moment {moment}"
         assert [other.name for other in path.parent.iterdir()] == ["f.h5"]
 
 
 def test_the_partial_file_of_another_request_is_not_continued(content, chunked, manifest, tower, tmp_path):
     store_clip(tmp_path / "clip", seed=1)
     other, path = clips.load(f"local-dir:{tmp_path}/clip"), tmp_path / "f.h5"
-    requests = {"ours": (tower, content), "other": (other, content), "rest": (tower, *({*features.CONTENT} - {content}))}
-    make = lambda name, to: features.extract(manifest, requests[name][0], to, content=requests[name][1]).read_bytes()  # noqa: E731
+    rest = next(name for name in features.CONTENT if name != content)
+    requests = {"ours": (tower, content), "other": (other, content), "rest": (tower, rest)}
+    make = lambda name, to: extract(manifest, requests[name][0], to, requests[name][1]).read_bytes()  # noqa: E731
     whole = {name: make(name, tmp_path / f"{name}.h5") for name in requests}
     assert len(set(whole.values())) == 3
     for name in ("other", "rest"):
-        interrupted(manifest, tower, path, 100, content)
+        interrupted(manifest, tower, path, 80, content)
         assert make(name, path) == whole[name]
-        interrupted(manifest, tower, path, 100, content)
+        interrupted(manifest, tower, path, 80, content)
         interrupted(manifest, requests[name][0], path, 5, requests[name][1])  # has begun its own, but finished no chunk of it
         assert make("ours", path) == whole["ours"]
 
 
-DAMAGE = {
-    "missing": lambda path, raw: path.unlink(),
-    "empty": lambda path, raw: path.write_bytes(b""),
-    "no image": lambda path, raw: path.write_bytes(b"this is not an image"),
-    "cut": lambda path, raw: path.write_bytes(raw[: len(raw) // 2]),
-    "broken chunk": lambda path, raw: path.write_bytes(raw.replace(b"IDAT", b"ID\x01T")),
-    "broken header": lambda path, raw: path.write_bytes(raw[:8] + b"\0\0\0\4" + raw[12:]),
-}
-
-
-@pytest.mark.parametrize(("damage", "workers"), [*((name, 0) for name in DAMAGE), ("cut", 1)])
-def test_an_unreadable_image_is_named(damage, workers, tower, tmp_path, monkeypatch):
-    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)  # or PyTorch waits 5 s for a worker that failed
-    lines = ["path,label,class,split,domain"]
-    for i in range(3):
-        PIL.Image.new("RGB", (32, 32), (i, i, i)).save(tmp_path / f"{i}.png")
-        lines.append(f"{i}.png,0,plain circle,train,photo")
+@pytest.mark.parametrize("header", ["path,label,class,split,domain", "client,path,domain,label,class,split,camera"])
+def test_the_client_column_is_kept_where_there_is_one(header, content, tower, tmp_path):
+    """Other columns are no matter, and neither is their order."""
+    rows = []
+    for i in range(4):
+        PIL.Image.new("RGB", (32, 32), (60 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        row = {"path": f"{i}.png", "label": "0", "class": "dot", "split": ("train", "test")[i % 2], "domain": "photo"}
+        rows.append(row | {"client": f"clinic {i // 2}", "camera": "x"})
+    lines = [header, *(",".join(row[name] for name in header.split(",")) for row in rows)]
     (tmp_path / "manifest.csv").write_text("\n".join(lines) + "\n")
-    path = tmp_path / "1.png"
-    DAMAGE[damage](path, path.read_bytes())
-    with pytest.raises(OSError) as error:
-        features.extract(features.read_manifest(tmp_path / "manifest.csv"), tower, tmp_path / "f.h5", workers=workers)
-    message = str(error.value)
-    assert message.startswith(f"cannot read image {path}: ") and "\n" not in message
-    assert not (tmp_path / "f.h5").exists()
-    del error
-    gc.collect()  # ends the worker
+    manifest = features.read_manifest(tmp_path / "manifest.csv")
+    loaded = features.load(extract(manifest, tower, tmp_path / "f.h5", content), content=content)
+    if "client" in header:
+        assert loaded.client.tolist() == [rows[i]["client"] for i in features.images_of(manifest, content)]
+    else:
+        assert loaded.client is None
+    assert set(loaded.split) == ({"train"} if content == "views" else {"train", "test"})
 
 
 @pytest.mark.parametrize("row", ["zeroshot", "ridge_own", "promptfl", "pfedmoap"])

@@ -179,7 +179,7 @@ def test_a_missing_file_says_how_it_is_made(tmp_path):
 def test_opening_takes_little_more_memory_than_the_file(manifest, tower, tmp_path):
     """What numpy and HDF5 allocate; the tensor shares it."""
     path, made = tmp_path / "f.h5", features.provenance(manifest, tower, "patches")
-    features.create(path, manifest, "patches", (1024, 64), features.json.dumps(made))
+    features.create(path, manifest, "patches", (1024, 64), made)
     with features.h5py.File(path, "r+") as f:
         f.attrs["sha256"] = features.digest(f)
     tracemalloc.start()
