@@ -169,7 +169,7 @@ class Images(torch.utils.data.Dataset):
             with Image.open(self.folder / self.paths[i]) as image:
                 decoded = image.convert("RGB")
         except Exception as e:  # Pillow has all kinds for a damaged file
-            return torch.zeros(self.shape), " ".join(str(e).split()) or type(e).__name__
+            return torch.zeros(self.shape), " ".join(str(getattr(e, "strerror", None) or e).split()) or type(e).__name__
         if self.views:
             return self.views.draw(self.transform, decoded, self.paths[i], self.shape[-2:]), ""
         return self.transform(decoded).unsqueeze(0), ""
