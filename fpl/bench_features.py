@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections import deque
 from collections.abc import Callable
@@ -35,12 +34,12 @@ def extraction(model: str, weights: str, images: int, batch: int, workers: int, 
     clip = clips.load(model, weights, device) if weights or ":" in model else clips.untrained(model, device)
     with tempfile.TemporaryDirectory() as folder:
         manifest = photos(Path(folder), images)
-        loader = DataLoader(features.Images(manifest, clip.transform, 0, images), batch, num_workers=workers)
-        pixels = [x.to(device) for x in loader]
+        loader = DataLoader(features.Images(manifest, range(images), clip.transform, None), batch, num_workers=workers)
+        pixels = [x.flatten(0, 1).to(device) for x, _ in loader]
         table = rates(
             {
                 "bare model": lambda: bare(clip, pixels),
-                "extraction": lambda: features.extract(manifest, clip, Path(folder) / "features.h5", device, workers),
+                "extraction": lambda: features.extract(manifest, clip, Path(folder) / "features.h5", workers=workers),
                 "decoding alone": lambda: deque(loader, maxlen=0),
             },
             images,
@@ -54,7 +53,7 @@ def rates(ways: dict[str, Callable[[], object]], images: int, repeats: int) -> p
     seconds = pd.DataFrame([{way: timed(call) for way, call in ways.items()} for _ in range(repeats + 1)]).iloc[1:]
     first, median = seconds.columns[0], seconds.median()
     share = seconds.rdiv(seconds[first], axis=0).median()
-    table = pd.DataFrame({"images": images, "ms": 1000 * median, "images/s": images / median, f"share of {first}": share})
+    table = pd.DataFrame({"images": images, "seconds": median, "images/s": images / median, f"share of {first}": share})
     return table.rename_axis("way").reset_index()
 
 
@@ -85,7 +84,7 @@ def reading(images: int, repeats: int, dim: int = 512) -> pd.DataFrame:
     """Reading the array of a features file into memory, and opening the file with all its checks; it was written a moment ago."""
     with tempfile.TemporaryDirectory() as folder:
         path, manifest = Path(folder) / "features.h5", listed(Path(folder), images)
-        features.create(path, manifest, "feats", (dim,), json.dumps({"content": "feats"}))
+        features.create(path, manifest, "feats", (dim,), {"content": "feats"})
         with h5py.File(path, "r+") as f:
             f["feats"][:] = np.random.default_rng(0).standard_normal((images, dim), dtype=np.float32)
             f.attrs["sha256"] = features.digest(f)

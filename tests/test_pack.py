@@ -146,8 +146,9 @@ def test_a_cut_pack_is_refused(size, world, tmp_path):
 
 def replaced(name, data):
     def change(f):
+        new = data(f) if callable(data) else data
         del f[name]
-        f[name] = data(f) if callable(data) else data
+        f[name] = new
 
     return change
 
@@ -201,7 +202,7 @@ FOREIGN = {  # a pack with good checksums that is none: what makes it so, and wh
     "views of fewer images": (set_provenance("views", skipped="1 images, x"), "has views made with skipped '1 images, x'"),
     "views of other images": (replaced("views/rows", np.arange(96) + 48), "has views of other images"),
     "views of images beyond": (replaced("views/rows", np.arange(96) + 96), "has views of other images"),
-    "patches in another order": (replaced("patches/image_id", lambda f: list(f["patches/image_id"][::-1])), "of other images"),
+    "patches in another order": (replaced("patches/image_id", lambda f: list(f["patches/image_id"][:])[::-1]), "of other images"),
     "features of no image": (
         lambda f: [replaced(f"feats/{n}", f[f"feats/{n}"][:0])(f) for n in list(f["feats"])],
         "beyond its 0",
