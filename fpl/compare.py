@@ -10,7 +10,8 @@ import pandas as pd
 EXPECTED = Path("results/expected")
 # How far a mean may move, in points of percent. Retraining on another processor changes the order of additions, hence last
 # digits, hence a few test images; label counts change nothing. CONTRIBUTING.md says how these were measured.
-TOLERANCE = {"label_prior": 0.01, "promptfl": 1.5}  # by table or by row
+TOLERANCE = {"label_prior": 0.01, "promptfl": 1.5, "fedprox": 1.5, "fedpgp": 1.5, "fedpgp_released": 1.5}  # by table or by row
+TOLERANCE |= {"fedotp": 2.0, "promptfl_released": 2.0, "fedprox_released": 2.0}
 USUAL = 1.0
 
 

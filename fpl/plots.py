@@ -111,7 +111,7 @@ def rows(table: pd.DataFrame) -> Figure:
             ax.errorbar(line.mean, y, xerr=[[line.mean - line.low], [line.high - line.mean]], color="black", **look)
         ax.set_yticks(range(len(table)), table["row"][::-1])
         ax.grid(axis="x")
-        ax.set(xlabel="accuracy after the last round (%), mean over clients; 95 % interval over seeds")
+        ax.set_xlabel("accuracy (%) after the last round; 95 % interval over seeds", loc="right")
     return fig
 
 
