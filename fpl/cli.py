@@ -47,14 +47,14 @@ def extract(options: argparse.Namespace) -> None:
     for content in ["feats"] + ["patches"] * options.patches + ["views"] * (views is not None):
         path = cache.file_of(data.features, content)
         made, skipped = cache.header(path)
-        asked = cache.provenance(manifest.without(skipped), loaded, content, views)
-        if options.fresh or not made.items() >= asked.items() or (skipped and not options.skip_bad):
+        skip_bad = options.skip_bad and content == "feats"  # patches and views are of the same images as those
+        asked = cache.provenance(manifest.without(skipped) if skip_bad else manifest, loaded, content, views)
+        if options.fresh or not made.items() >= asked.items():
             others = [f"cuda:{i}" for i in range(1, gpus)]
-            settings = {"views": views, "workers": workers, "devices": others, "skip_bad": options.skip_bad}
-            cache.extract(manifest, loaded, path, content, **settings)
+            cache.extract(manifest, loaded, path, content, views=views, workers=workers, devices=others, skip_bad=skip_bad)
             _, skipped = cache.header(path)
         print(f"features: {path}" + (f", without {len(skipped)} images that cannot be read" if skipped else ""))
-        manifest = manifest.without(skipped)  # patches and views are of the same images
+        manifest = manifest.without(skipped)
 
 
 def files_of(options: argparse.Namespace):

@@ -289,7 +289,7 @@ def extract(
     """Run the image tower over the manifest and write `path`; goes on where an interrupted call with the same request stopped.
 
     `workers` processes decode images ahead of the tower. Batches go in turn to the device that the model is on and to `devices`
-    beside it; on GPUs the tower runs in half precision. Neither these nor interruptions change what is stored.
+    of the same kind; on GPUs the tower runs in half precision. Neither these nor interruptions change what is stored.
 
     Raises OSError at the end when images cannot be read, with their number and the first of them: what was encoded is kept, and
     the next call encodes only what is missing. With `skip_bad` they are left out, and the file says so. Raises ValueError for
@@ -353,7 +353,8 @@ def largest_batch(towers: Sequence[Clip], content: str, shape: Sequence[int]) ->
     for tower in towers:
         while True:
             try:
-                _ = [encode(tower, torch.zeros(size, *shape), content) for _ in range(2)]  # as when one waits to be fetched
+                fetched = torch.zeros(size, *shape, device=device_of(tower))
+                _ = [encode(tower, torch.cat([fetched]), content) for _ in range(2)]  # as when another waits to be stored
                 break
             except torch.OutOfMemoryError:
                 if size == 1:

@@ -218,6 +218,13 @@ def test_the_commands(tmp_path, capsys):
         cli.main([*every, "--skip-bad"])
         assert [file.stat().st_mtime_ns for file in files] == before
         path.write_bytes(raw)
+        cli.main(["features", "--skip-bad", "--fresh"])
+        assert [features.header(file)[1] for file in files] == [[], [row["path"]], [row["path"]]]
+        cli.main([*every, "--skip-bad"])  # they go with the pooled features again
+        assert [features.header(file)[1] for file in files] == [[], [], []]
+        path.write_bytes(raw[:60])
+        cli.main([*every, "--skip-bad", "--fresh"])
+        path.write_bytes(raw)
         cli.main(every)
         assert DATA.features.read_bytes() == whole
         assert [features.header(file)[1] for file in files] == [[], [], []]
