@@ -39,4 +39,4 @@ expected:
 	$(BIN)/fpl accept
 
 clean:
-	rm -rf data/shapes data/features results/notebooks results/tables results/figures results/report results/records dvc.lock
+	rm -rf data/shapes data/styles data/features results/runs results/notebooks results/tables results/figures results/report results/records dvc.lock

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -26,25 +27,41 @@ def features(options: argparse.Namespace) -> None:
 
 def extract(options: argparse.Namespace) -> None:
     """Draw the demo images if needed, and make the features files that are asked for and not there."""
+    from fpl import config
+
+    params = config.read(options.params, options.set)
+    if options.all:
+        for name, contents in needed(params).items():
+            extract_of(params.source(name), options, contents)
+    else:
+        extract_of(params.source(options.on), options, {"patches"} if options.patches else set())
+
+
+def needed(params) -> dict[str, set[str]]:
+    """The data sets of all tables, and which contents their rows read."""
+    runs = [e for name in params.tables for _, e in params.runs(name)]
+    return {name: {e.method.inputs for e in runs if e.source.name == name} for name in dict.fromkeys(e.source.name for e in runs)}
+
+
+def extract_of(source, options: argparse.Namespace, contents: set[str]) -> None:
     import torch
 
     from fpl import clip, config, datasets, shapes, sweep
     from fpl import features as cache
 
-    params = config.read(options.params, options.set)
-    data = params.data
-    config.known(data.name, ["shapes", "own", *datasets.DATASETS], "data set")
-    if data.name == "shapes":
-        listed = shapes.make(data.folder, data.seed, data.train_per_class, data.test_per_class)
+    data = source.data
+    config.known(data.name, [*shapes.WORLDS, "own", *datasets.DATASETS], "data set")
+    if data.name in shapes.WORLDS:
+        listed = shapes.make(data.folder, data.seed, data.train_per_class, data.test_per_class, data.name)
     else:
         listed = datasets.prepare(data.name, Path(data.root), data.layout or None, data.manifest)
     manifest = cache.read_manifest(listed)
-    loaded = clip.load(params.backbone.name, params.backbone.weights or None, sweep.device())
+    loaded = clip.load(source.backbone.name, source.backbone.weights or None, sweep.device())
     gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
     workers = min(cores if gpus else cores // 4, 8) if options.workers is None else options.workers
     number = data.views if options.views is None else options.views
     views = cache.Views(number) if number else None
-    for content in ["feats"] + ["patches"] * options.patches + ["views"] * (views is not None):
+    for content in ["feats"] + ["patches"] * ("patches" in contents) + ["views"] * (views is not None):
         path = cache.file_of(data.features, content)
         made, skipped = cache.header(path)
         skip_bad = options.skip_bad and content == "feats"  # patches and views are of the same images as those
@@ -111,31 +128,46 @@ def data(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Make one run (or find its record) and print the accuracy after the last round."""
-    from fpl import config, stats
-    from fpl import sweep as records
+    from fpl import config, records, stats
+    from fpl import sweep as runs
 
     params = config.read(options.params, options.set)
-    changes = {}
-    for change in options.changes:
-        key, equals, value = change.partition("=")
-        if not equals:
-            raise ValueError(f"{change!r} is not of the form name=value")
-        changes[key] = config.plain(value, key)
+    changes = {key: config.plain(value, key) for key, value in assignments(options.changes).items()}
     seed = config.number(changes.pop("seed", params.seeds[0]), "int", "seed")
-    experiment = params.experiment(options.method, int(seed), **changes)
-    (path,) = records.sweep(params.data, params.backbone, [experiment], fresh=options.fresh)
+    experiment = params.experiment(options.method, int(seed), options.on, **changes)
+    (path,) = runs.sweep([experiment], fresh=options.fresh)
     accuracy = stats.by_seed(records.frame([path])).iloc[0]
     print(f"{options.method}: {100 * accuracy:.2f} % after the last round, mean over clients; record: {path}")
 
 
+def assignments(texts: Sequence[str]) -> dict[str, str]:
+    """name=value, by name."""
+    pairs = [text.partition("=") for text in texts]
+    for text, (_, equals, _) in zip(texts, pairs, strict=True):
+        if not equals:
+            raise ValueError(f"{text!r} is not of the form name=value")
+    return {key: value for key, _, value in pairs}
+
+
 def sweep(options: argparse.Namespace) -> None:
-    """Make the missing runs of a table, several at a time."""
-    from fpl import config
-    from fpl import sweep as records
+    """Make the missing runs of tables (all of params.yaml), or of a method with every combination of some values."""
+    import itertools
+
+    from fpl import config, records, tables
+    from fpl import sweep as runs
 
     params = config.read(options.params, options.set)
-    experiments = {"table1": params.table, "ablations": params.ablation}[options.table]()
-    records.sweep(params.data, params.backbone, experiments, options.jobs, options.fresh)
+    method, *changes = options.what or [""]
+    if method not in config.ROWS:
+        names = [config.known(name, params.tables, "table or method") for name in options.what] or list(params.tables)
+        runs.tables(params, names, options.jobs, options.fresh)
+        return
+    lists = {key: config.several(value, key) for key, value in assignments(changes).items()}
+    seeds = [int(config.number(seed, "int", "seed")) for seed in lists.pop("seed", params.seeds)]
+    grid = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+    experiments = [params.experiment(method, seed, options.on, **values) for values in grid for seed in seeds]
+    frame = records.frame(runs.sweep(experiments, options.jobs, options.fresh))
+    print(tables.percent(tables.summary(frame, [*lists] or ["method"])).round(2).reset_index().to_markdown(index=False))
 
 
 def notebook(options: argparse.Namespace) -> None:
@@ -263,6 +295,9 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--params", type=Path, default=Path("params.yaml"), help="settings file (params.yaml)")
             example = "a setting in place of the file's, such as data.name=flowers102"
             sub.add_argument("--set", action="append", default=[], metavar="SECTION.NAME=VALUE", help=example)
+            sub.add_argument(
+                "--data", dest="on", default="", metavar="NAME", help="one of the file's datasets (that of its section data)"
+            )
         if fresh:
             sub.add_argument("--fresh", action="store_true", help="run again even where a record exists")
         return sub
@@ -279,6 +314,7 @@ def parser() -> argparse.ArgumentParser:
     images.add_argument("file", nargs="?", type=Path, help="the pack to write or read")
     images.add_argument("--workers", type=int, help="processes that decode images (with a GPU a core each, up to 8; else fewer)")
     images.add_argument("--patches", action="store_true", help="also write the file of patch features, which FedOTP reads")
+    images.add_argument("--all", action="store_true", help="of every data set of the tables, all that their rows read")
     images.add_argument("--views", type=int, metavar="V", help="also write V random crops and flips of each training image")
     images.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read")
     images.add_argument("--fresh", action="store_true", help="extract again what is there as asked for")
@@ -287,7 +323,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("method", help="a row of the table, such as promptfl")
     one.add_argument("changes", nargs="*", metavar="name=value", help="settings to change, such as lam=1 seed=2")
     many = add(sweep, params=True, fresh=True)
-    many.add_argument("table", choices=("table1", "ablations"))
+    what = "tables (all), or a method and name=values: 0,1,3 or first:last[:step], such as pfedmoap n_experts=0,1,3 lam=0:2:0.5"
+    many.add_argument("what", nargs="*", metavar="TABLE | METHOD NAME=VALUES", help=what)
     many.add_argument("--jobs", type=int, help="runs at a time (the number of cores)")
     book = add(notebook)
     book.add_argument("source", type=Path, nargs="+", help="notebook(s) to execute, in this order")

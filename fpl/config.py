@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from fpl.controls import CONTROLS
+from fpl.controls import CONTROLS, GateAlone
 from fpl.methods import METHODS, PromptFL
 from fpl.partitions import Partition
 from fpl.released import RELEASED
 from fpl.rounds import Run
 
 T = TypeVar("T")
-ROWS: dict[str, type[PromptFL]] = METHODS | RELEASED | CONTROLS  # everything that can be a row of a table
+ROWS: dict[str, type[PromptFL]] = (
+    METHODS | RELEASED | CONTROLS | {"gate_alone": GateAlone}
+)  # everything that can be a row of a table
 PARAMS = Path("params.yaml")
 
 
 @dataclass(frozen=True)
 class Data:
-    """The data set: "shapes", the drawn demo world, with its seed and size; one of fpl.datasets; or "own" images."""
+    """The data set: one of fpl.datasets, "own" images, or a drawn demo world with its seed and size.
+
+    The worlds are those of fpl.shapes: "shapes" with 48 classes, and "styles" with 12, for settings with domains.
+    """
 
     name: str = "shapes"
     seed: int = 1
@@ -65,6 +72,17 @@ class Backbone:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A data set as a backbone sees it, and how it is split and trained on where a table says nothing else."""
+
+    name: str
+    data: Data = field(default_factory=Data)
+    backbone: Backbone = field(default_factory=Backbone)
+    partition: Partition = field(default_factory=Partition)
+    run: Run = field(default_factory=Run)
+
+
+@dataclass(frozen=True)
 class Experiment:
     """One run: a method with its hyperparameters, how clients train, how data are split, one seed for everything drawn."""
 
@@ -73,49 +91,81 @@ class Experiment:
     run: Run
     partition: Partition
     seed: int
+    source: Source
 
     def settings(self) -> dict[str, Any]:
         """All settings, flat and ready for JSON; a record carries them and is found by them."""
         parts = (dataclasses.asdict(part) for part in (self.method, self.run, self.partition))
-        return {"method": self.row, "seed": self.seed} | {k: v for part in parts for k, v in part.items()}
+        named = {"method": self.row, "seed": self.seed, "data": self.source.name}
+        return named | {k: v for part in parts for k, v in part.items()}
+
+
+@dataclass(frozen=True)
+class Table:
+    """The runs behind a table: its rows on each of its data sets, with every combination of the values that it varies.
+
+    `rows` maps a label to settings, of which `method` says whose row it is (by default the label); without rows, all methods and
+    controls. `data` are names of data sets; without any, the one of section data. `set` holds for all rows, under what `methods`
+    says of a row; a row that lacks a setting of `set` or `vary` goes without.
+    """
+
+    rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    data: tuple[str, ...] = ()
+    set: Mapping[str, Any] = field(default_factory=dict)
+    vary: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Params:
-    """The content of params.yaml."""
+    """The content of params.yaml. `results` is the folder of tables, figures and executed notebooks."""
 
     data: Data = field(default_factory=Data)
     backbone: Backbone = field(default_factory=Backbone)
     partition: Partition = field(default_factory=Partition)
     run: Run = field(default_factory=Run)
+    datasets: Mapping[str, Source] = field(default_factory=dict)
     seeds: tuple[int, ...] = (1, 2, 3)
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    ablations: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    results: str = "results"
 
-    def experiment(self, row: str, seed: int, **changes: Any) -> Experiment:
-        """One run of a table row, `changes` over what params.yaml says of the method; a key belongs to whatever has it.
+    def source(self, name: str = "") -> Source:
+        """A data set by name; without one, that of section data. Raises ValueError for an unknown name."""
+        if name in ("", self.data.name) and name not in self.datasets:
+            return Source(self.data.name, self.data, self.backbone, self.partition, self.run)
+        return self.datasets[known(name, [*self.datasets, self.data.name], "data set")]
+
+    def experiment(self, row: str, seed: int, on: str = "", **changes: Any) -> Experiment:
+        """One run of a row on a data set, `changes` over what params.yaml says of the method; a key belongs to whatever has it.
 
         Raises ValueError for a row or a key that nothing has, naming the nearest one that exists.
         """
         valid, wanted = sorted(parameter_names(row)), {**self.methods.get(row, {}), **changes}
         for key in wanted:
             known(key, valid, f"parameter of {row}")
+        source = self.source(on)
         pick = lambda cls: {f.name: wanted[f.name] for f in dataclasses.fields(cls) if f.name in wanted}  # noqa: E731
         method = build(ROWS[row], pick(ROWS[row]), row)
-        run = build(Run, dataclasses.asdict(self.run) | ROWS[row].run | pick(Run), row)
-        partition = build(Partition, dataclasses.asdict(self.partition) | pick(Partition), row)
-        return Experiment(row, method, run, partition, seed)
+        run = build(Run, dataclasses.asdict(source.run) | ROWS[row].run | pick(Run), row)
+        partition = build(Partition, dataclasses.asdict(source.partition) | pick(Partition), row)
+        return Experiment(row, method, run, partition, seed, source)
 
-    def table(self) -> list[Experiment]:
-        """The runs of the miniature Table 1: every method and every control with every seed."""
-        return [self.experiment(row, seed) for row in dict.fromkeys([*self.methods, *CONTROLS]) for seed in self.seeds]
-
-    def ablation(self, only: str | None = None) -> list[Experiment]:
-        """The runs of pFedMoAP with one hyperparameter changed, for each value listed under `ablations` (or for `only` one)."""
-        listed = self.ablations if only is None else {only: self.ablations[only]}
-        return [
-            self.experiment("pfedmoap", seed, **{key: v}) for key, values in listed.items() for v in values for seed in self.seeds
-        ]
+    def runs(self, table: str) -> list[tuple[str, Experiment]]:
+        """The runs of a table, each with the label of its row. Raises ValueError for an unknown table, row or setting."""
+        asked = self.tables[known(table, self.tables, "table")]
+        rows = asked.rows or {row: {} for row in dict.fromkeys([*self.methods, *CONTROLS])}
+        for key in [*asked.set, *asked.vary]:
+            known(key, sorted(parameter_names()), f"setting in tables.{table}")
+        found = []
+        for on, (label, own) in itertools.product(asked.data or [self.data.name], rows.items()):
+            row, changes = own.get("method", label), {key: value for key, value in own.items() if key != "method"}
+            valid, said = parameter_names(row), self.methods.get(row, {})
+            common = {key: value for key, value in asked.set.items() if key in valid and key not in said}
+            varied = {key: values for key, values in asked.vary.items() if key in valid}
+            for values in itertools.product(*varied.values()):
+                settings = {**common, **changes, **dict(zip(varied, values, strict=True))}
+                found += [(label, self.experiment(row, seed, on, **settings)) for seed in self.seeds]
+        return found
 
 
 def parameter_names(row: str | None = None) -> set[str]:
@@ -162,6 +212,17 @@ def plain(text: str, where: str) -> Any:
         raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
+def several(text: str, where: str) -> list[Any]:
+    """The values of 0,1,3 or of first:last[:step], whose last counts in. Raises ValueError for a range that has none."""
+    if ":" not in text:
+        return [plain(part, where) for part in text.split(",")]
+    first, last, step = (Decimal(str(number(part, "float", where))) for part in (text + ":1").split(":")[:3])
+    if step <= 0 or last < first:
+        raise ValueError(f"{where}={text} has no values: write first:last[:step] with last not below first and step above 0")
+    values = [first + i * step for i in range(int((last - first) / step) + 1)]
+    return [int(v) if v == int(v) else float(v) for v in values]
+
+
 def number(value: Any, kind: str, where: str) -> int | float:
     """PyYAML reads 1e-3 as text, so text that is a number will do; a truth value or a fraction for an int will not."""
     try:
@@ -190,18 +251,48 @@ def read(path: Path = PARAMS, changes: Sequence[str] = ()) -> Params:
         content[section] = of_type(content.get(section) or {}, dict, section) | whole if name else whole
     for key in content:
         known(key, [f.name for f in dataclasses.fields(Params)], f"section of {path}")
-    made: dict[str, Any] = {
-        key: build(cls, content[key], key)
-        for key, cls in {"data": Data, "backbone": Backbone, "partition": Partition, "run": Run}.items()
-        if key in content
+    made: dict[str, Any] = {key: build(cls, content[key], key) for key, cls in SECTIONS.items() if key in content}
+    made["datasets"] = {
+        name: source(name, content, own or {}) for name, own in of_type(content.get("datasets", {}), dict, "datasets").items()
     }
     if "seeds" in content:
         if content["seeds"] == []:
             raise ValueError("seeds must name at least one seed")
         made["seeds"] = tuple(number(seed, "int", "seeds") for seed in of_type(content["seeds"], list, "seeds"))
-    for key, kind in (("methods", dict), ("ablations", list)):
-        made[key] = {name: of_type(v, kind, f"{key}.{name}") for name, v in of_type(content.get(key, {}), dict, key).items()}
+    methods = of_type(content.get("methods", {}), dict, "methods")
+    made["methods"] = {name: of_type(v, dict, f"methods.{name}") for name, v in methods.items()}
+    made["tables"] = {
+        name: table(v or {}, f"tables.{name}") for name, v in of_type(content.get("tables", {}), dict, "tables").items()
+    }
+    if "results" in content:
+        made["results"] = of_type(content["results"], str, "results")
     params = Params(**made)
-    params.table()  # a wrong name or type anywhere is found now, not after an hour
-    params.ablation()
+    for row in params.methods:  # a wrong name or type anywhere is found now, not after an hour
+        params.experiment(row, 1)
+    for name in params.tables:
+        params.runs(name)
     return params
+
+
+SECTIONS = {"data": Data, "backbone": Backbone, "partition": Partition, "run": Run}
+
+
+def source(name: str, content: Mapping[str, Any], own: Any) -> Source:
+    """The data set of that name: the sections of the whole file, with what its own say in their place."""
+    for key in of_type(own, dict, f"datasets.{name}"):
+        known(key, SECTIONS, f"section of datasets.{name}")
+    merged = {key: {**content.get(key, {}), **of_type(own.get(key, {}), dict, f"datasets.{name}.{key}")} for key in SECTIONS}
+    return Source(name, **{key: build(cls, merged[key], f"datasets.{name}.{key}") for key, cls in SECTIONS.items()})
+
+
+def table(content: Any, where: str) -> Table:
+    """A table from plain values; rows may be a list of methods. Raises ValueError for wrong names and types."""
+    for key in of_type(content, dict, where):
+        known(key, [f.name for f in dataclasses.fields(Table)], f"part of {where}")
+    rows = content.get("rows", {})
+    rows = dict.fromkeys(rows, {}) if isinstance(rows, list) else of_type(rows, dict, f"{where}.rows")
+    rows = {str(label): of_type(own or {}, dict, f"{where}.rows.{label}") for label, own in rows.items()}
+    vary = of_type(content.get("vary", {}), dict, f"{where}.vary")
+    vary = {key: of_type(values, list, f"{where}.vary.{key}") for key, values in vary.items()}
+    data = tuple(of_type(content.get("data", []), list, f"{where}.data"))
+    return Table(rows, data, of_type(content.get("set", {}), dict, f"{where}.set"), vary)

@@ -1,6 +1,7 @@
 """Four rows that every table needs and the literature lacks: what a client gets without any prompt learning.
 
-They are methods without trainable tensors: a client reads something frozen and classifies with it.
+They are methods without trainable tensors: a client reads something frozen and classifies with it. And one control of the gate:
+what it gives to a client that is alone.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fpl.methods import PromptFL, ZeroShot
+from fpl.methods import PFedMoAP, PromptFL, ZeroShot
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,49 @@ class RidgeAll(RidgeOwn):
 
     def logits(self, text, t, p, f, x):
         return restrict(super().logits(text, t, p, f, x), f["own"])
+
+
+TEMPLATES = (
+    "a photo of a {}.",
+    "a drawing of a {}.",
+    "a painting of a {}.",
+    "a sketch of a {}.",
+    "a small picture of one {}.",
+    "a close view of a {}.",
+    "there is a {} in this image.",
+    "an icon of a {}.",
+    "this is what a {} looks like.",
+)
+
+
+@dataclass(frozen=True)
+class GateAlone(PFedMoAP):
+    """CoOp with pFedMoAP's gate: nothing is sent, and the experts are hand-written templates instead of others' prompts.
+
+    What it gains over CoOp is the gate's doing, not the federation's. The `n_experts` first of TEMPLATES; the local prompt goes
+    on from round to round.
+    """
+
+    n_experts: int = 4
+    shared = ()
+
+    def check(self, text, clients):
+        super().check(text, clients)
+        if not 1 <= self.n_experts <= len(TEMPLATES):
+            raise ValueError(f"n_experts {self.n_experts} must be between 1 and {len(TEMPLATES)}: experts are templates here")
+
+    def cohorts(self, server, drawn):
+        return PromptFL.cohorts(self, server, drawn)
+
+    def download(self, server, who, clients):
+        return {}
+
+    def frozen(self, text, down, who, clients):
+        experts = torch.stack([self.pool(text.zero_shot(template)) for template in TEMPLATES[: self.n_experts]])
+        return {"experts": experts.expand(len(who), -1, -1, -1)}
+
+    def deploy(self, server, own, tune):
+        return own
 
 
 def own_classes(clients, who) -> Bool[Tensor, "n c"]:

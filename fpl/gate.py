@@ -14,10 +14,10 @@ from torch import Tensor
 Params = dict[str, Tensor]
 
 
-# the tensors of a gate, by how it mixes: maps for query, key, value and output, or one that routes
+# the tensors of a gate, by how it mixes: maps for query, key, value and output, one that routes, or none
 NAMES = {
     kind: tuple(f"gate_{half}{part}" for part in parts for half in "wb")
-    for kind, parts in {"attention": "qkvo", "uniform": "vo", "linear": "r"}.items()
+    for kind, parts in {"attention": "qkvo", "uniform": "vo", "linear": "r", "average": ""}.items()
 }
 
 
@@ -68,8 +68,11 @@ def mix(
 
     T_MoE[b, c] = W_o concat_h(sum_k A[h, b, k, c] v[h, k, c]) + b_o. Only its product with the image is wanted, so W_o goes to
     the image's side and no (b, c, g) tensor exists. A = 1/k everywhere for "uniform". "linear" is the ordinary router of a
-    mixture of experts: T_MoE[b, c] = sum_k softmax(W_r image + b_r)_k expert[k, c], place 0 the local expert's.
+    mixture of experts: T_MoE[b, c] = sum_k softmax(W_r image + b_r)_k expert[k, c], place 0 the local expert's. "average" is
+    their mean, without anything to learn.
     """
+    if mixing == "average":
+        return image @ experts.mean(-3).mT
     if mixing == "linear":
         scores = (image @ p["gate_wr"].mT + p["gate_br"].unsqueeze(-2))[..., : experts.shape[-3]]
         return torch.einsum("...bk,...bg,...kcg->...bc", scores.softmax(-1), image, experts)

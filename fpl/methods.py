@@ -403,8 +403,9 @@ class PFedMoAP(PromptFL):
     angle; "random" anew for every client and round; "same" for all clients, anew in every round; "fixed" by one permutation of
     the clients, drawn once (what the released code does); "oracle" the largest overlap sum_c min(p_i(c), p_j(c)) of training
     label shares, which a real server cannot know. Ties go to the smaller number.
-    `mixing`: "attention" (the paper's), "uniform" attention, or a "linear" router that scores the K + 1 places from the image
-    alone. `gate_kept` "private", or "aggregated" like the prompt. `pooling`: "stride" (the code's) or "mean" (D12).
+    `mixing`: "attention" (the paper's), "uniform" attention, a "linear" router that scores the K + 1 places from the image alone,
+    or their "average". `gate_kept` "private", or "aggregated" like the prompt. `pooling`: "stride" (the code's) or "mean" (D12).
+    `tested` "before" aggregation, or "after" it with the average prompt, like the methods it is compared with (D25).
     Uploads m w numbers, downloads (K + 1) m w, keeps 4 (g^2 + g); an aggregated gate travels both ways.
     """
 
@@ -414,9 +415,10 @@ class PFedMoAP(PromptFL):
     heads: int = 8
     gate_scale: float = 10.0
     choice: str = "knn"  # or cosine, random, same, fixed, oracle
-    mixing: str = "attention"  # or uniform, linear
+    mixing: str = "attention"  # or uniform, linear, average
     gate_kept: str = "private"  # or aggregated
     pooling: str = "stride"  # or mean
+    tested: str = "before"  # or after aggregation
 
     @property
     def shared(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -425,6 +427,7 @@ class PFedMoAP(PromptFL):
     def check(self, text, clients):
         super().check(text, clients)
         known = {"choice": CHOICES, "mixing": gate.NAMES, "gate_kept": ("private", "aggregated"), "pooling": gate.POOLINGS}
+        known["tested"] = ("before", "after")
         for field, values in known.items():
             if getattr(self, field) not in values:
                 raise ValueError(f"{field} {getattr(self, field)!r} is not known: use {', '.join(values)}")
@@ -480,6 +483,8 @@ class PFedMoAP(PromptFL):
         return text.scale * gate.mix(p, self.pool(x), experts, self.heads, self.gate_scale, self.mixing) + self.lam * local
 
     def deploy(self, server, own, tune):
+        if self.tested == "after":
+            return super().deploy(server, own, tune)
         never = ~server.seen.view(-1, 1, 1)
         return {**super().deploy(server, own, tune), "ctx": torch.where(never, server.params["ctx"], own["ctx"])}
 

@@ -43,6 +43,8 @@ class Partition:
     min_size: int = 2  # training and test images that every client has, of kinds dirichlet and domain
     form: str = "ours"
     loader: str = "right"  # or mismatched (D1), misnamed (D2), both
+    split_seed: int = 0  # of who has which classes and how many images; 0: the run's
+    shot_seed: int = 0  # of which training images these are; 0: the run's
 
     def __post_init__(self):
         for what, value, known in (("partition", self.kind, KINDS), ("form", self.form, FORMS), ("loader", self.loader, LOADERS)):
@@ -77,7 +79,9 @@ def make(
     else:
         groups = _domains(partition.clients, domain) if partition.kind == "domain" else [np.full(len(labels), True)]
     n, n_cls = partition.clients // len(groups), int(labels.max()) + 1
-    streams = {name: np.random.default_rng([seed, *name.encode()]) for name in ("classes", "shots", "test")}
+    split_seed, shot_seed = partition.split_seed or seed, partition.shot_seed or seed
+    seeds = {"classes": split_seed, "shots": shot_seed, "test": split_seed}
+    streams = {name: np.random.default_rng([number, *name.encode()]) for name, number in seeds.items()}
     train: Indices = []
     test: Indices = []
     for group in groups:

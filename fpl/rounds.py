@@ -79,6 +79,8 @@ class Run:
     schedule: str = "constant"  # or "cosine", over the local epochs; or "zigzag", the released code's (rate)
     optimiser: str = "fresh"  # for each client and round; or "shared" by all, like the released code's
     participation: float = 1.0
+    init_seed: int = 0  # of what a method draws at the beginning; 0: the run's
+    order_seed: int = 0  # of participants and of the order of images; 0: the run's
 
     def __post_init__(self):
         for name, known in {"schedule": ("constant", "cosine", "zigzag"), "optimiser": ("fresh", "shared")}.items():

@@ -1,8 +1,8 @@
 """The demo world: images drawn from (shape, texture, colour, style), so that the whole companion runs without a download.
 
-A class is a texture and a shape ("striped circle", 48 of them); the style is the domain; colour, place, size, tilt and
-noise vary freely. Every image has its own random generator, named by (seed, number), so a data set can be drawn in any
-order or in parts and is the same.
+In the world "shapes" a class is a texture and a shape ("striped circle", 48 of them), in "styles" a shape alone (12). The style
+is the domain; the rest varies freely: colour, place, size, tilt, noise. Every image has its own random generator, named by
+(seed, number), so a data set can be drawn in any order or in parts and is the same.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ COLOURS = {
 }
 STYLES = ["photo", "sketch", "painting", "clipart", "infograph", "quickdraw"]
 CLASSES = [f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES]
+WORLDS = {"shapes": CLASSES, "styles": SHAPES}
 CANVAS = 128  # drawn at twice the final size, then reduced: smooth edges
 
 Rng = np.random.Generator
@@ -170,7 +171,7 @@ def drawing(seed: int, train_per_class: int, test_per_class: int) -> str:
     return json.dumps({"seed": seed, "train_per_class": train_per_class, "test_per_class": test_per_class}) + "\n"
 
 
-def make(folder: Path, seed: int = 1, train_per_class: int = 32, test_per_class: int = 40) -> Path:
+def make(folder: Path, seed: int = 1, train_per_class: int = 32, test_per_class: int = 40, world: str = "shapes") -> Path:
     """Draw the demo data set as PNG files under `folder` and write its manifest last; a finished folder is left alone.
 
     A killed drawing goes on; images of another seed or size (`drawn.json` says which) are removed and drawn again.
@@ -187,14 +188,14 @@ def make(folder: Path, seed: int = 1, train_per_class: int = 32, test_per_class:
         return manifest
     for stale in folder.rglob(".*.tmp"):  # of a killed drawing
         stale.unlink()
-    rows = []
+    rows, classes = [], WORLDS[world]
     sizes = (("train", train_per_class), ("test", test_per_class))
-    todo = [(label, split) for label in range(len(CLASSES)) for split, n in sizes for _ in range(n)]
+    todo = [(label, split) for label in range(len(classes)) for split, n in sizes for _ in range(n)]
     for number, (label, split) in enumerate(tqdm(todo, desc="drawing", unit="image")):
         rng = rng_of(seed, number)
-        what = Attributes.draw(rng, label)
-        path = Path("images") / what.style / CLASSES[label].replace(" ", "_") / f"{number:05d}.png"
-        rows.append([str(path), label, CLASSES[label], split, what.style])
+        what = Attributes.draw(rng, label if world == "shapes" else label * len(TEXTURES) + int(rng.integers(len(TEXTURES))))
+        path = Path("images") / what.style / classes[label].replace(" ", "_") / f"{number:05d}.png"
+        rows.append([str(path), label, classes[label], split, what.style])
         if not (folder / path).exists():
             with writing(folder / path) as temporary:
                 Image.fromarray(render(what, rng)).save(temporary, format="PNG")

@@ -26,6 +26,7 @@ def last_round(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[runs["round"] == final]
 
 
-def by_seed(runs: pd.DataFrame, key: str = "method") -> pd.Series:
-    """Unweighted mean over the clients of each (key, seed), last round, in [0, 1]."""
-    return last_round(runs).groupby([key, "seed"], sort=False)["accuracy"].mean()
+def by_seed(runs: pd.DataFrame, key: str | Sequence[str] = "method") -> pd.Series:
+    """Unweighted mean over the clients of each (key or keys, seed), last round, in [0, 1]."""
+    keys = [key] if isinstance(key, str) else [*key]
+    return last_round(runs).groupby([*keys, "seed"], sort=False, dropna=False)["accuracy"].mean()

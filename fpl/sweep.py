@@ -1,8 +1,7 @@
-"""Runs as records: perform the runs that have no record yet, several at a time, and read them back as a data frame.
+"""Runs to records: perform the runs that have no record yet, several at a time.
 
-A record is one file with one JSON line: settings, per-client accuracy of every round, seconds, and hashes of code and features.
-It is named by the hash of settings, code and features, so a run that was made is not made again and nothing else is mistaken
-for it. A killed sweep loses only the runs that were under way.
+A record (fpl.records) is named by the hash of settings, code and features, so a run that was made is not made again and nothing
+else is mistaken for it. A killed sweep loses only the runs that were under way.
 """
 
 from __future__ import annotations
@@ -20,24 +19,23 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
-import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
 from fpl import clip, features, partitions, released_splits, shapes
-from fpl.config import Backbone, Data, Experiment
+from fpl.config import Backbone, Data, Experiment, Params
 from fpl.files import sha256, writing
+from fpl.records import RECORDS, index_path
 from fpl.rounds import Clients, Round, Seeds, run
 
 T = TypeVar("T", bound=Callable)
-RECORDS = Path("results/records")
-# the modules that make a number
+# the modules that make a number out of settings
 SOURCES = (
     *("clip", "gate", "methods", "transport", "released", "controls", "rounds"),
-    *("partitions", "released_splits", "features", "config", "shapes", "sweep"),
+    *("partitions", "released_splits", "features", "shapes", "sweep"),
 )
 
 
@@ -66,7 +64,7 @@ def kept(maxsize: int) -> Callable[[T], T]:
     return wrap
 
 
-@kept(maxsize=1)
+@kept(maxsize=4)
 def opened(data: Data, backbone: Backbone, device: str) -> tuple[clip.Clip, features.Features]:
     """Backbone and features of a data set, refused unless the one was made with the other."""
     drawn, wanted = data.folder / "drawn.json", shapes.drawing(data.seed, data.train_per_class, data.test_per_class)
@@ -113,15 +111,17 @@ def manifest(data: Data) -> features.Manifest:
     return features.read_manifest(data.manifest)
 
 
-def make_clients(data: Data, backbone: Backbone, experiment: Experiment, device: str) -> Clients:
+def make_clients(experiment: Experiment, device: str) -> Clients:
+    data, backbone = experiment.source.data, experiment.source.backbone
     _, feats = opened(data, backbone, device)
     asked, labels, rows = experiment.partition, feats.labels.cpu().numpy(), np.arange(len(feats.labels))
+    seed = asked.split_seed or experiment.seed
     if asked.form == "released":
-        parts = released_splits.make(asked, labels, feats.split, experiment.seed, feats.domain)
+        parts = released_splits.make(asked, labels, feats.split, seed, feats.domain)
     else:
         parts = partitions.make(asked, labels, feats.split, experiment.seed, feats.domain, feats.client)
     if asked.loader != "right":
-        rows, labels, parts = released_splits.mistaken(asked.loader, labels, feats.split, feats.domain, parts, experiment.seed)
+        rows, labels, parts = released_splits.mistaken(asked.loader, labels, feats.split, feats.domain, parts, seed)
     place = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
     train, test = ([place(index) for index in part] for part in parts)
     patches = patches_of(data, backbone, device) if experiment.method.inputs == "patches" else None
@@ -134,12 +134,13 @@ def make_clients(data: Data, backbone: Backbone, experiment: Experiment, device:
     return Clients(feats.feats[rows], place(labels), train, test, len(feats.classes), patches, views, where)
 
 
-def rounds_of(data: Data, backbone: Backbone, experiment: Experiment, tick=lambda n: None) -> Iterable[Round]:
+def rounds_of(experiment: Experiment, tick=lambda n: None) -> Iterable[Round]:
     """The rounds of one experiment as they finish; in a notebook, a way to watch one."""
     where = device()
-    clients = make_clients(data, backbone, experiment, where)
-    text = text_of(data, backbone, where, experiment.method.n_ctx)
-    return run(experiment.method, text, clients, experiment.run, Seeds(experiment.seed, experiment.seed), tick)
+    clients = make_clients(experiment, where)
+    text = text_of(experiment.source.data, experiment.source.backbone, where, experiment.method.n_ctx)
+    seeds = Seeds(experiment.run.init_seed or experiment.seed, experiment.run.order_seed or experiment.seed)
+    return run(experiment.method, text, clients, experiment.run, seeds, tick)
 
 
 def record_path(features_sha: str, experiment: Experiment) -> Path:
@@ -147,9 +148,9 @@ def record_path(features_sha: str, experiment: Experiment) -> Path:
     return RECORDS / f"{experiment.row}-{experiment.seed}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
-def perform(data: Data, backbone: Backbone, experiment: Experiment, path: Path, progress: bool = False) -> None:
+def perform(experiment: Experiment, path: Path, progress: bool = False) -> None:
     """Make one run and write its record to `path`, the name that the caller worked out (the code may change meanwhile)."""
-    begin = time.perf_counter()
+    begin, source = time.perf_counter(), experiment.source
     rounds = [
         {
             "round": r.number,
@@ -159,18 +160,15 @@ def perform(data: Data, backbone: Backbone, experiment: Experiment, path: Path, 
             "up": r.up.tolist(),
             "down": r.down.tolist(),
         }
-        for r in tqdm(
-            rounds_of(data, backbone, experiment), experiment.row, experiment.run.rounds, unit="round", disable=not progress
-        )
+        for r in tqdm(rounds_of(experiment), experiment.row, experiment.run.rounds, unit="round", disable=not progress)
     ]
     record = {
         "settings": experiment.settings(),
         "rounds": rounds,
         "seconds": round(time.perf_counter() - begin, 3),
-        "data": data.name,
-        "backbone": backbone.name,
-        "features": opened(data, backbone, device())[1].sha256,
-        "views": data.views,
+        "backbone": source.backbone.name,
+        "features": opened(source.data, source.backbone, device())[1].sha256,
+        "views": source.data.views,
         "code": code_fingerprint(),
         "torch": torch.__version__,
         "device": device(),
@@ -192,22 +190,21 @@ def settle(threads: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def sweep(
-    data: Data, backbone: Backbone, experiments: Sequence[Experiment], jobs: int | None = None, fresh: bool = False
-) -> list[Path]:
+def sweep(experiments: Sequence[Experiment], jobs: int | None = None, fresh: bool = False) -> list[Path]:
     """Records of all experiments, in their order; only the missing ones are run, `jobs` at a time (as many as cores)."""
-    paths = paths_of(data, backbone, experiments)
+    paths = paths_of(experiments)
     todo = {path: e for path, e in zip(paths, experiments, strict=True) if fresh or not path.exists()}
     if len(todo) <= 1:  # no pool: a bar over its rounds says more
         for path, experiment in todo.items():
-            perform(data, backbone, experiment, path, progress=True)
+            perform(experiment, path, progress=True)
         return paths
     jobs = 1 if device() == "cuda" else min(jobs or min(os.cpu_count() or 1, 8), len(todo))
     threads = max(1, torch.get_num_threads() // jobs)
     pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=settle, initargs=(threads,))
-    with pool, tqdm(total=len(paths), initial=len(paths) - len(todo), desc="runs", unit="run") as bar:
+    total = len(set(paths))
+    with pool, tqdm(total=total, initial=total - len(todo), desc="runs", unit="run") as bar:
         longest_first = sorted(todo.items(), key=lambda item: -item[1].run.rounds * item[1].run.local_epochs)
-        under_way = [pool.submit(perform, data, backbone, e, path) for path, e in longest_first]
+        under_way = [pool.submit(perform, e, path) for path, e in longest_first]
         try:
             for finished in as_completed(under_way):
                 finished.result()
@@ -221,35 +218,21 @@ def sweep(
     return paths
 
 
-def paths_of(data: Data, backbone: Backbone, experiments: Sequence[Experiment]) -> list[Path]:
+def paths_of(experiments: Sequence[Experiment]) -> list[Path]:
     """Where the records are or will be, for features that are the ones asked for."""
-    _, feats = opened(data, backbone, device())
-    return [record_path(f"{feats.sha256} {data.views}" if data.views else feats.sha256, e) for e in experiments]
-
-
-def found(data: Data, backbone: Backbone, experiments: Sequence[Experiment]) -> list[Path]:
-    """Records that exist, for whoever reads only. Raises FileNotFoundError when some of the runs were not made."""
-    paths = paths_of(data, backbone, experiments)
-    missing = [e.row for path, e in zip(paths, experiments, strict=True) if not path.exists()]
-    if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(paths)} runs were not made ({', '.join(sorted(set(missing)))}): call `fpl sweep` first"
-        )
+    paths = []
+    for e in experiments:
+        data = e.source.data
+        _, feats = opened(data, e.source.backbone, device())
+        paths.append(record_path(f"{feats.sha256} {data.views}" if data.views else feats.sha256, e))
     return paths
 
 
-def frame(paths: Iterable[Path]) -> pd.DataFrame:
-    """One line per run, round and client: all settings as columns, then round, client, accuracy in [0, 1], numbers up and down.
-
-    Of clients that did not participate in a round, up and down are missing.
-    """
-    lines: list[dict[str, Any]] = []
-    for path in paths:
-        record = json.loads(path.read_text())
-        for r in record["rounds"]:
-            moved = {i: {"up": up, "down": down} for i, up, down in zip(r["participants"], r["up"], r["down"], strict=True)}
-            lines += [
-                {**record["settings"], "round": r["round"], "client": i, "accuracy": a, **moved.get(i, {})}
-                for i, a in enumerate(r["accuracy"])
-            ]
-    return pd.DataFrame(lines)
+def tables(params: Params, names: Sequence[str], jobs: int | None = None, fresh: bool = False) -> None:
+    """Make the missing runs of some tables, all in one sweep, and write for each table the index of its records."""
+    runs = {name: params.runs(name) for name in names}
+    paths = iter(sweep([experiment for table in runs.values() for _, experiment in table], jobs, fresh))
+    for name, table in runs.items():
+        entries = [{"row": label, "record": next(paths).name} for label, _ in table]
+        with writing(index_path(name, params.results)) as temporary:
+            temporary.write_text(json.dumps(entries, indent=0) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -57,9 +58,11 @@ def published() -> pd.DataFrame:
     return table.assign(mean=pd.to_numeric(table["mean"], errors="coerce"))
 
 
-def summary(runs: pd.DataFrame, key: str = "method") -> pd.DataFrame:
-    """Mean over clients of the last round, then over seeds: mean, std, 95 % interval; one line per value of `key`."""
-    return by_seed(runs, key).groupby(level=0, sort=False).apply(lambda v: over_seeds(list(v))).unstack()
+def summary(runs: pd.DataFrame, key: str | Sequence[str] = "method") -> pd.DataFrame:
+    """Mean over clients of the last round, then over seeds: mean, std, 95 % interval; one line per value of `key` (or keys)."""
+    values = by_seed(runs, key)
+    levels = [*range(values.index.nlevels - 1)]
+    return values.groupby(level=levels, sort=False, dropna=False).apply(lambda v: over_seeds(list(v))).unstack()
 
 
 def table1(runs: pd.DataFrame) -> pd.DataFrame:
@@ -76,11 +79,9 @@ def table1(runs: pd.DataFrame) -> pd.DataFrame:
     return table.rename_axis("method").round(2)
 
 
-def ablation(runs: pd.DataFrame, default: pd.DataFrame, key: str) -> pd.DataFrame:
-    """One hyperparameter of pFedMoAP: a line per value, the default from Table 1's runs among them, in percent."""
-    both = pd.concat([runs, default])
-    both[key] = both[key].convert_dtypes()  # whole numbers are floats where other methods lack the column
-    return percent(summary(both, key)).sort_index().round(2)
+def ablation(runs: pd.DataFrame, key: str) -> pd.DataFrame:
+    """One hyperparameter varied: a line per value, in percent."""
+    return percent(summary(runs, key)).sort_index().round(2)
 
 
 def with_controls(table: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:

@@ -46,6 +46,7 @@ OTHER = {  # of every setting to which 1 cannot be added, a value that is not th
     "mixing": "linear",
     "gate_kept": "aggregated",
     "pooling": "mean",
+    "tested": "after",
 }
 
 

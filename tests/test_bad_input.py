@@ -41,7 +41,8 @@ def here(world, monkeypatch):
 
 def run(row="promptfl", backbone=BACKBONE, **changes):
     """A whole experiment; what is refused must be refused before its first round is over."""
-    return lambda monkeypatch: next(iter(sweep.rounds_of(DATA, backbone, PARAMS.experiment(row, 1, **changes))))
+    params = dataclasses.replace(PARAMS, backbone=backbone)
+    return lambda monkeypatch: next(iter(sweep.rounds_of(params.experiment(row, 1, **changes))))
 
 
 def check(method):
@@ -128,7 +129,7 @@ CASES = {  # what is wrong -> who notices, and what the sentence must contain
     "as many experts as clients": (run("pfedmoap", n_experts=4), "n_experts 4", "number of clients 4"),
     "a negative number of experts": (run("pfedmoap", n_experts=-1), "n_experts -1", "at least 0"),
     "unknown choice of experts": (run("pfedmoap", choice="nearest"), "choice 'nearest'", "knn, cosine, random"),
-    "unknown gate": (run("pfedmoap", mixing="mlp"), "mixing 'mlp'", "attention, uniform, linear"),
+    "unknown gate": (run("pfedmoap", mixing="mlp"), "mixing 'mlp'", "attention, uniform, linear, average"),
     "unknown place of the gate": (run("pfedmoap", gate_kept="both"), "gate_kept 'both'", "private, aggregated"),
     "unknown pooling": (run("pfedmoap", pooling="max"), "pooling 'max'", "stride, mean"),
     "FedOTP without patches": (run("fedotp", n_ctx=2), "no features at", "_patches.h5", "fpl features --patches"),
@@ -183,7 +184,15 @@ CASES = {  # what is wrong -> who notices, and what the sentence must contain
     "a line is too short": (manifest(HEADER + "a.png,0,cat,train,x\nb.png,0\n"), "manifest.csv, line 3", "split, domain"),
     "a comma in a name": (manifest(HEADER + "a.png,0,cat, wild,train,x\n"), "manifest.csv, line 2", "split, domain", "' wild'"),
     "settings: unknown section": (settings("runs: {rounds: 3}"), "unknown section of bad.yaml 'runs'", "did you mean 'run'?"),
-    "settings: unknown ablation": (settings("ablations: {lamb: [1]}"), "'lamb'", "did you mean 'lam'?"),
+    "settings: unknown table setting": (settings("tables: {t: {vary: {lamb: [1]}}}"), "'lamb'", "did you mean 'lam'?"),
+    "settings: unknown part of a table": (settings("tables: {t: {row: [coop]}}"), "part of tables.t 'row'", "mean 'rows'?"),
+    "settings: unknown row of a table": (settings("tables: {t: {rows: [promptf]}}"), "'promptf'", "mean 'promptfl'?"),
+    "settings: unknown data set of a table": (
+        settings("tables: {t: {rows: [coop], data: [shape]}}"),
+        "data set 'shape'",
+        "'shapes'",
+    ),
+    "settings: unknown section of a data set": (settings("datasets: {d: {runs: {}}}"), "datasets.d 'runs'", "mean 'run'?"),
     "settings: wrong type": (settings("run: {rounds: many}"), "run.rounds", "int", "'many'"),
 }
 

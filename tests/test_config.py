@@ -33,16 +33,74 @@ def test_params_yaml_reads():
     for section in ("data", "backbone", "partition", "run"):
         assert dataclasses.asdict(getattr(params, section)).items() >= CONTENT[section].items()
     assert params.seeds == tuple(CONTENT["seeds"]) and params.methods == CONTENT["methods"]
-    table, ablation = params.table(), params.ablation()
-    assert {(e.row, e.seed) for e in table} == {
-        (row, seed) for row in [*CONTENT["methods"], *CONTROLS] for seed in CONTENT["seeds"]
+    table = params.runs("table1")
+    assert {(label, e.row, e.seed) for label, e in table} == {
+        (row, row, seed) for row in [*CONTENT["methods"], *CONTROLS] for seed in CONTENT["seeds"]
     }
-    for e in table:
+    for _, e in table:
         assert e.settings().items() >= CONTENT["methods"].get(e.row, {}).items()
-    wanted = [(key, value, seed) for key, values in CONTENT["ablations"].items() for value in values for seed in CONTENT["seeds"]]
-    assert [e.row for e in ablation] == ["pfedmoap"] * len(wanted)
-    for e, (key, value, seed) in zip(ablation, wanted, strict=True):
-        assert e.settings() == {**params.experiment("pfedmoap", seed).settings(), key: value}
+
+
+WORLDS = """
+data: {name: shapes, seed: 3}
+run: {rounds: 4, lr: 0.1}
+partition: {shots: 5}
+datasets:
+  other: {data: {name: own, root: x}, run: {rounds: 7}, backbone: {name: RN50}}
+seeds: [1, 2]
+methods: {coop: {rounds: 1}, promptfl: {}, pfedmoap: {n_experts: 2}}
+tables:
+  all: {}
+  two:
+    data: [shapes, other]
+    rows: {promptfl: {}, coop: {}, near: {method: pfedmoap, lam: 3}}
+    set: {rounds: 9, gate_lr: 0.5, heads: 4}
+    vary: {n_experts: [0, 1], shots: [1, 2]}
+"""
+
+
+def test_a_table_is_a_grid_of_rows_data_sets_values_and_seeds(tmp_path):
+    (tmp_path / "params.yaml").write_text(WORLDS)
+    params = config.read(tmp_path / "params.yaml")
+    assert [label for label, _ in params.runs("all")[::2]] == ["coop", "promptfl", "pfedmoap", *CONTROLS]
+    runs = params.runs("two")
+    wanted = [
+        (on, label, experts, shots, seed)
+        for on in ("shapes", "other")
+        for label in ("promptfl", "coop", "near")
+        for experts in ((0, 1) if label == "near" else (None,))
+        for shots in (1, 2)
+        for seed in (1, 2)
+    ]
+    found = [(e.settings(), label) for label, e in runs]
+    assert [(s["data"], label, s.get("n_experts"), s["shots"], s["seed"]) for s, label in found] == wanted
+    assert {(s["method"], s["rounds"], s.get("heads"), s.get("lam")) for s, _ in found} == {
+        ("promptfl", 9, None, None), ("coop", 1, None, None), ("pfedmoap", 9, 4, 3)
+    }  # fmt: skip
+
+
+def test_a_data_set_differs_from_the_file_where_it_says_so(tmp_path):
+    (tmp_path / "params.yaml").write_text(WORLDS)
+    params = config.read(tmp_path / "params.yaml")
+    first, other = params.source(), params.source("other")
+    assert first == params.source("shapes") and first.run == params.run and first.data == params.data
+    assert (other.run.rounds, other.run.lr, other.partition.shots) == (7, 0.1, 5)
+    assert (other.data.name, other.data.seed, other.backbone.name) == ("own", 3, "RN50")
+    assert params.experiment("promptfl", 1, "other").run.rounds == 7 and params.experiment("promptfl", 1).run.rounds == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [("3", [3]), ("0,1,.5", [0, 1, 0.5]), ("knn,random", ["knn", "random"]), ("1:3", [1, 2, 3]), ("0:1:0.5", [0, 0.5, 1])],
+)  # fmt: skip
+def test_lists_and_ranges(text, values):
+    assert config.several(text, "x") == values
+
+
+@pytest.mark.parametrize("text", ["3:1", "1:2:0", "a:b", "1:3:-1"])
+def test_a_range_without_values_is_refused(text):
+    with pytest.raises(ValueError, match="^x"):
+        config.several(text, "x")
 
 
 def test_what_the_file_does_not_say_is_the_default(tmp_path):
@@ -60,7 +118,8 @@ UNKNOWN = {
     "method, capitals": (["methods", "PromptFL"], {}, "PromptFL", "promptfl"),
     "parameter of a method": (["methods", "pfedmoap", "n_expert"], 3, "n_expert", "n_experts"),
     "parameter that another method has": (["methods", "promptfl", "lam"], 3, "lam", None),
-    "ablation": (["ablations", "d_gates"], [32], "d_gates", "d_gate"),
+    "table": (["tables", "d_gate", "varies"], {}, "varies", "vary"),
+    "varied": (["tables", "d_gate", "vary"], {"d_gates": [32]}, "d_gates", "d_gate"),
 }
 
 
@@ -93,8 +152,10 @@ WRONG_TYPE = [
     (["methods", "pfedmoap", "lam"], "half", "pfedmoap.lam"),
     (["methods", "pfedmoap", "heads"], True, "pfedmoap.heads"),
     (["methods", "coop", "local_epochs"], "many", "coop.local_epochs"),
-    (["ablations", "n_experts"], [0, 1.5], "pfedmoap.n_experts"),
-    (["ablations", "lam"], 2, "lam"),
+    (["tables", "n_experts", "vary", "n_experts"], [0, 1.5], "pfedmoap.n_experts"),
+    (["tables", "lam", "vary", "lam"], 2, "lam"),
+    (["tables", "lam"], [1], "tables.lam"),
+    (["datasets"], {"a": 3}, "datasets.a"),
     (["run"], 5, "run"),
     (["methods"], ["promptfl"], "methods"),
     (["methods", "promptfl"], 5, "promptfl"),
@@ -171,7 +232,7 @@ def test_settings_are_complete(row):
     parts = {part: getattr(base, part) for part in ("method", "run", "partition")}
     names = [f.name for part in parts.values() for f in dataclasses.fields(part)]
     assert len(names) == len(set(names)), "one name, two owners"
-    assert sorted(base.settings()) == sorted(["method", "seed", *names])
+    assert sorted(base.settings()) == sorted(["method", "seed", "data", *names])
     for part, value in parts.items():
         for name in (f.name for f in dataclasses.fields(value)):
             new = OTHER[name] if name in OTHER else getattr(value, name) + 1

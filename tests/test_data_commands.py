@@ -9,7 +9,7 @@ import yaml
 from helpers import BACKBONE, PARAMS, standing_in, store_clip
 from PIL import Image
 
-from fpl import cli, config, datasets, features, sweep
+from fpl import cli, config, datasets, features, records, sweep
 
 SETTINGS = {
     "backbone": {"name": BACKBONE.name},
@@ -44,8 +44,8 @@ def test_a_folder_becomes_features_and_a_run(here, capsys):
     assert len(found.labels) == 40 and set(found.split) == {"train", "test"}
     cli.main(["run", "promptfl", *OWN])
     assert "promptfl: " in capsys.readouterr().out
-    (record,) = sweep.RECORDS.iterdir()
-    assert json.loads(record.read_text())["data"] == "own"
+    (record,) = records.RECORDS.iterdir()
+    assert json.loads(record.read_text())["settings"]["data"] == "own"
 
 
 def test_the_column_client_of_a_csv_decides_who_has_what(here):
@@ -58,8 +58,10 @@ def test_the_column_client_of_a_csv_decides_who_has_what(here):
     own = ["--set", "data.name=own", "--set", "data.root=own.csv"]
     cli.main(["features", *own])
     data = config.Data(name="own", root="own.csv")
-    experiment = dataclasses.replace(PARAMS, partition=config.Partition()).experiment("majority", 1, kind="column", clients=2)
-    clients = sweep.make_clients(data, BACKBONE, experiment, "cpu")
+    experiment = dataclasses.replace(PARAMS, data=data, partition=config.Partition()).experiment(
+        "majority", 1, kind="column", clients=2
+    )
+    clients = sweep.make_clients(experiment, "cpu")
     images = [row["path"] for row in features.read_manifest(data.manifest).rows]
     for i in range(2):
         assert all(f"site_{i}/" in images[k] for part in (clients.train, clients.test) for k in part[i].tolist())

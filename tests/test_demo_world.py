@@ -177,7 +177,7 @@ def quality(tmp_path_factory):
             manifest = shapes.make(params.data.folder, params.data.seed, params.data.train_per_class, params.data.test_per_class)
             features.extract(features.read_manifest(manifest), loaded, params.data.features)
         yield {
-            row: [r for seed in params.seeds for r in sweep.rounds_of(params.data, params.backbone, params.experiment(row, seed))]
+            row: [r for seed in params.seeds for r in sweep.rounds_of(params.experiment(row, seed))]
             for row in ("zeroshot", "ridge_own")
         }
 

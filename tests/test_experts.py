@@ -10,6 +10,7 @@ from test_identities import HALF, RUN, always, equal, near, play, read
 
 from fpl import gate, rounds
 from fpl.clip import Clip, Text
+from fpl.controls import TEMPLATES, GateAlone
 from fpl.methods import CHOICES, PFedMoAP, Server
 from fpl.rounds import Clients
 
@@ -81,7 +82,10 @@ def test_each_gate_has_the_numbers_its_docstring_says(mixing):
     g, k = 128, 10
     made = gate.init(g, torch.Generator(), mixing, k)
     assert tuple(made) == gate.NAMES[mixing]
-    assert sum(v.numel() for v in made.values()) == {"attention": 66048, "uniform": 33024, "linear": k * (g + 1)}[mixing]
+    assert (
+        sum(v.numel() for v in made.values())
+        == {"attention": 66048, "uniform": 33024, "linear": k * (g + 1), "average": 0}[mixing]
+    )
 
 
 @pytest.mark.parametrize("mixing", gate.NAMES)
@@ -117,6 +121,29 @@ def test_linear_is_a_softmax_over_places_by_the_image_alone():
     fewer = gate.mix(p, image, experts[:2], mixing="linear")
     weight = (image @ p["gate_wr"][:2].T + p["gate_br"][:2]).softmax(-1)
     assert error(fewer, sum(weight[:, k : k + 1] * (image @ experts[k].T) for k in range(2))) < 1e-12
+
+
+def test_average_is_the_mean_expert():
+    _, image, experts = random_gate("average")
+    assert error(gate.mix({}, image, experts, mixing="average"), image @ experts.mean(0).T) < 1e-12
+
+
+def test_alone_nothing_travels_and_the_templates_are_the_experts(text, clients):
+    method = make(GateAlone)
+    log = play(method, text, clients, HALF)
+    assert all(not r.up.any() and not r.down.any() for r in log.rounds)
+    with pytest.raises(ValueError, match="between 1 and 9"):
+        dataclasses.replace(method, n_experts=0).check(text, clients)
+    f = method.frozen(text, {}, torch.tensor([3, 1]), clients)["experts"]
+    assert f.shape == (2, method.n_experts, len(NAMES), method.d_gate) and torch.equal(f[0], f[1])
+    assert torch.equal(f[0, 0], method.pool(text.zero_shot(TEMPLATES[0])))
+
+
+def test_tested_after_aggregation_all_have_the_average_prompt(text, clients):
+    before, after = (play(dataclasses.replace(make(PFedMoAP), tested=when), text, clients, HALF) for when in ("before", "after"))
+    assert equal(before.own[-1], after.own[-1]), "training is the same"
+    assert all(torch.equal(ctx, after.deployed[-1]["ctx"][0]) for ctx in after.deployed[-1]["ctx"])
+    assert not equal(before.deployed[-1], after.deployed[-1])
 
 
 @pytest.mark.parametrize("mixing", gate.NAMES)

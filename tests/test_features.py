@@ -16,7 +16,7 @@ import torchvision
 from helpers import BACKBONE, DATA, PARAMS, ROOT, build, python, standing_in, store_clip
 
 from fpl import clip as clips
-from fpl import features, shapes, sweep
+from fpl import features, records, shapes, sweep
 
 CHUNK = 32
 VIEWS = features.Views(2)
@@ -411,5 +411,5 @@ def test_after_extraction_nothing_opens_an_image(row, world, tmp_path, monkeypat
     with standing_in(tmp_path):
         assert not DATA.folder.exists()
         path = tmp_path / "record.json"
-        sweep.perform(DATA, BACKBONE, PARAMS.experiment(row, 1), path)
-        assert len(sweep.frame([path])) == PARAMS.partition.clients * len(json.loads(path.read_text())["rounds"])
+        sweep.perform(PARAMS.experiment(row, 1), path)
+        assert len(records.frame([path])) == PARAMS.partition.clients * len(json.loads(path.read_text())["rounds"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from fpl import config, notebook, sweep
+from fpl import config, notebook, records
 
 BOOKS = sorted(Path(notebook.ROOT, "notebooks").glob("*.ipynb"))
 SMALL = """
@@ -17,7 +17,11 @@ partition: {clients: 4, shots: 2}
 run: {rounds: 1, local_epochs: 1}
 seeds: [1, 2]
 methods: {zeroshot: {}, coop: {}, promptfl: {}, pfedmoap: {n_experts: 2}}
-ablations: {n_experts: [0, 1], d_gate: [32], lam: [0, 1]}
+tables:
+  table1: {}
+  n_experts: {rows: [pfedmoap], vary: {n_experts: [0, 1, 2]}}
+  d_gate: {rows: [pfedmoap], vary: {d_gate: [32, 128]}}
+  lam: {rows: [pfedmoap], vary: {lam: [0, 0.5, 1]}}
 """
 QUICK = {"00_tour": {"clients": 4}, "03_methods": {"rounds": 2}, "20_label_prior": {"null_seeds": 5}}
 
@@ -30,7 +34,7 @@ def project(tmp_path_factory) -> Path:
         shutil.copytree(notebook.ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(notebook.ROOT / "data" / "published.csv", root / "data")
     (root / "params.yaml").write_text(SMALL)
-    for command in (["features", "--patches"], ["sweep", "table1"], ["sweep", "ablations"]):
+    for command in (["features", "--patches"], ["sweep"]):
         run(root, *command)
     return root
 
@@ -63,7 +67,7 @@ def test_committed_without_outputs_and_defines_nothing(book):
 def test_run_notebook_makes_the_record_that_the_command_line_finds(project):
     run(project, "notebook", "notebooks/04_run.ipynb", "-p", "method", "promptfl", "-p", "seed", "5")
     (path,) = (project / "results" / "records").glob("promptfl-5-*.json")
-    accuracy = sweep.frame([path]).query("round == round.max()")["accuracy"].mean()
+    accuracy = records.frame([path]).query("round == round.max()")["accuracy"].mean()
     said = run(project, "run", "promptfl", "seed=5").stdout
     assert path.name in said and f"{100 * accuracy:.2f} %" in said
     assert len(list((project / "results" / "records").glob("promptfl-5-*.json"))) == 1

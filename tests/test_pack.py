@@ -11,7 +11,7 @@ import torch
 import yaml
 from helpers import BACKBONE, DATA, PARAMS, build, standing_in, store_clip
 
-from fpl import cli, features, pack, sweep
+from fpl import cli, features, pack, records, sweep
 from fpl import clip as clips
 
 FILES = {content: features.file_of(DATA.features, content) for content in features.CONTENT}
@@ -78,12 +78,12 @@ def test_the_pack_alone_makes_the_tables(world, elsewhere, capsys):
     """The commands, from the pack to a run, where there are neither images nor a manifest."""
     with standing_in(world):
         path = world / "record.json"
-        sweep.perform(DATA, BACKBONE, PARAMS.experiment("promptfl", 1), path)
+        sweep.perform(PARAMS.experiment("promptfl", 1), path)
     cli.main(["features", "import", str(world / "shapes.pack")])
     assert capsys.readouterr().out.splitlines() == [f"features: {path}" for path in FILES.values()]
     assert not DATA.folder.exists()
     cli.main(["run", "promptfl", "seed=1"])
-    (record,) = sweep.RECORDS.iterdir()
+    (record,) = records.RECORDS.iterdir()
     one, other = (json.loads(p.read_text()) for p in (record, path))
     assert one["rounds"] == other["rounds"] and one["features"] == other["features"]
     cli.main(["features", "import", str(world / "shapes.pack")])

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 from helpers import BACKBONE, DATA, OTHER, PARAMS, Here, build, python, standing_in
 
-from fpl import stats, sweep
+from fpl import config, records, stats, sweep
 
 EXPERIMENTS = [PARAMS.experiment("promptfl", seed, rounds=40) for seed in range(1, 9)]
 FEW = [PARAMS.experiment(row, seed) for row in ("majority", "ridge_own", "promptfl") for seed in (1, 2)]
@@ -32,7 +32,7 @@ def here(world, monkeypatch):
     """In a world without records, with the workers' work done in this process."""
     monkeypatch.setattr(sweep, "ProcessPoolExecutor", Here)
     with standing_in(world):
-        shutil.rmtree(sweep.RECORDS, ignore_errors=True)
+        shutil.rmtree(records.RECORDS, ignore_errors=True)
         yield world
 
 
@@ -41,9 +41,9 @@ def calls(monkeypatch):
     """Every experiment that is performed, as it is."""
     made, perform = [], sweep.perform
 
-    def counted(data, backbone, experiment, *rest, **options):
+    def counted(experiment, *rest, **options):
         made.append(experiment)
-        perform(data, backbone, experiment, *rest, **options)
+        perform(experiment, *rest, **options)
 
     monkeypatch.setattr(sweep, "perform", counted)
     return made
@@ -51,7 +51,7 @@ def calls(monkeypatch):
 
 @pytest.mark.parametrize("experiment", FEW, ids=lambda e: f"{e.row}-{e.seed}")
 def test_a_record_is_one_line_with_all_settings(experiment, here):
-    (path,) = sweep.sweep(DATA, BACKBONE, [experiment])
+    (path,) = sweep.sweep([experiment])
     text = path.read_text()
     assert text.endswith("\n") and text.count("\n") == 1
     record = json.loads(text)
@@ -60,39 +60,57 @@ def test_a_record_is_one_line_with_all_settings(experiment, here):
         record["features"] == sweep.opened(DATA, BACKBONE, sweep.device())[1].sha256
         and record["code"] == sweep.code_fingerprint()
     )
-    rounds = list(sweep.rounds_of(DATA, BACKBONE, experiment))
+    rounds = list(sweep.rounds_of(experiment))
     assert [r["round"] for r in record["rounds"]] == list(range(len(rounds)))
     for stored, r in zip(record["rounds"], rounds, strict=True):
         assert (
             stored["accuracy"] == pytest.approx(r.accuracy.tolist(), abs=1e-6)
             and stored["participants"] == r.participants.tolist()
         )
-    assert {"seconds", "data", "backbone", "torch", "device"} <= set(record)
-    assert [p.name for p in sweep.RECORDS.iterdir()] == [path.name]
+    assert {"seconds", "backbone", "torch", "device"} <= set(record)
+    assert [p.name for p in records.RECORDS.iterdir()] == [path.name]
 
 
 def test_a_run_is_not_made_twice(here, calls):
-    paths = sweep.sweep(DATA, BACKBONE, FEW[:2])
+    paths = sweep.sweep(FEW[:2])
     assert calls and sorted(calls, key=FEW.index) == FEW[:2]
-    assert sweep.sweep(DATA, BACKBONE, FEW[:2]) == paths and len(calls) == 2
-    assert sweep.sweep(DATA, BACKBONE, FEW[:3])[:2] == paths and calls[2:] == [FEW[2]]
+    assert sweep.sweep(FEW[:2]) == paths and len(calls) == 2
+    assert sweep.sweep(FEW[:3])[:2] == paths and calls[2:] == [FEW[2]]
     paths[0].unlink()
-    sweep.sweep(DATA, BACKBONE, FEW[:3])
+    sweep.sweep(FEW[:3])
     assert calls[3:] == [FEW[0]]
-    sweep.sweep(DATA, BACKBONE, FEW[:3], fresh=True)
+    sweep.sweep(FEW[:3], fresh=True)
     assert sorted(calls[4:], key=FEW.index) == FEW[:3]
 
 
 def test_records_come_in_the_order_of_the_experiments(here):
-    paths = sweep.sweep(DATA, BACKBONE, FEW)
+    paths = sweep.sweep(FEW)
     assert [json.loads(path.read_text())["settings"] for path in paths] == [e.settings() for e in FEW]
-    assert sweep.found(DATA, BACKBONE, FEW[::-1]) == paths[::-1]
 
 
-def test_what_was_not_run_is_missed_by_name(here):
-    sweep.sweep(DATA, BACKBONE, FEW[:2])
-    with pytest.raises(FileNotFoundError, match=r"4 of 6 runs were not made \(promptfl, ridge_own\)"):
-        sweep.found(DATA, BACKBONE, FEW)
+TABLES = {
+    "rows": config.Table({"one": {"method": "promptfl", "rounds": 1}, "majority": {}}),
+    "experts": config.Table({"pfedmoap": {}, "majority": {}}, vary={"n_experts": [1, 2]}),
+}
+
+
+def test_a_table_is_read_from_its_index_with_its_labels(here, calls):
+    params = dataclasses.replace(PARAMS, seeds=(1, 2), tables=TABLES)
+    with pytest.raises(FileNotFoundError, match="the runs of table rows were not made .*`fpl sweep rows`"):
+        records.of_table("rows")
+    sweep.tables(params, ["rows", "experts"])
+    assert len(calls) == 2 + 2 + 4  # what two tables share is run once
+    frame = records.of_table("rows")
+    assert frame.groupby("row", sort=False)["method"].unique().map(list).to_dict() == {
+        "one": ["promptfl"],
+        "majority": ["majority"],
+    }
+    assert set(frame[frame["row"] == "one"]["rounds"]) == {1} and set(frame["seed"]) == {1, 2}
+    varied = records.of_table("experts")
+    assert varied.groupby("row")["n_experts"].nunique().to_dict() == {"pfedmoap": 2, "majority": 0}
+    next(records.RECORDS.glob("promptfl*")).unlink()
+    with pytest.raises(FileNotFoundError, match="1 of . runs of table .*`fpl sweep"):
+        [records.of_table(name) for name in TABLES]
 
 
 NAMES = [
@@ -143,47 +161,47 @@ def test_the_fingerprint_is_that_of_the_code(name, tmp_path, monkeypatch):
 
 
 def test_the_fingerprint_forgets_no_module():
-    """Whatever the fingerprinted modules import from here is fingerprinted too, but for the writing of files."""
+    """Whatever the fingerprinted modules import from here is fingerprinted too; settings stand in the record themselves."""
     for name in sweep.SOURCES:
         tree = ast.parse((Path(sweep.__file__).parent / f"{name}.py").read_text())
         imports = [
             node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fpl"
         ]
         used = {alias.name if node.module == "fpl" else node.module.split(".")[1] for node in imports for alias in node.names}
-        assert used <= {*sweep.SOURCES, "files"}, name
+        assert used <= {*sweep.SOURCES, "files", "records", "config"}, name
 
 
 def test_a_failing_run_keeps_the_others(here, calls):
     good, bad = FEW[4], PARAMS.experiment("promptfl", 2, lr=1e30)
     with pytest.raises(FloatingPointError, match="not finite"):
-        sweep.sweep(DATA, BACKBONE, [good, bad])
-    (kept,) = sweep.RECORDS.iterdir()
+        sweep.sweep([good, bad])
+    (kept,) = records.RECORDS.iterdir()
     assert json.loads(kept.read_text())["settings"] == good.settings()
-    assert sweep.sweep(DATA, BACKBONE, [good]) == [kept] and calls == [good, bad]
+    assert sweep.sweep([good]) == [kept] and calls == [good, bad]
 
 
 def result(paths):
-    return sweep.frame(paths).sort_values(["seed", "round", "client"], ignore_index=True)
+    return records.frame(paths).sort_values(["seed", "round", "client"], ignore_index=True)
 
 
-def records():
-    return {path: path.stat().st_mtime_ns for path in sweep.RECORDS.glob("[!.]*.json")}
+def left():
+    return {path: path.stat().st_mtime_ns for path in records.RECORDS.glob("[!.]*.json")}
 
 
 def wait_for_records(most=120.0):
     end = time.monotonic() + most
-    while not records() and time.monotonic() < end:
+    while not left() and time.monotonic() < end:
         time.sleep(0.005)
 
 
 def finishes_as_if_nothing_had_happened(kept, monkeypatch):
     assert 0 < len(kept) < len(EXPERIMENTS), "the kill came too early or too late to show anything"
-    found = result(sweep.sweep(DATA, BACKBONE, EXPERIMENTS, jobs=1))
-    assert records().items() >= kept.items(), "a finished run was made again"
+    found = result(sweep.sweep(EXPERIMENTS, jobs=1))
+    assert left().items() >= kept.items(), "a finished run was made again"
     with monkeypatch.context() as patch:
         patch.setattr(sweep, "RECORDS", Path("results/undisturbed"))
         patch.setattr(sweep, "ProcessPoolExecutor", Here)
-        pd.testing.assert_frame_equal(found, result(sweep.sweep(DATA, BACKBONE, EXPERIMENTS)))
+        pd.testing.assert_frame_equal(found, result(sweep.sweep(EXPERIMENTS)))
 
 
 SWEEP = """
@@ -192,7 +210,7 @@ from fpl import sweep
 from helpers import BACKBONE, DATA
 from test_records import EXPERIMENTS
 os.cpu_count = lambda: 1
-sweep.sweep(DATA, BACKBONE, EXPERIMENTS, jobs=1)
+sweep.sweep(EXPERIMENTS, jobs=1)
 """
 
 
@@ -205,13 +223,13 @@ def one_core(monkeypatch):
 def test_a_killed_sweep_goes_on(world, monkeypatch, one_core):
     """kill -9 of the command; its worker must not stay behind; then the same call, with real workers."""
     with standing_in(world):
-        shutil.rmtree(sweep.RECORDS, ignore_errors=True)
+        shutil.rmtree(records.RECORDS, ignore_errors=True)
         process = python(world, "-c", SWEEP)
         wait_for_records()
         os.kill(process.pid, signal.SIGKILL)
         _, err = process.communicate()  # ends when the last process that holds the pipe has ended, workers included
         assert process.returncode == -signal.SIGKILL, err
-        finishes_as_if_nothing_had_happened(records(), monkeypatch)
+        finishes_as_if_nothing_had_happened(left(), monkeypatch)
 
 
 def test_a_killed_worker_is_reported_and_the_sweep_goes_on(world, monkeypatch, one_core):
@@ -223,14 +241,14 @@ def test_a_killed_worker_is_reported_and_the_sweep_goes_on(world, monkeypatch, o
             os.kill(worker.pid, signal.SIGKILL)
 
     with standing_in(world):
-        shutil.rmtree(sweep.RECORDS, ignore_errors=True)
+        shutil.rmtree(records.RECORDS, ignore_errors=True)
         killer = threading.Thread(target=kill)
         killer.start()
         with pytest.raises(RuntimeError, match="a worker was killed .* call the same command again, finished runs are kept"):
-            sweep.sweep(DATA, BACKBONE, EXPERIMENTS, jobs=1)
+            sweep.sweep(EXPERIMENTS, jobs=1)
         killer.join()
         monkeypatch.setattr(sweep, "ProcessPoolExecutor", Here)
-        finishes_as_if_nothing_had_happened(records(), monkeypatch)
+        finishes_as_if_nothing_had_happened(left(), monkeypatch)
 
 
 def test_frame(here):
@@ -239,9 +257,9 @@ def test_frame(here):
         PARAMS.experiment("promptfl", 2, clients=3),
         PARAMS.experiment("majority", 1),
     ]
-    frame = sweep.frame(sweep.sweep(DATA, BACKBONE, experiments))
+    frame = records.frame(sweep.sweep(experiments))
     assert len(frame) == 2 * 4 + 2 * 3 + 1 * 4  # rounds times clients; what learns nothing has one round
-    assert set(frame.columns) == {*experiments[0].settings(), *stats.RESULTS}
+    assert set(frame.columns) == {"row", *experiments[0].settings(), *stats.RESULTS}
     assert frame["accuracy"].between(0, 1).all()
     for experiment in experiments:
         lines = frame[(frame["method"] == experiment.row) & (frame["seed"] == experiment.seed)]
@@ -303,8 +321,10 @@ def test_one_seed_has_no_uncertainty():
 
 
 def test_a_record_of_other_images_or_another_model_is_not_taken(here):
-    sweep.sweep(DATA, BACKBONE, FEW[:1])
+    sweep.sweep(FEW[:1])
+    drawn = dataclasses.replace(PARAMS, data=dataclasses.replace(DATA, seed=DATA.seed + 1))
     with pytest.raises(ValueError, match="holds images of .* asks for .*run `fpl features`"):
-        sweep.sweep(dataclasses.replace(DATA, seed=DATA.seed + 1), BACKBONE, FEW[:1])
+        sweep.sweep([drawn.experiment("majority", 1)])
+    another = dataclasses.replace(PARAMS, backbone=dataclasses.replace(BACKBONE, name="local-dir:another"))
     with pytest.raises((ValueError, FileNotFoundError), match="another"):
-        sweep.found(DATA, dataclasses.replace(BACKBONE, name="local-dir:another"), FEW[:1])
+        sweep.paths_of([another.experiment("majority", 1)])
