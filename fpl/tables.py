@@ -58,9 +58,9 @@ def published() -> pd.DataFrame:
     return table.assign(mean=pd.to_numeric(table["mean"], errors="coerce"))
 
 
-def summary(runs: pd.DataFrame, key: str | Sequence[str] = "method") -> pd.DataFrame:
-    """Mean over clients of the last round, then over seeds: mean, std, 95 % interval; one line per value of `key` (or keys)."""
-    values = by_seed(runs, key)
+def summary(runs: pd.DataFrame, key: str | Sequence[str] = "method", rule: str = "last round") -> pd.DataFrame:
+    """Mean over clients by a rule of `fpl.stats.RULES`, then over seeds: mean, std, 95 % interval; a line per value of `key`."""
+    values = by_seed(runs, key, rule)
     levels = [*range(values.index.nlevels - 1)]
     return values.groupby(level=levels, sort=False, dropna=False).apply(lambda v: over_seeds(list(v))).unstack()
 
