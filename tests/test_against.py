@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fpl import against, tables
+from fpl import against, stats, tables
 
 EMPTY = pd.DataFrame(columns=against.OURS)
 VERDICTS = {"inside", "outside", "not run", "not comparable"}
@@ -94,11 +94,12 @@ def test_a_difference_is_given_where_both_numbers_exist_though_not_judged(of_the
 @pytest.mark.parametrize(("mean", "verdict"), [(98.41, "inside"), (98.49, "inside"), (97.0, "outside"), (99.5, "outside")])
 def test_a_number_that_is_off_changes_the_verdict_of_its_line_and_of_no_other(of_their_own, mean, verdict):
     numbers = theirs()
-    numbers.loc[(numbers[[*MAIN]] == pd.Series(MAIN)).all(axis=1), "mean"] = mean
+    numbers.loc[(numbers[[*MAIN]] == pd.Series(MAIN)).all(axis=1), ["mean", "std"]] = mean, 0.01
     compared = against.compare(numbers, comparable=True)
     found = line(compared, **MAIN)
     assert (found["verdict"], found["difference"]) == (verdict, pytest.approx(mean - 98.41))
-    assert found["low"] <= found["difference"] <= found["high"]
+    interval = stats.joint(mean, 0.01, 3, 98.41, 0.04, 3)  # published: mean and std of three seeds
+    assert found[["low", "high"]].tolist() == pytest.approx(interval[["low", "high"]].tolist(), abs=0.005)
     assert (found["low"] <= 0 <= found["high"]) == (verdict == "inside")
     rest = compared.index != found.name
     pd.testing.assert_frame_equal(compared[rest], of_their_own[rest])
