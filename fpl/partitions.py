@@ -17,6 +17,8 @@ Counts = np.ndarray  # (2, n, c) training and test images of each client and cla
 KINDS = ("pathological", "even", "dirichlet", "domain", "iid", "pachinko", "column")
 FORMS = ("ours", "released")
 LOADERS = ("right", "mismatched", "misnamed", "both")
+CLASSES = ("all", "base")
+ELSEWHERE = ("base", "novel", "target")  # what clients may be tested on besides their own images, see `elsewhere`
 DRAWS = 100  # of all clients together, until each has min_size images
 SUPERCLASSES = (  # of CIFAR-100, whose classes are numbered in alphabetical order: aquatic mammals, fish, flowers, ...
     (4, 30, 55, 72, 95), (1, 32, 67, 73, 91), (54, 62, 70, 82, 92), (9, 10, 16, 28, 61), (0, 51, 53, 57, 83),
@@ -34,6 +36,10 @@ class Partition:
     that differ by at most one, ours; "dirichlet", "domain", "iid" and "pachinko", ours, see `dirichlet`, `iid`, `pachinko`;
     "column", as the manifest's column client says. form "released": the split of that kind in the released code, index by index,
     and loader: its mistakes with DomainNet and Office, see `fpl.released_splits`.
+
+    To see what clients can do with classes and domains that nobody trains on: classes "base" deals the first ceil(c / 2) of the c
+    labels only, the rest are novel; held_out is a domain of which nobody has images. With kind "domain" and as many clients as
+    there are other domains, every domain is one client, as in FedPGP (Cui et al., ICML 2024).
     """
 
     kind: str = "pathological"
@@ -45,9 +51,12 @@ class Partition:
     loader: str = "right"  # or mismatched (D1), misnamed (D2), both
     split_seed: int = 0  # of who has which classes and how many images; 0: the run's
     shot_seed: int = 0  # of which training images these are; 0: the run's
+    classes: str = "all"  # or base
+    held_out: str = ""  # a domain
 
     def __post_init__(self):
-        for what, value, known in (("partition", self.kind, KINDS), ("form", self.form, FORMS), ("loader", self.loader, LOADERS)):
+        checked = {"partition": (self.kind, KINDS), "form": (self.form, FORMS), "loader": (self.loader, LOADERS)}
+        for what, (value, known) in {**checked, "classes": (self.classes, CLASSES)}.items():
             if value not in known:
                 raise ValueError(f"{what} {value!r} is not known: use {', '.join(known[:-1])} or {known[-1]}")
         if self.clients < 1 or self.min_size < 1:
@@ -56,6 +65,10 @@ class Partition:
             raise ValueError(f"shots ({self.shots}) must be at least 0, which stands for all training images")
         if not self.concentration > 0:
             raise ValueError(f"concentration ({self.concentration}) must be above 0")
+        if (self.classes != "all" or self.held_out) and (self.form, self.loader) != ("ours", "right"):
+            raise ValueError(
+                "the released splits have all classes and domains: use form ours and loader right, or leave none out"
+            )
 
 
 def make(
@@ -70,14 +83,17 @@ def make(
 
     labels, split ("train", "test"), domain, client: one per image. Kind "domain" needs the domains: Dirichlet in each, the
     clients of the first (in alphabetical order) first. Kind "column" needs the clients, who come in the order of their names. A
-    client trains on `shots` of its images of each class (all, if there are fewer) and is tested on all of its test images. Who
+    client trains on `shots` of its images of each class (all, if there are fewer) and is tested on all of its test images. Novel
+    classes and the domain that is held out are dealt to nobody; streams and rules do not know that there are more images. Who
     has what is drawn from the stream "classes", which training images these are from "shots", which test images from "test".
     Raises ValueError when the images cannot be dealt as asked.
     """
+    base, target = _base(partition, labels), _target(partition, labels, domain)
+    here = base & ~target
     if partition.kind == "column":
-        groups = _clients(partition.clients, client)
+        groups = _clients(partition.clients, client, here)
     else:
-        groups = _domains(partition.clients, domain) if partition.kind == "domain" else [np.full(len(labels), True)]
+        groups = _domains(partition.clients, domain, here) if partition.kind == "domain" else [here]
     n, n_cls = partition.clients // len(groups), int(labels.max()) + 1
     split_seed, shot_seed = partition.split_seed or seed, partition.shot_seed or seed
     seeds = {"classes": split_seed, "shots": shot_seed, "test": split_seed}
@@ -101,22 +117,66 @@ def make(
     return train, test
 
 
-def _domains(clients: int, domain: np.ndarray | None) -> list[np.ndarray]:
+def n_base(labels: np.ndarray) -> int:
+    """How many of the classes, the first in the order of the labels, are base classes: half of them, rounded up."""
+    return (int(labels.max()) + 2) // 2
+
+
+def elsewhere(
+    partition: Partition, labels: np.ndarray, split: np.ndarray, domain: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Image numbers that every client is tested on besides its own, by name; none if the partition leaves nothing out.
+
+    "base": the test images of all base classes, and "novel" of all others, both without a domain that is held out; "target":
+    training and test images of the domain that is held out, with the classes that clients train on. Raises ValueError if one of
+    these has no images.
+    """
+    base, target, test = _base(partition, labels), _target(partition, labels, domain), split == "test"
+    found = {"base": base & test & ~target, "novel": ~base & test & ~target} if partition.classes == "base" else {}
+    found |= {"target": base & target} if partition.held_out else {}
+    for name, images in found.items():
+        if not images.any():
+            raise ValueError(f"there are no {name} images to test on: use classes all and no held_out, or other data")
+    return {name: np.flatnonzero(images) for name, images in found.items()}
+
+
+def _base(partition: Partition, labels: np.ndarray) -> np.ndarray:
+    """Which images (images,) are of classes that clients train on."""
+    return labels < n_base(labels) if partition.classes == "base" else np.full(len(labels), True)
+
+
+def _target(partition: Partition, labels: np.ndarray, domain: np.ndarray | None) -> np.ndarray:
+    """Which images (images,) are of the domain that is held out."""
+    if not partition.held_out:
+        return np.full(len(labels), False)
+    names = [] if domain is None else np.unique(domain).tolist()
+    if domain is None or len(names) < 2 or partition.held_out not in names:
+        there = f"there are {', '.join(names)}" if len(names) > 1 else "the images are not of several domains"
+        raise ValueError(f"held_out {partition.held_out!r} cannot be left out: {there}")
+    return domain == partition.held_out
+
+
+def _domains(clients: int, domain: np.ndarray | None, here: np.ndarray) -> list[np.ndarray]:
     if domain is None:
         raise ValueError("the partition by domain needs the domain of each image: give a domain column or use dirichlet")
-    names = np.unique(domain)
+    names = np.unique(domain[here])
     if clients % len(names):
         raise ValueError(f"{clients} clients cannot be shared evenly by {len(names)} domains: use a multiple of {len(names)}")
-    return [domain == name for name in names]
+    return [(domain == name) & here for name in names]
 
 
-def _clients(clients: int, client: np.ndarray | None) -> list[np.ndarray]:
+def _clients(clients: int, client: np.ndarray | None, here: np.ndarray) -> list[np.ndarray]:
     if client is None:
         raise ValueError("the partition by column needs the client of each image: give the manifest a column client")
-    names = np.unique(client)
+    names = np.unique(client[here])
     if len(names) != clients:
         raise ValueError(f"the column client names {len(names)} clients, asked for are {clients}: set clients to {len(names)}")
-    return [client == name for name in names]
+    return [(client == name) & here for name in names]
+
+
+def _classes(counts: Counts) -> np.ndarray:
+    """The classes of which there are images to deal."""
+    return np.flatnonzero(counts.any(0))
 
 
 def column(partition: Partition, counts: Counts, n: int, rng: np.random.Generator) -> tuple[Counts, np.ndarray]:
@@ -130,17 +190,17 @@ def disjoint(partition: Partition, counts: Counts, n: int, rng: np.random.Genera
     "pathological" is the paper's rule (pFedMoAP, section 4.1) as its code reads it: blocks of round(c / n) classes, the rest to
     the last client. "even" is ours. Raises ValueError when that leaves a client without a class.
     """
-    n_cls = counts.shape[1]
+    n_cls = len(_classes(counts))
     possible = [k for k in range(1, n_cls + 1) if partition.kind == "even" or round(n_cls / k) * (k - 1) < n_cls]
     if n not in possible:
         fewer = max(k for k in possible if k < n)
         raise ValueError(
             f"{n} clients cannot share {n_cls} classes by the {partition.kind} partition, some would have none: use {fewer}"
         )
-    classes = rng.permutation(n_cls)
+    classes = rng.permutation(_classes(counts))
     cut = np.arange(1, n) * round(n_cls / n)
     blocks = np.array_split(classes, n) if partition.kind == "even" else np.split(classes, cut)
-    return counts[:, None] * np.array([np.isin(np.arange(n_cls), block) for block in blocks]), classes
+    return counts[:, None] * np.array([np.isin(np.arange(counts.shape[1]), block) for block in blocks]), classes
 
 
 def dirichlet(partition: Partition, counts: Counts, n: int, rng: np.random.Generator) -> tuple[Counts, np.ndarray]:
@@ -164,11 +224,11 @@ def dirichlet(partition: Partition, counts: Counts, n: int, rng: np.random.Gener
 def _dealt(partition: Partition, counts: Counts, n: int, rng: np.random.Generator) -> Counts | None:
     """One draw; None if the p of all clients that may still take images round to 0."""
     dealt = np.zeros((2, n, counts.shape[1]), int)
-    for c, images in enumerate(counts.T):
+    for c in _classes(counts):
         shares = rng.dirichlet(np.full(n, partition.concentration)) * (dealt[0].sum(1) * n < counts[0].sum())
         if not shares.sum() > 0:
             return None
-        ends = np.outer(images, np.cumsum(shares) / shares.sum())
+        ends = np.outer(counts[:, c], np.cumsum(shares) / shares.sum())
         dealt[:, :, c] = np.diff(np.rint(ends), prepend=0)  # rounded down, the last client would get one in spite of a share of 0
     return dealt
 
@@ -178,7 +238,7 @@ def iid(partition: Partition, counts: Counts, n: int, rng: np.random.Generator) 
 
     Raises ValueError when a class has too few training images for every client to have one.
     """
-    rarest = int(counts[0].argmin())
+    rarest = min(_classes(counts), key=lambda c: counts[0, c])
     if counts[0, rarest] < n:
         raise ValueError(f"{n} clients cannot share {counts[0, rarest]} training images of class {rarest}: use fewer clients")
     ends = counts.cumsum(1)

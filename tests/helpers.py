@@ -35,6 +35,8 @@ OTHER = {  # of every setting to which 1 cannot be added, a value that is not th
     "kind": "even",
     "form": "released",
     "loader": "both",
+    "classes": "base",
+    "held_out": "sketch",
     "schedule": "cosine",
     "optimiser": "shared",
     "participation": 0.5,
