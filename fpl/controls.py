@@ -33,6 +33,8 @@ class Control(PromptFL):
 class Majority(Control):
     """The client's most frequent training class, whatever the image (ties: the smallest label)."""
 
+    transfers = False
+
     def frozen(self, text, down, who, clients):
         return {"prior": torch.stack([clients.counts(i) for i in who.tolist()]).float()}
 
@@ -43,6 +45,8 @@ class Majority(Control):
 @dataclass(frozen=True)
 class ZeroShotOwn(ZeroShot):
     """Zero-shot CLIP that chooses among the client's own training classes only."""
+
+    transfers = False
 
     def frozen(self, text, down, who, clients):
         return {**super().frozen(text, down, who, clients), "own": own_classes(clients, who)}
@@ -60,6 +64,7 @@ class RidgeOwn(Control):
     """
 
     alpha: float = 0.0
+    transfers = False
 
     def frozen(self, text, down, who, clients):
         fits = [self.fit(*clients.training(i), clients.n_cls) for i in who.tolist()]

@@ -52,6 +52,7 @@ class PromptFL:
 
     n_ctx: int = 16
     shared: ClassVar[tuple[str, ...]] = ("ctx",)
+    transfers: ClassVar[bool] = True  # it can classify among other class names than those that it trained with
     inputs: ClassVar[str] = "feats"  # what it sees of an image, a field of rounds.Clients: feats (d,) or patches (M, d)
     run: ClassVar[dict[str, Any]] = {}  # settings of rounds.Run that belong to the method
 
@@ -270,6 +271,7 @@ class PFedPrompt(PromptFL):
     blend: float = 1.0
     beta: float = 5.5
     memory: str = "test"  # or "always"
+    transfers = False
 
     def check(self, text, clients):
         super().check(text, clients)

@@ -7,11 +7,14 @@ A sweep leaves for each table an index, the records of its runs with the labels 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+
+from fpl.partitions import ELSEWHERE
 
 RECORDS = Path("results/records")
 
@@ -35,7 +38,8 @@ def frame(paths: Iterable[Path], rows: Iterable[str] | None = None) -> pd.DataFr
     """One line per run, round and client: the label of the row (by default its method), all settings, then round, client,
     accuracy in [0, 1], numbers up and down.
 
-    Of clients that did not participate in a round, up and down are missing.
+    Of clients that did not participate in a round, up and down are missing. Accuracies on base classes, novel classes and the
+    domain held out are missing but in the last round of runs that are tested there.
     """
     paths = list(paths)
     lines: list[dict[str, Any]] = []
@@ -44,8 +48,10 @@ def frame(paths: Iterable[Path], rows: Iterable[str] | None = None) -> pd.DataFr
         settings = {"row": label or record["settings"]["method"], **record["settings"]}
         for r in record["rounds"]:
             moved = {i: {"up": up, "down": down} for i, up, down in zip(r["participants"], r["up"], r["down"], strict=True)}
+            away = {name: r.get("elsewhere", {}).get(name, [math.nan] * len(r["accuracy"])) for name in ELSEWHERE}
             lines += [
                 {**settings, "round": r["round"], "client": i, "accuracy": a, **moved.get(i, {})}
+                | {name: values[i] for name, values in away.items()}
                 for i, a in enumerate(r["accuracy"])
             ]
     return pd.DataFrame(lines)

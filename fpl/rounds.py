@@ -8,9 +8,10 @@ so each client's gradient is its own, and SGD works element by element. No tenso
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,7 +127,8 @@ class Seeds:
 class Round:
     """`accuracy` in [0, 1] of every client after round `number` (0-based), `loss` the mean of the participants' last epochs.
 
-    `up` and `down`: how many numbers each participant sent and received.
+    `up` and `down`: how many numbers each participant sent and received. `elsewhere`: accuracy of every client on other images,
+    by name, after the last round only.
     """
 
     number: int
@@ -136,6 +138,7 @@ class Round:
     up: Int[Tensor, " picked"]
     down: Int[Tensor, " picked"]
     correct: list[Tensor] = field(repr=False, default_factory=list)
+    elsewhere: dict[str, Float[Tensor, " n"]] = field(default_factory=dict)
 
 
 def generator(seed: int, stream: str, *key: int) -> torch.Generator:
@@ -258,10 +261,24 @@ def evaluate(
     return right
 
 
+def mean_correct(correct: list[Tensor]) -> Float[Tensor, " n"]:
+    return torch.stack([right.float().mean() for right in correct]).cpu()
+
+
 def run(
-    method: PromptFL, text, clients: Clients, cfg: Run, seeds: Seeds, tick: Callable[[int], object] = lambda n: None
+    method: PromptFL,
+    text,
+    clients: Clients,
+    cfg: Run,
+    seeds: Seeds,
+    tick: Callable[[int], object] = lambda n: None,
+    elsewhere: Mapping[str, tuple[Any, Clients]] = {},
 ) -> Iterator[Round]:
     """Yield every round's result. What is evaluated is what each client would deploy, all clients included.
+
+    After the last round this is evaluated `elsewhere` too: by name, a text and the same clients with other test images, labelled
+    by the classes of that text. With another text than that of training, what clients read (experts and the like) is made again
+    for it from the same download, and methods that are bound to the classes of training (`transfers`) are left out.
 
     A round's download and frozen tensors (experts and the like) are made once, from the server as the cohort found it, and used
     for training and evaluation. A method may train further what it deploys; this is evaluated and then forgotten, and its order
@@ -279,7 +296,8 @@ def run(
     )
     sizes = torch.tensor([len(index) for index in clients.train], device=device)
     shared = Optimiser() if cfg.optimiser == "shared" else None
-    for number in range(cfg.rounds if init else 1):  # nothing to learn: one round says it all
+    rounds = cfg.rounds if init else 1  # nothing to learn: one round says it all
+    for number in range(rounds):
         drawn = select(n, cfg.participation, seeds.order, number).to(device)
         server, picked = replace(server, round=number), drawn.sort().values
         cohorts, losses = [], torch.full((n,), torch.nan, device=device)
@@ -288,7 +306,7 @@ def run(
         for who in filter(len, method.cohorts(server, drawn)):
             received = method.download(server, who, clients)
             frozen = method.frozen(text, received, who, clients)
-            cohorts.append((who, frozen))
+            cohorts.append((who, received, frozen))
             at = torch.isin(who, picked).nonzero()[:, 0]
             begin = method.start(rows_of(own, who), received)
             ended, losses[who[at]] = train(who[at], rows_of(begin, at), rows_of(frozen, at), cfg, "order", shared)
@@ -299,19 +317,26 @@ def run(
 
         def tune(p: Params, epochs: int) -> Params:
             longer = replace(cfg, local_epochs=epochs)
-            for who, frozen in cohorts:  # noqa: B023
+            for who, _, frozen in cohorts:  # noqa: B023
                 ended, _ = train(who, rows_of(p, who), frozen, longer, "tune")  # noqa: B023
                 p = {k: v.index_copy(0, who, ended[k]) for k, v in p.items()}
             return p
 
-        deployed, correct = method.deploy(server, own, tune), [torch.empty(0)] * n
-        for who, frozen in cohorts:
-            found = evaluate(method, text, rows_of(deployed, who), frozen, clients, who.tolist())
-            for i, right in zip(who.tolist(), found, strict=True):
-                correct[i] = right
-        accuracy = torch.stack([right.float().mean() for right in correct]).cpu()
-        who = picked.cpu()
-        yield Round(number, accuracy, who, losses.nanmean().item(), up[who], down[who], correct)
+        deployed = method.deploy(server, own, tune)
+
+        def tested(on: Any, images: Clients) -> list[Tensor]:
+            correct = [torch.empty(0)] * n
+            for who, received, frozen in cohorts:  # noqa: B023
+                reads = frozen if on is text else method.frozen(on, received, who, images)
+                found = evaluate(method, on, rows_of(deployed, who), reads, images, who.tolist())  # noqa: B023
+                for i, right in zip(who.tolist(), found, strict=True):
+                    correct[i] = right
+            return correct
+
+        correct, who = tested(text, clients), picked.cpu()
+        places = {k: place for k, place in elsewhere.items() if method.transfers or place[0] is text}
+        away = {k: mean_correct(tested(*place)) for k, place in places.items()} if number == rounds - 1 else {}
+        yield Round(number, mean_correct(correct), who, losses.nanmean().item(), up[who], down[who], correct, away)
 
 
 def rows_of(tensors: Params, at: Int[Tensor, " n"]) -> Params:

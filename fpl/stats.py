@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-RESULTS = ("round", "client", "accuracy", "up", "down")  # columns of a frame of runs that are no settings
+# columns of a frame of runs that are no settings
+RESULTS = ("round", "client", "accuracy", "up", "down", "base", "novel", "target")
 
 
 def over_seeds(values: Sequence[float], level: float = 0.95) -> pd.Series:

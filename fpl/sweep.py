@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
@@ -77,9 +78,10 @@ def opened(data: Data, backbone: Backbone, device: str) -> tuple[clip.Clip, feat
 
 
 @kept(maxsize=4)
-def text_of(data: Data, backbone: Backbone, device: str, n_ctx: int) -> clip.Text:
+def text_of(data: Data, backbone: Backbone, device: str, n_ctx: int, first: int = 0, end: int | None = None) -> clip.Text:
+    """The prompts of the classes numbered `first` to before `end`."""
     loaded, feats = opened(data, backbone, device)
-    return clip.Text(loaded, feats.classes, n_ctx)
+    return clip.Text(loaded, feats.classes[first:end], n_ctx)
 
 
 @kept(maxsize=1)
@@ -129,18 +131,35 @@ def make_clients(experiment: Experiment, device: str) -> Clients:
     if patches is not None and views is not None:
         raise ValueError(f"{experiment.row} reads patches, of which there are no views: set data.views to 0")
     if asked.loader == "right":
-        return Clients(feats.feats, place(labels), train, test, len(feats.classes), patches, views, where)
+        n_cls = partitions.n_base(labels) if asked.classes == "base" else len(feats.classes)
+        return Clients(feats.feats, place(labels), train, test, n_cls, patches, views, where)
     patches, where = (None if of_image is None else of_image[rows] for of_image in (patches, where))
     return Clients(feats.feats[rows], place(labels), train, test, len(feats.classes), patches, views, where)
 
 
+def elsewhere_of(experiment: Experiment, text: clip.Text, clients: Clients) -> dict[str, tuple[clip.Text, Clients]]:
+    """What every client is tested on besides its own images; novel classes have a text and labels of their own."""
+    data, backbone = experiment.source.data, experiment.source.backbone
+    _, feats = opened(data, backbone, device())
+    found = partitions.elsewhere(experiment.partition, feats.labels.cpu().numpy(), feats.split, feats.domain)
+    made = {}
+    for name, images in found.items():
+        there = replace(clients, test=[torch.from_numpy(images).to(clients.labels.device)] * len(clients))
+        if name == "novel":
+            names = text_of(data, backbone, device(), experiment.method.n_ctx, clients.n_cls)
+            made[name] = names, replace(there, labels=clients.labels - clients.n_cls, n_cls=names.n_cls)
+        else:
+            made[name] = text, there
+    return made
+
+
 def rounds_of(experiment: Experiment, tick=lambda n: None) -> Iterable[Round]:
     """The rounds of one experiment as they finish; in a notebook, a way to watch one."""
-    where = device()
+    where, source = device(), experiment.source
     clients = make_clients(experiment, where)
-    text = text_of(experiment.source.data, experiment.source.backbone, where, experiment.method.n_ctx)
+    text = text_of(source.data, source.backbone, where, experiment.method.n_ctx, 0, clients.n_cls)
     seeds = Seeds(experiment.run.init_seed or experiment.seed, experiment.run.order_seed or experiment.seed)
-    return run(experiment.method, text, clients, experiment.run, seeds, tick)
+    return run(experiment.method, text, clients, experiment.run, seeds, tick, elsewhere_of(experiment, text, clients))
 
 
 def record_path(features_sha: str, experiment: Experiment) -> Path:
@@ -160,6 +179,7 @@ def perform(experiment: Experiment, path: Path, progress: bool = False) -> None:
             "up": r.up.tolist(),
             "down": r.down.tolist(),
         }
+        | ({"elsewhere": {k: [round(a, 6) for a in v.tolist()] for k, v in r.elsewhere.items()}} if r.elsewhere else {})
         for r in tqdm(rounds_of(experiment), experiment.row, experiment.run.rounds, unit="round", disable=not progress)
     ]
     record = {
