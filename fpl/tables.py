@@ -14,7 +14,8 @@ from fpl.stats import by_seed, last_round, over_seeds
 TABLES = Path("results/tables")
 PAPER = "pFedMoAP (ICLR 2025, 2410.10114)"
 BESIDE = "paper, mean of 5 data sets"
-DECIMALS = ("mean", "std", "low", "high", BESIDE)
+GENERALISATION = ("local", "base", "novel", "HM")
+DECIMALS = ("mean", "std", "low", "high", BESIDE, *GENERALISATION, *(f"{name} std" for name in GENERALISATION))
 NOTE_TABLE1 = (
     "Miniature of Table 1 on the demo world, accuracy in %, last round; mean, std and 95 % interval over seeds. "
     "The paper's column is other data and another CLIP. Up and down are the numbers that a participating client sends and "
@@ -88,6 +89,21 @@ def with_controls(table: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """The table with a line for each control below; they do not depend on what the table varies."""
     controls = percent(summary(runs[runs["method"].isin(CONTROLS)])).round(2)
     return pd.concat([table, controls.rename(index=NAMES)]).rename_axis(table.index.name)
+
+
+def generalisation(runs: pd.DataFrame) -> pd.DataFrame:
+    """FedPGP's base-to-novel table in percent, of runs with classes "base", one line per method; mean and std over seeds.
+
+    "local" is each client's own test images, "base" the test images of all base classes, "novel" of all novel ones, each the mean
+    over clients after the last round; HM = 3 / (1 / local + 1 / base + 1 / novel) of each seed. The formula is what follow-up
+    work says; no released code has it, so whether FedPGP's own tables use it is not verified. Methods that cannot classify among
+    novel classes have neither "novel" nor HM.
+    """
+    columns = {"accuracy": "local", "base": "base", "novel": "novel"}
+    found = last_round(runs).groupby(["method", "seed"], sort=False)[[*columns]].mean().rename(columns=columns)
+    found["HM"] = 3 / (1 / found).sum(axis=1, skipna=False)
+    seeds = (100 * found).groupby(level="method", sort=False)
+    return seeds.mean().join(seeds.std().add_suffix(" std")).assign(seeds=seeds.size()).round(2)
 
 
 def percent(summary: pd.DataFrame) -> pd.DataFrame:
