@@ -223,6 +223,8 @@ def dirichlet(partition: Partition, counts: Counts, n: int, rng: np.random.Gener
 
 def _dealt(partition: Partition, counts: Counts, n: int, rng: np.random.Generator) -> Counts | None:
     """One draw; None if the p of all clients that may still take images round to 0."""
+    if n == 1:  # the rule would keep from the one client what comes after its last training image
+        return counts[:, None]
     dealt = np.zeros((2, n, counts.shape[1]), int)
     for c in _classes(counts):
         shares = rng.dirichlet(np.full(n, partition.concentration)) * (dealt[0].sum(1) * n < counts[0].sum())
