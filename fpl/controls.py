@@ -128,8 +128,7 @@ class GateAlone(PFedMoAP):
     n_experts: int = 4
     shared = ()
 
-    def check(self, text, clients):
-        super().check(text, clients)
+    def check_experts(self, clients):
         if not 1 <= self.n_experts <= len(TEMPLATES):
             raise ValueError(f"n_experts {self.n_experts} must be between 1 and {len(TEMPLATES)}: experts are templates here")
 

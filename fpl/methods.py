@@ -441,6 +441,9 @@ class PFedMoAP(PromptFL):
             raise ValueError(
                 f"the gate dimension d_gate {self.d_gate} does not divide the feature width {text.dim}: take a divisor"
             )
+        self.check_experts(clients)
+
+    def check_experts(self, clients) -> None:
         if not 0 <= self.n_experts < len(clients):
             bounds = f"at least 0 and below the number of clients {len(clients)}"
             raise ValueError(f"n_experts {self.n_experts} must be {bounds}: experts are other clients")
