@@ -27,17 +27,19 @@ STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --soft: #f5f5f3; --line: #d6d6d2; --link: #00539c; --dim: #5c5c5c; --word: #7a3e9d; --text: #4a6349 }
 @media screen and (prefers-color-scheme: dark) { :root { --ink: #e4e4e0; --paper: #17191c; --soft: #22252a; --line: #3d4147; --link: #8ec2f5; --dim: #a3a7ad; --word: #d3a6f0; --text: #a5c3a2 } }
 * { box-sizing: border-box }
-body { font: 17px/1.55 system-ui, sans-serif; max-width: 54rem; margin: 0 auto; padding: 1rem 1.2rem 3rem; color: var(--ink); background: var(--paper); overflow-wrap: anywhere }
-a { color: var(--link) } h1, h2, h3 { line-height: 1.25 } h2 { margin-top: 2.2em } img { max-width: 100%; height: auto; background: #fff }
+body { font: 17px/1.55 system-ui, sans-serif; max-width: 76rem; margin: 0 auto; padding: 1rem 1.2rem 3rem; color: var(--ink); background: var(--paper); overflow-wrap: anywhere }
+p, li, img { max-width: min(100%, 50rem) } a { color: var(--link) } h1, h2, h3 { line-height: 1.25 } h2 { margin-top: 2.2em } img { height: auto; background: #fff }
 nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; list-style: none; margin: 0; padding: 0 0 .5rem } ol li { margin-bottom: .7rem }
 header { border-bottom: 1px solid var(--line) } footer { border-top: 1px solid var(--line); margin-top: 3rem; padding-top: .6rem }
 .toc { border-left: 3px solid var(--line); padding-left: .9rem; margin: 1.2rem 0; font-size: .9rem } .toc ul { display: block; padding: 0 } .toc .h3 { padding-left: 1rem }
 figure { margin: 1.5rem 0; break-inside: avoid } code { font-size: .88em } pre code { font-size: inherit } .output_wrapper pre { border-left: 3px solid var(--line) }
 pre { background: var(--soft); padding: .6rem .8rem; overflow-x: auto; font-size: .82rem; line-height: 1.4; overflow-wrap: normal }
 .highlight :is(.c1, .sd, .s1, .s2, .sa) { color: var(--text) } .highlight :is(.k, .kn, .kc, .ow, .nd) { color: var(--word) } .highlight :is(.nc, .nf) { font-weight: 600 }
-.scroll { overflow: auto; margin: 1rem 0; max-height: 85vh }
+.scroll { display: block; overflow: auto; margin: 1rem 0; background: linear-gradient(90deg, var(--paper) 40%, transparent) left / 2rem 100% no-repeat local, linear-gradient(270deg, var(--paper) 40%, transparent) right / 2rem 100% no-repeat local,
+  linear-gradient(90deg, var(--line), transparent) left / .8rem 100% no-repeat, linear-gradient(270deg, var(--line), transparent) right / .8rem 100% no-repeat } /* a shade where there is more to scroll to */
+.scroll:has(> math) { max-width: 50rem } .long { max-height: 85vh }
 table { border-collapse: collapse; width: max-content; font-size: .85rem; font-variant-numeric: tabular-nums; overflow-wrap: normal } tbody tr:hover { background: var(--soft) }
-td, th { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; max-width: 17rem } thead th { position: sticky; top: 0; background: var(--paper); vertical-align: bottom }
+td, th { padding: .25rem .5rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; max-width: min(17rem, 45vw) } thead th { position: sticky; top: 0; background: var(--paper); vertical-align: bottom }
 .n { text-align: right } td.n { white-space: nowrap } th.n { max-width: 7rem } th button { all: unset; cursor: pointer } th button:hover { color: var(--link) }
 button:focus-visible { outline: 2px solid var(--link); outline-offset: 2px } th button::after { content: "\\a0↕"; color: var(--dim); font-weight: normal }
 [aria-sort=ascending] button::after { content: "\\a0↑" } [aria-sort=descending] button::after { content: "\\a0↓" }
@@ -81,7 +83,7 @@ TEMPLATES = {
 <figure><img src="figures/{{ files[-1] }}" alt="{{ name }}{{ ', a figure of: ' + page.title if page }}"><figcaption>
 {% for file in files %}<a href="figures/{{ file }}">{{ file }}</a>{{ ", " if not loop.last }}{% endfor %}{{ see(page) }}</figcaption></figure>
 {% else %}<p>No figure was made yet.</p>{% endfor %}""",
-    "table": """{% macro n(loop) %}{% if loop.index0 in numeric %} class="n"{% endif %}{% endmacro %}<div class="scroll"><table><thead><tr>
+    "table": """{% macro n(loop) %}{% if loop.index0 in numeric %} class="n"{% endif %}{% endmacro %}<div class="scroll{{ " long" if rows | length > 40 }}"><table><thead><tr>
 {% for head in heads %}<th scope="col" aria-sort="none"{{ n(loop) }}><button type="button">{{ head | safe }}</button></th>{% endfor %}</tr></thead>
 <tbody>{% for row in rows %}<tr>{% for cell in row %}<td{{ n(loop) }}>{{ cell | safe }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>""",
@@ -104,7 +106,7 @@ class Renderer(IPythonRenderer):
         return convert(body.strip().replace(r"\arg", r"\operatorname{arg}\,"), display=display)  # it does not know \arg
 
     def block_math(self, body: str) -> str:
-        return f'<div class="scroll">{self.inline_math(body, "block")}</div>'
+        return f'<span class="scroll">{self.inline_math(body, "block")}</span>'  # it stands in a paragraph
 
 
 def build(
@@ -144,7 +146,11 @@ def notebook(path: Path, others: set[str]) -> BeautifulSoup:
         tag.decompose()
     for table in soup.select("table:has(thead):has(tbody)"):
         head, body = table(["thead", "tbody"])
-        names = [" · ".join(dict.fromkeys(filter(None, column))) for column in zip(*grid(head))]
+        heads = grid(head)
+        indexed = not heads[-1][-1]  # pandas gives the names of the index a line of their own
+        names = [
+            column[-1] if indexed and column[-1] else " · ".join(dict.fromkeys(filter(None, column))) for column in zip(*heads)
+        ]
         table.replace_with(sortable(names, grid(body)))
     for image in soup("img", alt=re.compile("^No description")):  # nbconvert's words where the notebook has none
         image["alt"] = "Figure: " + "".join(h.get_text() for h in image.find_all_previous(["h1", "h2", "h3"], limit=1))
@@ -186,7 +192,7 @@ def results(target: Path, tables: Path, figures: Path, pages: list[Page]) -> Bea
             shutil.copyfile(file, temporary)
 
     def about(name: str) -> Page | None:  # the notebook whose name it begins with: ablation_lam is of 11_ablations
-        return next((page for page in pages if name.startswith(page.file[3:-5].rstrip("s"))), None)
+        return next((page for page in pages if name.startswith(re.sub(r"^\d+_|s?\.html$", "", page.file))), None)
 
     listed = [(name, files, about(name), *table(tables / files[0])) for name, files in entries["tables"].items()]
     return render("results", tables=listed, figures=[(name, files, about(name)) for name, files in entries["figures"].items()])
@@ -216,7 +222,7 @@ def page(stem: str, soup: BeautifulSoup) -> Page:
         toc.append((heading.name, slug, heading.get_text()))
     title = soup.h1.extract().get_text() if soup.h1 else stem
     first = " ".join(soup.p.get_text().split()) if soup.p else ""
-    lead = re.match(r".+?[.!?](?=\s+[A-Z\d]|$)", first)
+    lead = re.match(r".+?[.!?](?=\s+[A-Z]|$)", first)
     return Page(f"{stem}.html", title, lead[0] if lead else first, str(soup), toc)
 
 
