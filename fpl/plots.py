@@ -151,6 +151,39 @@ def ablations(
     return fig
 
 
+def lines(table: pd.DataFrame, x: str, xlabel: str, names: dict[str, str]) -> Figure:
+    """Mean and 95 % interval (%) over the values of a setting, at equal distances, a line per row; index of the table (row, x).
+
+    A row that the setting does not touch (one value, missing) is a horizontal line.
+    """
+    with plt.rc_context(STYLE):
+        fig = _figure(figsize=(6.8, 3.8))
+        ax, ticks = fig.subplots(), sorted(table.index.get_level_values(x).dropna().unique())
+        for k, (row, part) in enumerate(table.groupby(level="row", sort=False)):
+            part, look = part.droplevel("row").sort_index(), {"color": COLOURS[k % len(COLOURS)], "label": names.get(row, row)}
+            at = [ticks.index(value) + 0.06 * k for value in part.index]
+            error = [part["mean"] - part["low"], part["high"] - part["mean"]]
+            ax.errorbar(at, part["mean"], yerr=error, marker="osD^vP*X"[k % 8], markersize=5, **look)
+        ax.set_xticks(range(len(ticks)), [f"{value:g}" for value in ticks])
+        ax.set(xlabel=xlabel, ylabel="accuracy (%)")
+        fig.legend(loc="outside right center")
+    return fig
+
+
+def cost(table: pd.DataFrame, names: dict[str, str]) -> Figure:
+    """Accuracy (%) with 95 % interval against kilobytes that a participant receives in a round; table as `tables.with_bytes`."""
+    with plt.rc_context(STYLE):
+        fig = _figure(figsize=(6.8, 3.8))
+        ax = fig.subplots()
+        for k, (row, part) in enumerate(table.groupby(level="row", sort=False)):
+            error = [part["mean"] - part["low"], part["high"] - part["mean"]]
+            look = {"color": COLOURS[k % len(COLOURS)], "label": names.get(row, row), "linestyle": "none"}
+            ax.errorbar(part["down, bytes"] / 1000, part["mean"], yerr=error, marker="osD^"[k % 4], **look)
+        ax.set(xlabel="kB received by a client in a round", ylabel="accuracy (%)", xscale="log")
+        ax.legend()
+    return fig
+
+
 def bars(values: Sequence[float], names: Sequence[str], title: str, xlabel: str, mark: int | None = None) -> Figure:
     """Horizontal bars, the first on top; `mark` fills one of them."""
     with plt.rc_context(STYLE):

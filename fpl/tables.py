@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -15,11 +15,19 @@ TABLES = Path("results/tables")
 PAPER = "pFedMoAP (ICLR 2025, 2410.10114)"
 BESIDE = "paper, mean of 5 data sets"
 GENERALISATION = ("local", "base", "novel", "HM")
-DECIMALS = ("mean", "std", "low", "high", BESIDE, *GENERALISATION, *(f"{name} std" for name in GENERALISATION))
+DECIMALS = ("mean", "t_low", "t_high", "std", "low", "high", BESIDE, *GENERALISATION, *(f"{name} std" for name in GENERALISATION))
 NOTE_TABLE1 = (
     "Miniature of Table 1 on the demo world, accuracy in %, last round; mean, std and 95 % interval over seeds. "
     "The paper's column is other data and another CLIP. Up and down are the numbers that a participating client sends and "
     "receives in the last round, and their bytes in single precision."
+)
+NOTE_DEMO = (
+    "Drawn demo world, accuracy in %, last round; mean, std and 95 % interval over seeds. Not comparable with the paper's values."
+)
+NOTE_SHORT = NOTE_DEMO + " 8 shots, 5 rounds."
+NOTE_PAIRED = (
+    "Paired differences of accuracy in points, same client and seed; low and high from a bootstrap over seeds and clients, t low "
+    "and t high the t-interval over seeds, which is the safer one."
 )
 NOTE_ABLATION = "pFedMoAP on the demo world, accuracy in %, last round; mean, std and 95 % interval over seeds."
 NAMES = {
@@ -80,6 +88,54 @@ def table1(runs: pd.DataFrame) -> pd.DataFrame:
     return table.rename_axis("method").round(2)
 
 
+def beside(runs: pd.DataFrame, published_table: str, dataset: str, split: str = "") -> pd.DataFrame:
+    """Methods and controls in percent, beside a column of a published table of pFedMoAP: other data, another CLIP."""
+    theirs = published().query("paper == @PAPER and table == @published_table and dataset == @dataset")
+    theirs = theirs[theirs["domain_or_split"] == split] if split else theirs
+    table = percent(summary(runs))
+    table.insert(0, "row", [NAMES.get(method, method) for method in table.index])
+    table[f"paper, {dataset}"] = table["row"].map(theirs.set_index("method")["mean"])
+    return table.rename_axis("method").round(2)
+
+
+def labelled(runs: pd.DataFrame) -> pd.DataFrame:
+    """A line per label of a table's rows, in percent."""
+    table = percent(summary(runs, "row")).round(2)
+    return table.assign(row=table.index).rename_axis("label")
+
+
+def grid(runs: pd.DataFrame, keys: Sequence[str], value: str = "accuracy") -> pd.DataFrame:
+    """A line per combination of settings, in percent; `value` may be a column of what was found elsewhere."""
+    return percent(summary(runs.assign(accuracy=runs[value]), keys)).round(2)
+
+
+def named(table: pd.DataFrame, levels: Sequence[str]) -> pd.DataFrame:
+    """The same with some levels of its index made one, called row; what a row lacks is left out."""
+    flat = table.reset_index()
+    labels = [
+        ", ".join(
+            str(v) if isinstance(v, str) else f"{level} {v:g}" for level, v in zip(levels, line, strict=True) if pd.notna(v)
+        )
+        for line in flat[[*levels]].itertuples(index=False)
+    ]
+    others = [level for level in table.index.names if level not in levels]
+    return flat.assign(row=labels).set_index(["row", *others])[[*table.columns]]
+
+
+def differences(pairs: Mapping[str, pd.Series]) -> pd.DataFrame:
+    """What `fpl.stats.paired` says of several pairs, in points of percent."""
+    table = pd.DataFrame(pairs).T.rename_axis("pair")
+    points = ["mean", "low", "high", "t_low", "t_high"]
+    return (100 * table[points]).round(2).assign(seeds=table["seeds"].astype(int), clients=table["clients"].astype(int))
+
+
+def with_bytes(table: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """The same with the bytes, in single precision, that a participant sends and receives in the last round."""
+    keys = [*table.index.names]
+    moved = 4 * last_round(runs).groupby(keys, sort=False, dropna=False)[["up", "down"]].mean().round().astype(int)
+    return table.join(moved.add_suffix(", bytes"))
+
+
 def ablation(runs: pd.DataFrame, key: str) -> pd.DataFrame:
     """One hyperparameter varied: a line per value, in percent."""
     return percent(summary(runs, key)).sort_index().round(2)
@@ -91,8 +147,8 @@ def with_controls(table: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([table, controls.rename(index=NAMES)]).rename_axis(table.index.name)
 
 
-def generalisation(runs: pd.DataFrame) -> pd.DataFrame:
-    """FedPGP's base-to-novel table in percent, of runs with classes "base", one line per method; mean and std over seeds.
+def generalisation(runs: pd.DataFrame, key: str = "method") -> pd.DataFrame:
+    """FedPGP's base-to-novel table in percent, of runs with classes "base", a line per value of `key`; mean and std over seeds.
 
     "local" is each client's own test images, "base" the test images of all base classes, "novel" of all novel ones, each the mean
     over clients after the last round; HM = 3 / (1 / local + 1 / base + 1 / novel) of each seed. The formula is what follow-up
@@ -100,9 +156,9 @@ def generalisation(runs: pd.DataFrame) -> pd.DataFrame:
     novel classes have neither "novel" nor HM.
     """
     columns = {"accuracy": "local", "base": "base", "novel": "novel"}
-    found = last_round(runs).groupby(["method", "seed"], sort=False)[[*columns]].mean().rename(columns=columns)
+    found = last_round(runs).groupby([key, "seed"], sort=False)[[*columns]].mean().rename(columns=columns)
     found["HM"] = 3 / (1 / found).sum(axis=1, skipna=False)
-    seeds = (100 * found).groupby(level="method", sort=False)
+    seeds = (100 * found).groupby(level=key, sort=False)
     return seeds.mean().join(seeds.std().add_suffix(" std")).assign(seeds=seeds.size()).round(2)
 
 

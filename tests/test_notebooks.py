@@ -15,6 +15,8 @@ SMALL = """
 data: {name: shapes, seed: 1, train_per_class: 4, test_per_class: 2}
 partition: {clients: 4, shots: 2}
 run: {rounds: 1, local_epochs: 1}
+datasets:
+  styles: {data: {name: styles, train_per_class: 24, test_per_class: 18}, partition: {kind: domain, clients: 6}}
 seeds: [1, 2]
 methods: {zeroshot: {}, coop: {}, promptfl: {}, pfedmoap: {n_experts: 2}}
 tables:
@@ -22,6 +24,29 @@ tables:
   n_experts: {rows: [pfedmoap], vary: {n_experts: [0, 1, 2]}}
   d_gate: {rows: [pfedmoap], vary: {d_gate: [32, 128]}}
   lam: {rows: [pfedmoap], vary: {lam: [0, 0.5, 1]}}
+  table2: {rows: [zeroshot, promptfl, majority]}
+  figure5: {rows: [pfedmoap], vary: {n_experts: [0, 1]}}
+  table3: {data: [styles], rows: [zeroshot, promptfl, majority]}
+  table3_released: {data: [styles], rows: [zeroshot, promptfl, majority], set: {form: released, loader: mismatched, shots: 0}}
+  table3_misnamed: {data: [styles], rows: [zeroshot, promptfl], set: {loader: misnamed}}
+  table8: {data: [styles], rows: [pfedmoap], vary: {n_experts: [0, 1]}}
+  table7:
+    rows:
+      attention: {method: pfedmoap}
+      uniform attention: {method: pfedmoap, mixing: uniform}
+      plain average: {method: pfedmoap, mixing: average}
+      no experts: {method: pfedmoap, n_experts: 0}
+      "alone: attention": {method: gate_alone}
+      "alone: no gate": {method: coop}
+  capacity: {rows: [pfedmoap], vary: {heads: [1], d_gate: [32, 128]}}
+  shots: {rows: [zeroshot, promptfl], vary: {shots: [1, 2]}}
+  heterogeneity: {rows: [promptfl, pfedmoap], vary: {shots: [2], concentration: [0.5, 1], n_experts: [0, 2]}}
+  choice: {data: [styles], rows: {nearest (l2): {method: pfedmoap}, random: {method: pfedmoap, choice: random}}}
+  communication: {rows: [promptfl, pfedmoap], vary: {n_ctx: [1, 16], n_experts: [1]}}
+  base_to_novel: {rows: [zeroshot, promptfl], set: {classes: base}}
+  fedpgp_rank: {rows: [fedpgp], set: {classes: base}, vary: {rank: [1]}}
+  fedpgp_mu: {rows: [fedpgp], set: {classes: base}, vary: {mu: [0]}}
+  leave_one_out: {data: [styles], rows: [zeroshot, promptfl], set: {clients: 5}, vary: {held_out: [photo, sketch]}}
 """
 QUICK = {"00_tour": {"clients": 4}, "03_methods": {"rounds": 2}, "20_label_prior": {"null_seeds": 5}}
 
@@ -34,7 +59,7 @@ def project(tmp_path_factory) -> Path:
         shutil.copytree(notebook.ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(notebook.ROOT / "data" / "published.csv", root / "data")
     (root / "params.yaml").write_text(SMALL)
-    for command in (["features", "--patches"], ["sweep"]):
+    for command in (["features", "--patches"], ["features", "--data", "styles"], ["sweep"]):
         run(root, *command)
     return root
 
