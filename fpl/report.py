@@ -40,7 +40,7 @@ pre { background: var(--soft); padding: .6rem .8rem; overflow-x: auto; font-size
 .scroll:has(> math) { max-width: 50rem } .long { max-height: 85vh }
 table { border-collapse: collapse; width: max-content; font-size: .85rem; font-variant-numeric: tabular-nums; overflow-wrap: normal } tbody tr:hover { background: var(--soft) }
 td, th { padding: .25rem .5rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; max-width: min(17rem, 45vw) } thead th { position: sticky; top: 0; background: var(--paper); vertical-align: bottom }
-.n { text-align: right } td.n { white-space: nowrap } th.n { max-width: 7rem } th button { all: unset; cursor: pointer } th button:hover { color: var(--link) }
+.n { text-align: right } td.n { white-space: nowrap } th.n { width: 1rem } th button { all: unset; cursor: pointer } th button:hover { color: var(--link) }
 button:focus-visible { outline: 2px solid var(--link); outline-offset: 2px } th button::after { content: "\\a0↕"; color: var(--dim); font-weight: normal }
 [aria-sort=ascending] button::after { content: "\\a0↑" } [aria-sort=descending] button::after { content: "\\a0↓" }
 @media print { body { max-width: none; font-size: 10pt } header, footer, .toc, button::after { display: none } .scroll { overflow: visible; max-height: none } table { font-size: 7.5pt; width: auto } thead th { position: static } pre { white-space: pre-wrap; overflow-wrap: anywhere } h1, h2, h3 { break-after: avoid } tr, img { break-inside: avoid } }

@@ -21,7 +21,7 @@ PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBASc
 FRAME = pd.DataFrame(
     {"mean": [9.5, None, 1234.25], "note": ["a < b", "", "<b>"]},
     index=pd.MultiIndex.from_tuples([("x", 1), ("x", 2), ("y", 1)], names=["group", "k"]),
-)
+).rename_axis(columns="kind")
 WIDE = pd.DataFrame([[1, 2]], columns=pd.MultiIndex.from_tuples([("clipart", "mean"), ("clipart", "std")]))
 TABLE = pd.DataFrame({"mean": [81.5, 9.25, None], "text": ["1 of 3", "<&>", ""]}, index=pd.Index(["b", "a", "c"], name="row"))
 
@@ -60,8 +60,8 @@ def site(tmp_path_factory):
     (folder / "executed").mkdir()
     (folder / "figures").mkdir()
     for name, title, first in (
-        ("10_thing", "A & thing", "It has `code` (v. 1.5) and e.g. more. And more."),
         ("20_other", "Other", "No end"),
+        ("10_things", "A & thing", "It has `code` (v. 1.5) and e.g. more. And more."),
     ):
         nbformat.write(cells(title, first), folder / "executed" / f"{name}.ipynb")
     tables.save(TABLE, "thing_lam", folder / "tables", note="What it says.")
@@ -151,7 +151,7 @@ def test_every_header_of_every_table_is_a_button(site):
 
 
 def test_rows_stay_whole_and_numbers_sort_as_numbers(site):
-    table, wide, plain = named(site, "10_thing")("table")
+    table, wide, plain = named(site, "10_things")("table")
     assert [head.get_text() for head in table("th")] == ["group", "k", "mean", "note"]
     assert [column(table, i) for i in range(3)] == [["x", "x", "y"], ["1", "2", "1"], ["9.50", "–", "1234.25"]]
     assert column(table, 3) == ["a < b", "–", "<b>"]
@@ -195,19 +195,19 @@ def test_contents_are_in_reading_order_with_a_sentence_each(site):
 
 
 def test_pages_lead_on_and_back_and_through_themselves(site):
-    order = ["index", "10_thing", "20_other", "results"]
+    order = ["index", "10_things", "20_other", "results"]
     for before, name, after in zip([None, *order], order, [*order[1:], None]):
         for rel, other in (("prev", before), ("next", after)):
             links = named(site, name).select(f"a[rel={rel}]")
             assert [link["href"] for link in links] == ([f"{other}.html"] if other else [])
-    toc = named(site, "10_thing").select(".toc a")
+    toc = named(site, "10_things").select(".toc a")
     assert [(link.get_text(), link["href"]) for link in toc] == [("Twice", "#twice"), ("Twice", "#twice-2"), ("More", "#more")]
     assert not named(site, "index").select(".toc")
-    assert [link["href"] for link in named(site, "10_thing").main.select("a:has(code)")] == ["20_other.html"]
+    assert [link["href"] for link in named(site, "10_things").main.select("a:has(code)")] == ["20_other.html"]
 
 
 def test_formulas_are_mathml_and_code_is_left_alone(site):
-    soup = named(site, "10_thing")
+    soup = named(site, "10_things")
     assert [formula["display"] for formula in soup("math")] == ["inline", "block"]
     assert "$HOME and $PATH" in [code.get_text() for code in soup("code")]
 
