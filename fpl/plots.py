@@ -180,6 +180,9 @@ def cost(table: pd.DataFrame, names: dict[str, str]) -> Figure:
             look = {"color": COLOURS[k % len(COLOURS)], "label": names.get(row, row), "linestyle": "none"}
             ax.errorbar(part["down, bytes"] / 1000, part["mean"], yerr=error, marker="osD^"[k % 4], **look)
         ax.set(xlabel="kB received by a client in a round", ylabel="accuracy (%)", xscale="log")
+        ax.set_xticks(sorted({*table["down, bytes"] / 1000}))
+        ax.xaxis.set_major_formatter("{x:.3g}")
+        ax.minorticks_off()
         ax.legend()
     return fig
 

@@ -127,6 +127,19 @@ def test_the_streams_are_separate(kind, stream, monkeypatch):
         assert [same_sets(a, b) for a, b in zip(before, after, strict=True)] == [stream != "shots", stream != "test"]
 
 
+def test_split_and_shots_can_have_seeds_of_their_own():
+    """With both fixed, as the releases do, the run's seed changes nothing; with one, only the other."""
+    labels, split = world(48)
+    make = lambda seed, **fixed: partitions.make(Partition(clients=10, shots=4, **fixed), labels, split, seed)[0]  # noqa: E731
+    images = lambda parts: set(np.concatenate(parts).tolist())  # noqa: E731
+    both = [make(seed, split_seed=2023, shot_seed=2023) for seed in (1, 2)]
+    assert all(map(np.array_equal, *both)) and all(map(np.array_equal, both[0], make(2023)))
+    same_split = [make(seed, split_seed=2023) for seed in (1, 2)]
+    assert classes(same_split[0], labels) == classes(same_split[1], labels) and images(same_split[0]) != images(same_split[1])
+    same_shots = [make(seed, shot_seed=2023) for seed in (1, 2)]
+    assert classes(same_shots[0], labels) != classes(same_shots[1], labels) and images(same_shots[0]) == images(same_shots[1])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_fewer_shots_are_some_of_more_and_change_nothing_else(kind):
     everything, (few, test) = deal(kind, shots=0), deal(kind, shots=2)
