@@ -85,7 +85,7 @@ def lines(
     domain: str = "",
     rule: str = "last round",
 ) -> pd.DataFrame:
-    """Ours of one table and data set: runs of `fpl.sweep.frame`, a line per value of `key` that `spelling` has.
+    """Ours of one table and data set: runs of `fpl.records.frame`, a line per value of `key` that `spelling` has.
 
     `spelling` gives the published method and variant: {5: ("pFedMoAP", "K+1=5 experts")} where the key is a hyperparameter. For
     one domain, give the lines of its clients.

@@ -39,8 +39,11 @@ def extract(options: argparse.Namespace) -> None:
 
 def needed(params) -> dict[str, set[str]]:
     """The data sets of all tables, and which contents their rows read."""
-    runs = [e for name in params.tables for _, e in params.runs(name)]
-    return {name: {e.method.inputs for e in runs if e.source.name == name} for name in dict.fromkeys(e.source.name for e in runs)}
+    contents: dict[str, set[str]] = {}
+    for name in params.tables:
+        for _, experiment in params.runs(name):
+            contents.setdefault(experiment.source.name, set()).add(experiment.method.inputs)
+    return contents
 
 
 def extract_of(source, options: argparse.Namespace, contents: set[str]) -> None:
@@ -167,7 +170,7 @@ def sweep(options: argparse.Namespace) -> None:
     grid = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
     experiments = [params.experiment(method, seed, options.on, **values) for values in grid for seed in seeds]
     frame = records.frame(runs.sweep(experiments, options.jobs, options.fresh))
-    print(tables.percent(tables.summary(frame, [*lists] or ["method"])).round(2).reset_index().to_markdown(index=False))
+    print(tables.grid(frame, [*lists] or ["method"]).reset_index().to_markdown(index=False))
 
 
 def notebook(options: argparse.Namespace) -> None:

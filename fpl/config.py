@@ -20,9 +20,8 @@ from fpl.released import RELEASED
 from fpl.rounds import Run
 
 T = TypeVar("T")
-ROWS: dict[str, type[PromptFL]] = (
-    METHODS | RELEASED | CONTROLS | {"gate_alone": GateAlone}
-)  # everything that can be a row of a table
+# everything that can be a row of a table
+ROWS: dict[str, type[PromptFL]] = METHODS | RELEASED | CONTROLS | {"gate_alone": GateAlone}
 PARAMS = Path("params.yaml")
 
 

@@ -152,13 +152,10 @@ def ablations(
 
 
 def lines(table: pd.DataFrame, x: str, xlabel: str, names: dict[str, str]) -> Figure:
-    """Mean and 95 % interval (%) over the values of a setting, at equal distances, a line per row; index of the table (row, x).
-
-    A row that the setting does not touch (one value, missing) is a horizontal line.
-    """
+    """Mean and 95 % interval (%) by value of a setting, at equal distances, a line per row; index of the table (row, x)."""
     with plt.rc_context(STYLE):
         fig = _figure(figsize=(6.8, 3.8))
-        ax, ticks = fig.subplots(), sorted(table.index.get_level_values(x).dropna().unique())
+        ax, ticks = fig.subplots(), sorted(table.index.get_level_values(x).unique())
         for k, (row, part) in enumerate(table.groupby(level="row", sort=False)):
             part, look = part.droplevel("row").sort_index(), {"color": COLOURS[k % len(COLOURS)], "label": names.get(row, row)}
             at = [ticks.index(value) + 0.06 * k for value in part.index]

@@ -1,4 +1,4 @@
-"""Numbers over seeds and clients, with their uncertainty. `runs` is a frame of `fpl.sweep.frame`; accuracies are in [0, 1]."""
+"""Numbers over seeds and clients, with their uncertainty. `runs` is a frame of `fpl.records.frame`; accuracies are in [0, 1]."""
 
 from __future__ import annotations
 
@@ -26,10 +26,14 @@ def settings_of(runs: pd.DataFrame) -> list[str]:
     return [column for column in runs.columns if column not in RESULTS]
 
 
+def final_round(runs: pd.DataFrame) -> pd.Series:
+    """For each line the last round of its run."""
+    return runs.groupby(settings_of(runs), dropna=False)["round"].transform("max")
+
+
 def last_round(runs: pd.DataFrame) -> pd.DataFrame:
     """The rule that picks what is reported: every client's accuracy after the last round, never the best one."""
-    final = runs.groupby(settings_of(runs), dropna=False)["round"].transform("max")
-    return runs[runs["round"] == final]
+    return runs[runs["round"] == final_round(runs)]
 
 
 def last_five(runs: pd.DataFrame) -> pd.DataFrame:
@@ -38,10 +42,8 @@ def last_five(runs: pd.DataFrame) -> pd.DataFrame:
     The standard deviation that the released code prints is over these five rounds of one run (D16). Here, as in the papers, it
     is over seeds; the two say different things and are not compared.
     """
-    names = settings_of(runs)
-    final = runs.groupby(names, dropna=False)["round"].transform("max")
-    late = runs[runs["round"] > final - 5]
-    mean = late.groupby([*names, "client"], dropna=False)["accuracy"].transform("mean")
+    late = runs[runs["round"] > final_round(runs) - 5]
+    mean = late.groupby([*settings_of(runs), "client"], dropna=False)["accuracy"].transform("mean")
     return last_round(late.assign(accuracy=mean))
 
 

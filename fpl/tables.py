@@ -100,12 +100,12 @@ def beside(runs: pd.DataFrame, published_table: str, dataset: str, split: str = 
 
 def labelled(runs: pd.DataFrame) -> pd.DataFrame:
     """A line per label of a table's rows, in percent."""
-    table = percent(summary(runs, "row")).round(2)
+    table = grid(runs, "row")
     return table.assign(row=table.index).rename_axis("label")
 
 
-def grid(runs: pd.DataFrame, keys: Sequence[str], value: str = "accuracy") -> pd.DataFrame:
-    """A line per combination of settings, in percent; `value` may be a column of what was found elsewhere."""
+def grid(runs: pd.DataFrame, keys: str | Sequence[str], value: str = "accuracy") -> pd.DataFrame:
+    """A line per value of a setting, or combination of several, in percent; `value`: a column of what was found elsewhere."""
     return percent(summary(runs.assign(accuracy=runs[value]), keys)).round(2)
 
 
@@ -138,7 +138,7 @@ def with_bytes(table: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
 
 def ablation(runs: pd.DataFrame, key: str) -> pd.DataFrame:
     """One hyperparameter varied: a line per value, in percent."""
-    return percent(summary(runs, key)).sort_index().round(2)
+    return grid(runs, key).sort_index()
 
 
 def with_controls(table: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:

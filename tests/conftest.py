@@ -13,6 +13,9 @@ import torch.nn.functional as F
 # The annotated shapes of these modules are checked at every call; outside the tests they cost nothing.
 CHECKED = [f"fpl.{name}" for name in ("clip", "gate", "methods", "rounds", "controls", "transport", "released")]
 with jaxtyping.install_import_hook(CHECKED, "beartype.beartype"):
+    from helpers import Here, build, standing_in
+
+    from fpl import sweep
     from fpl.clip import Clip, Text
     from fpl.controls import CONTROLS
     from fpl.methods import METHODS
@@ -93,3 +96,17 @@ def method(request):
 def row(request):
     """A method or a control: whatever is a row of a table."""
     return make({**METHODS, **CONTROLS}[request.param])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with drawn images, a random CLIP and their features."""
+    return build(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def here(world, monkeypatch):
+    """Standing in the world, with the workers' work done in this process."""
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", Here)
+    with standing_in(world):
+        yield world

@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import open_clip
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -90,6 +91,13 @@ def python(folder, *arguments):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
+
+
+def refuses(call, words):
+    """A ValueError of one line that has all the words."""
+    with pytest.raises(ValueError) as error:
+        call()
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
 
 
 class Here:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import NAMES, make
-from helpers import BACKBONE, DATA, PARAMS, Here, build, standing_in
+from helpers import BACKBONE, DATA, PARAMS, refuses
 
 from fpl import partitions, records, rounds, stats, sweep, tables
 from fpl.clip import Text
@@ -227,25 +227,10 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_left_out_is_refused_in_one_sentence(case):
-    call, words = REFUSED[case]
-    with pytest.raises(ValueError) as error:
-        call()
-    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
+    refuses(*REFUSED[case])
 
 
 # --- from features to a table ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture
-def here(world, monkeypatch):
-    monkeypatch.setattr(sweep, "ProcessPoolExecutor", Here)
-    with standing_in(world):
-        yield world
 
 
 def right(feats, images, first, end):

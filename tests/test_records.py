@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from helpers import BACKBONE, DATA, OTHER, PARAMS, Here, build, python, standing_in
+from helpers import BACKBONE, DATA, OTHER, PARAMS, Here, python, standing_in
 
 from fpl import config, records, stats, sweep
 
@@ -22,18 +22,11 @@ EXPERIMENTS = [PARAMS.experiment("promptfl", seed, rounds=40) for seed in range(
 FEW = [PARAMS.experiment(row, seed) for row in ("majority", "ridge_own", "promptfl") for seed in (1, 2)]
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("world"))
-
-
 @pytest.fixture
-def here(world, monkeypatch):
-    """In a world without records, with the workers' work done in this process."""
-    monkeypatch.setattr(sweep, "ProcessPoolExecutor", Here)
-    with standing_in(world):
-        shutil.rmtree(records.RECORDS, ignore_errors=True)
-        yield world
+def here(here):
+    """Without records."""
+    shutil.rmtree(records.RECORDS, ignore_errors=True)
+    return here
 
 
 @pytest.fixture
