@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fpl import privacy
 from fpl.methods import Params, PromptFL, Server
 
 
@@ -82,6 +83,9 @@ class Run:
     participation: float = 1.0
     init_seed: int = 0  # of what a method draws at the beginning; 0: the run's
     order_seed: int = 0  # of participants and of the order of images; 0: the run's
+    epsilon: float = 0.0  # of differential privacy of the uploads over all rounds (fpl.privacy); 0: none
+    delta: float = 0.05  # pFedMoAP's
+    clip: float = 0.4  # l2 norm of an update, ours: the median of PromptFL's and FedProx's on the demo, whose range is 0.2 to 0.8
 
     def __post_init__(self):
         for name, known in {"schedule": ("constant", "cosine", "zigzag"), "optimiser": ("fresh", "shared")}.items():
@@ -91,6 +95,12 @@ class Run:
             raise ValueError(f"participation {self.participation} is not a fraction in (0, 1]")
         if min(self.rounds, self.local_epochs, self.batch_size) < 1:
             raise ValueError("rounds, local_epochs and batch_size must be at least 1")
+        if not 0 <= self.epsilon <= privacy.LARGEST:
+            raise ValueError(f"epsilon {self.epsilon} is not between 0 and {privacy.LARGEST:g}: use 0 for no privacy")
+        if not 0 < self.delta < 1:
+            raise ValueError(f"delta {self.delta} is not in (0, 1): it is the probability that epsilon does not hold")
+        if not 0 < self.clip < math.inf:
+            raise ValueError(f"clip {self.clip} must be a number above 0: it is the largest norm of an update")
 
     def rate(self, tensor: str, epoch: int, before: int = 0) -> float:
         """Learning rate of a tensor in local epoch `epoch` of a training, `before` local epochs having gone before it.
@@ -282,10 +292,16 @@ def run(
 
     A round's download and frozen tensors (experts and the like) are made once, from the server as the cohort found it, and used
     for training and evaluation. A method may train further what it deploys; this is evaluated and then forgotten, and its order
-    of images is drawn apart. Raises FloatingPointError when a loss is no longer finite, ValueError for settings that cannot be.
+    of images is drawn apart. With an epsilon the server gets uploads as `privacy.release` makes them, each an update of its
+    aggregate; a client keeps what it trained. Raises FloatingPointError when a loss is no longer finite, ValueError for settings
+    that cannot be.
     """
     n, device = len(clients), clients.feats.device
     method.check(text, clients)
+    if cfg.epsilon and (cfg.optimiser == "shared" or type(method).between is not PromptFL.between):
+        left = "clients of this row leave each other things that are no uploads"
+        raise ValueError(f"{left}, which epsilon {cfg.epsilon} would not cover: use epsilon 0, or another row")
+    z = privacy.noise_multiplier(cfg.epsilon, cfg.delta, cfg.rounds) if cfg.epsilon and method.shared else 0.0
     init = {k: v.to(device) for k, v in method.init(text, generator(seeds.init, "init")).items()}
     own = {k: v.expand(n, *v.shape).clone() for k, v in init.items()}
     server = Server(
@@ -313,7 +329,11 @@ def run(
             own = {k: v.index_copy(0, who[at], ended[k]) for k, v in own.items()}
             up[who.cpu()], down[who.cpu()] = numbers({k: own[k] for k in method.shared}), numbers(received)
             server = method.between(server, who[at], own)
-        server = method.aggregate(server, picked, {k: own[k][picked] for k in method.shared}, sizes[picked])
+        uploads = {k: own[k][picked] for k in method.shared}
+        if z:
+            gens = [generator(seeds.order, "noise", number, i) for i in picked.tolist()]
+            uploads = privacy.release(uploads, server.params, cfg.clip, z, gens)
+        server = method.aggregate(server, picked, uploads, sizes[picked])
 
         def tune(p: Params, epochs: int) -> Params:
             longer = replace(cfg, local_epochs=epochs)

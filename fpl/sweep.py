@@ -35,7 +35,7 @@ from fpl.rounds import Clients, Round, Seeds, run
 T = TypeVar("T", bound=Callable)
 # the modules that make a number out of settings
 SOURCES = (
-    *("clip", "gate", "methods", "transport", "released", "controls", "rounds"),
+    *("clip", "gate", "methods", "transport", "released", "controls", "rounds", "privacy"),
     *("partitions", "released_splits", "features", "shapes", "sweep"),
 )
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 # The annotated shapes of these modules are checked at every call; outside the tests they cost nothing.
-CHECKED = [f"fpl.{name}" for name in ("clip", "gate", "methods", "rounds", "controls", "transport", "released")]
+CHECKED = [f"fpl.{name}" for name in ("clip", "gate", "methods", "rounds", "controls", "transport", "released", "privacy")]
 with jaxtyping.install_import_hook(CHECKED, "beartype.beartype"):
     from helpers import Here, build, standing_in
 

@@ -41,6 +41,7 @@ OTHER = {  # of every setting to which 1 cannot be added, a value that is not th
     "schedule": "cosine",
     "optimiser": "shared",
     "participation": 0.5,
+    "delta": 0.5,
     "template": "a {}.",
     "memory": "always",
     "anchor": "a {}.",
