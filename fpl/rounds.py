@@ -138,7 +138,8 @@ class Round:
     """`accuracy` in [0, 1] of every client after round `number` (0-based), `loss` the mean of the participants' last epochs.
 
     `up` and `down`: how many numbers each participant sent and received. `elsewhere`: accuracy of every client on other images,
-    by name, after the last round only.
+    by name, after the last round only. `deployed` is what every client was evaluated with, `server` what the round left behind;
+    what clients read in the next round follows from it (`download`, `frozen`).
     """
 
     number: int
@@ -149,6 +150,8 @@ class Round:
     down: Int[Tensor, " picked"]
     correct: list[Tensor] = field(repr=False, default_factory=list)
     elsewhere: dict[str, Float[Tensor, " n"]] = field(default_factory=dict)
+    deployed: Params = field(repr=False, default_factory=dict)
+    server: Server | None = field(repr=False, default=None)
 
 
 def generator(seed: int, stream: str, *key: int) -> torch.Generator:
@@ -356,7 +359,9 @@ def run(
         correct, who = tested(text, clients), picked.cpu()
         places = {k: place for k, place in elsewhere.items() if method.transfers or place[0] is text}
         away = {k: mean_correct(tested(*place)) for k, place in places.items()} if number == rounds - 1 else {}
-        yield Round(number, mean_correct(correct), who, losses.nanmean().item(), up[who], down[who], correct, away)
+        yield Round(
+            number, mean_correct(correct), who, losses.nanmean().item(), up[who], down[who], correct, away, deployed, server
+        )
 
 
 def rows_of(tensors: Params, at: Int[Tensor, " n"]) -> Params:

@@ -432,6 +432,12 @@ def test_another_seed_gives_something_else(learning, text, clients, other):
     assert (batches(clients, one) == batches(clients, two)) == (other.order == SEEDS.order)
 
 
+def test_a_round_carries_what_was_evaluated_and_what_the_server_holds(learning, text, clients):
+    log = play(learning, text, clients, HALF)
+    for r, deployed, server in zip(log.rounds, log.deployed, log.servers, strict=True):
+        assert equal(r.deployed, deployed) and equal(r.server.params, server.params) and equal(r.server.pool, server.pool)
+
+
 def test_methods_with_one_seed_see_the_same_clients_and_batches(learning, text, clients):
     log, reference = play(learning, text, clients, HALF), play(make(PromptFL), text, clients, HALF)
     assert log.who == reference.who == [r.participants.tolist() for r in log.rounds]
