@@ -62,6 +62,17 @@ def epsilon_of(z: float, delta: float, releases: int) -> float:
     return gdp.eps_from_mu(mu=mu, delta=delta) if gdp.delta_eps_mu(eps=LARGEST, mu=mu) < delta else math.inf
 
 
+def detection(epsilon: float, delta: float, false: float = 0.05) -> float:
+    """How often the best test for "this client took part with its data" may be right where it does, in [0, 1].
+
+    `false` is how often it says so where the client sent no data; without any release both are equal. For Gaussian releases it is
+    Phi(Phi^-1(false) + mu), whatever their number (Dong, Roth and Su, 2022, Theorem 2.7): what epsilon and delta come to.
+    """
+    from scipy.stats import norm
+
+    return float(norm.cdf(norm.ppf(false) + 1 / noise_multiplier(epsilon, delta, 1)))
+
+
 def check(delta: float, releases: int) -> None:
     if not 0 < delta < 1:
         raise ValueError(f"delta {delta} is not in (0, 1)")

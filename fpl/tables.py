@@ -9,13 +9,15 @@ import pandas as pd
 
 from fpl.controls import CONTROLS
 from fpl.files import writing
+from fpl.privacy import noise_multiplier
 from fpl.stats import by_seed, last_round, over_seeds
 
 TABLES = Path("results/tables")
 PAPER = "pFedMoAP (ICLR 2025, 2410.10114)"
 BESIDE = "paper, mean of 5 data sets"
 GENERALISATION = ("local", "base", "novel", "HM")
-DECIMALS = ("mean", "t_low", "t_high", "std", "low", "high", BESIDE, *GENERALISATION, *(f"{name} std" for name in GENERALISATION))
+WITH_STD = (*GENERALISATION, *(f"{name} std" for name in GENERALISATION))
+DECIMALS = ("mean", "t_low", "t_high", "std", "low", "high", "noise", BESIDE, *WITH_STD)
 NOTE_TABLE1 = (
     "Miniature of Table 1 on the demo world, accuracy in %, last round; mean, std and 95 % interval over seeds. "
     "The paper's column is other data and another CLIP. Up and down are the numbers that a participating client sends and "
@@ -96,6 +98,18 @@ def beside(runs: pd.DataFrame, published_table: str, dataset: str, split: str = 
     table.insert(0, "row", [NAMES.get(method, method) for method in table.index])
     table[f"paper, {dataset}"] = table["row"].map(theirs.set_index("method")["mean"])
     return table.rename_axis("method").round(2)
+
+
+def table6(runs: pd.DataFrame) -> pd.DataFrame:
+    """Methods by epsilon (0: no noise) in percent, with the noise multiplier, beside the mean of the paper's five data sets."""
+    paper = published().query("paper == @PAPER and table == 'Table 6'").groupby(["method", "variant"])["mean"].mean()
+    table = grid(runs, ["method", "epsilon"])
+    releases, delta = runs["rounds"].iloc[0], runs["delta"].iloc[0]
+    spelt = [(NAMES[m].replace("Prompt+", "PromptFL+"), f"eps={e:g}, delta={delta:g}" if e else "no DP") for m, e in table.index]
+    z = [noise_multiplier(e, delta, releases) if e else 0.0 for _, e in table.index]
+    table.insert(0, "row", [NAMES[method] for method, _ in table.index])
+    table.insert(1, "noise", z)
+    return table.assign(**{BESIDE: [paper.get(key) for key in spelt]}).round(2)
 
 
 def labelled(runs: pd.DataFrame) -> pd.DataFrame:

@@ -30,6 +30,7 @@ tables:
   table3_released: {data: [styles], rows: [zeroshot, promptfl, majority], set: {form: released, loader: mismatched, shots: 0}}
   table3_misnamed: {data: [styles], rows: [zeroshot, promptfl], set: {loader: misnamed}}
   table8: {data: [styles], rows: [pfedmoap], vary: {n_experts: [0, 1]}}
+  table6: {rows: [promptfl, fedprox, pfedmoap], vary: {epsilon: [0, 50]}}
   table7:
     rows:
       attention: {method: pfedmoap}

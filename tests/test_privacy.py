@@ -81,6 +81,15 @@ def test_the_delta_of_ten_releases_is_found_by_drawing_their_privacy_loss():
     assert np.maximum(0, 1 - np.exp(epsilon - loss)).mean() == pytest.approx(0.05, abs=0.001)
 
 
+@pytest.mark.parametrize("epsilon", [1.0, 5.0, 25.0])
+def test_no_test_finds_a_client_more_often_than_said(epsilon):
+    """The best test compares the sum of all releases with a threshold (Neyman and Pearson)."""
+    z, gen = privacy.noise_multiplier(epsilon, 0.05, 10), np.random.default_rng(1)
+    without, there = (gen.normal(update, z, (100_000, 10)).sum(1) for update in (0, 1))
+    found = (there > np.quantile(without, 0.95)).mean()
+    assert found > 0.05 and privacy.detection(epsilon, 0.05) == pytest.approx(found, abs=0.01)
+
+
 def test_less_privacy_needs_less_noise():
     z = privacy.noise_multiplier
     assert z(50.0, 0.05, 10) < z(25.0, 0.05, 10) < z(5.0, 0.05, 10) < z(5.0, 0.01, 10) < z(5.0, 0.01, 11)
