@@ -169,7 +169,10 @@ def sweep(options: argparse.Namespace) -> None:
     seeds = [int(config.number(seed, "int", "seed")) for seed in lists.pop("seed", params.seeds)]
     grid = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
     experiments = [params.experiment(method, seed, options.on, **values) for values in grid for seed in seeds]
-    frame = records.frame(runs.sweep(experiments, options.jobs, options.fresh))
+    paths = runs.sweep(experiments, options.jobs, options.fresh)
+    if options.name:
+        records.save_index(options.name, paths, [method] * len(paths), params.results)
+    frame = records.frame(paths)
     print(tables.grid(frame, [*lists] or ["method"]).reset_index().to_markdown(index=False))
 
 
@@ -328,6 +331,7 @@ def parser() -> argparse.ArgumentParser:
     many = add(sweep, params=True, fresh=True)
     what = "tables (all), or a method and name=values: 0,1,3 or first:last[:step], such as pfedmoap n_experts=0,1,3 lam=0:2:0.5"
     many.add_argument("what", nargs="*", metavar="TABLE | METHOD NAME=VALUES", help=what)
+    many.add_argument("--name", default="", help="of a method's runs: keep them under this name, for notebooks/05_sweep.ipynb")
     many.add_argument("--jobs", type=int, help="runs at a time (the number of cores)")
     book = add(notebook)
     book.add_argument("source", type=Path, nargs="+", help="notebook(s) to execute, in this order")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from fpl.files import writing
 from fpl.partitions import ELSEWHERE
 
 RECORDS = Path("results/records")
@@ -21,6 +22,13 @@ RECORDS = Path("results/records")
 
 def index_path(table: str, results: str | Path = "results") -> Path:
     return Path(results) / "runs" / f"{table}.json"
+
+
+def save_index(table: str, paths: Iterable[Path], rows: Iterable[str], results: str | Path = "results") -> None:
+    """Say which records, with which labels, a table is made of."""
+    entries = [{"row": row, "record": path.name} for path, row in zip(paths, rows, strict=True)]
+    with writing(index_path(table, results)) as temporary:
+        temporary.write_text(json.dumps(entries, indent=0) + "\n")
 
 
 def of_table(table: str, results: str | Path = "results") -> pd.DataFrame:

@@ -26,6 +26,13 @@ def settings_of(runs: pd.DataFrame) -> list[str]:
     return [column for column in runs.columns if column not in RESULTS]
 
 
+def varied(runs: pd.DataFrame) -> list[str]:
+    """What to group runs by: their row, where there are several, and the settings that differ within one, seeds aside."""
+    by_row = runs.groupby("row")
+    settings = [key for key in settings_of(runs) if key not in ("row", "seed") and by_row[key].nunique(dropna=False).max() > 1]
+    return (["row"] if by_row.ngroups > 1 else []) + settings or ["row"]
+
+
 def final_round(runs: pd.DataFrame) -> pd.Series:
     """For each line the last round of its run."""
     return runs.groupby(settings_of(runs), dropna=False)["round"].transform("max")

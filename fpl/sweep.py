@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -29,7 +30,7 @@ from tqdm.auto import tqdm
 from fpl import clip, features, partitions, released_splits, shapes
 from fpl.config import Backbone, Data, Experiment, Params
 from fpl.files import sha256, writing
-from fpl.records import RECORDS, index_path
+from fpl.records import RECORDS, save_index
 from fpl.rounds import Clients, Round, Seeds, run
 
 T = TypeVar("T", bound=Callable)
@@ -253,6 +254,4 @@ def tables(params: Params, names: Sequence[str], jobs: int | None = None, fresh:
     runs = {name: params.runs(name) for name in names}
     paths = iter(sweep([experiment for table in runs.values() for _, experiment in table], jobs, fresh))
     for name, table in runs.items():
-        entries = [{"row": label, "record": next(paths).name} for label, _ in table]
-        with writing(index_path(name, params.results)) as temporary:
-            temporary.write_text(json.dumps(entries, indent=0) + "\n")
+        save_index(name, itertools.islice(paths, len(table)), [label for label, _ in table], params.results)

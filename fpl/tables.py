@@ -10,14 +10,14 @@ import pandas as pd
 from fpl.controls import CONTROLS
 from fpl.files import writing
 from fpl.privacy import noise_multiplier
-from fpl.stats import by_seed, last_round, over_seeds
+from fpl.stats import by_seed, last_round, over_seeds, spread
 
 TABLES = Path("results/tables")
 PAPER = "pFedMoAP (ICLR 2025, 2410.10114)"
 BESIDE = "paper, mean of 5 data sets"
 GENERALISATION = ("local", "base", "novel", "HM")
 WITH_STD = (*GENERALISATION, *(f"{name} std" for name in GENERALISATION))
-DECIMALS = ("mean", "t_low", "t_high", "std", "low", "high", "noise", BESIDE, *WITH_STD)
+DECIMALS = ("mean", "t_low", "t_high", "std", "low", "high", "noise", "worst", "tenth", BESIDE, *WITH_STD)
 NOTE_TABLE1 = (
     "Miniature of Table 1 on the demo world, accuracy in %, last round; mean, std and 95 % interval over seeds. "
     "The paper's column is other data and another CLIP. Up and down are the numbers that a participating client sends and "
@@ -30,6 +30,9 @@ NOTE_SHORT = NOTE_DEMO + " 8 shots, 5 rounds."
 NOTE_PAIRED = (
     "Paired differences of accuracy in points, same client and seed; low and high from a bootstrap over seeds and clients, t low "
     "and t high the t-interval over seeds, which is the safer one."
+)
+NOTE_CLIENTS = (
+    "Accuracy in % by client of one run, last round, averaged over seeds: worst client, 10th percentile, std over clients."
 )
 NOTE_ABLATION = "pFedMoAP on the demo world, accuracy in %, last round; mean, std and 95 % interval over seeds."
 NAMES = {
@@ -141,6 +144,18 @@ def differences(pairs: Mapping[str, pd.Series]) -> pd.DataFrame:
     table = pd.DataFrame(pairs).T.rename_axis("pair")
     points = ["mean", "low", "high", "t_low", "t_high"]
     return (100 * table[points]).round(2).assign(seeds=table["seeds"].astype(int), clients=table["clients"].astype(int))
+
+
+def clients(runs: pd.DataFrame) -> pd.DataFrame:
+    """`fpl.stats.spread` of methods and controls, in percent."""
+    table = (100 * spread(runs)).round(2)
+    return table.assign(row=[NAMES.get(method, method) for method in table.index])
+
+
+def metrics(table: pd.DataFrame, path: Path = Path("results/metrics.json")) -> None:
+    """Mean and std of every row, as DVC reads them."""
+    with writing(path) as temporary:
+        table[["mean", "std"]].to_json(temporary, orient="index", indent=2)
 
 
 def with_bytes(table: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 from helpers import BACKBONE, DATA, OTHER, PARAMS, Here, python, standing_in
 
-from fpl import config, records, stats, sweep
+from fpl import cli, config, records, stats, sweep
 
 EXPERIMENTS = [PARAMS.experiment("promptfl", seed, rounds=40) for seed in range(1, 9)]
 FEW = [PARAMS.experiment(row, seed) for row in ("majority", "ridge_own", "promptfl") for seed in (1, 2)]
@@ -101,9 +102,19 @@ def test_a_table_is_read_from_its_index_with_its_labels(here, calls):
     assert set(frame[frame["row"] == "one"]["rounds"]) == {1} and set(frame["seed"]) == {1, 2}
     varied = records.of_table("experts")
     assert varied.groupby("row")["n_experts"].nunique().to_dict() == {"pfedmoap": 2, "majority": 0}
+    assert stats.varied(frame) == stats.varied(frame[frame["row"] == "one"]) == ["row"]
+    assert stats.varied(varied) == ["row", "n_experts"] and stats.varied(varied[varied["row"] == "pfedmoap"]) == ["n_experts"]
     next(records.RECORDS.glob("promptfl*")).unlink()
     with pytest.raises(FileNotFoundError, match="1 of . runs of table .*`fpl sweep"):
         [records.of_table(name) for name in TABLES]
+
+
+def test_a_sweep_may_keep_a_name_for_notebooks(here, capsys):
+    sections = {name: dataclasses.asdict(getattr(PARAMS, name)) for name in ("data", "backbone", "partition", "run")}
+    Path("params.yaml").write_text(yaml.safe_dump(sections))
+    cli.main(["sweep", "promptfl", "n_ctx=1,2", "seed=1,2", "rounds=1", "local_epochs=1", "--name", "mine"])
+    found = records.of_table("mine")
+    assert stats.varied(found) == ["n_ctx"] and set(found["seed"]) == {1, 2} and "n_ctx" in capsys.readouterr().out
 
 
 NAMES = [
