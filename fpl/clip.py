@@ -33,6 +33,7 @@ from fpl.files import sha256
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"  # of a model in a hub's repository or in a folder
 PICKLED = "open_clip_pytorch_model.bin"  # in older repositories
+PRECISIONS = {"single": torch.float32, "bfloat16": torch.bfloat16, "half": torch.float16}  # of a text tower's matrix products
 LOCAL, HUB, QUICK = "local-dir:", "hf-hub:", "-quickgelu"
 
 
@@ -186,18 +187,27 @@ class Text(nn.Module):
     (clients times trees) are encoded in pieces of at most that many, whose activations are computed again in the backward
     pass, so memory is bounded whatever the number of classes and clients.
 
-    `tail` follows the name ("." in CoOp's prompts). Raises ValueError for a tower that is not causal or a name that is too long.
+    `tail` follows the name ("." in CoOp's prompts). With a `precision` of PRECISIONS other than "single" the transformer computes
+    its matrix products in it; prompts, the sums between blocks, norms, features and their gradients stay in single. Raises
+    ValueError for a tower that is not causal or a name that is too long.
     """
 
     def __init__(
-        self, clip: Clip, names: Sequence[str], n_ctx: int = 16, tail: str = ".", budget: int = 4096, classes_per_tree: int = 128
+        self,
+        clip: Clip,
+        names: Sequence[str],
+        n_ctx: int = 16,
+        tail: str = ".",
+        budget: int = 4096,
+        classes_per_tree: int = 128,
+        precision: str = "single",
     ):
         super().__init__()
         tower = getattr(clip.model, "text", clip.model)  # open_clip's CustomTextCLIP keeps the text tower in a module of its own
         read_at = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
         if getattr(tower, "attn_mask", None) is None or read_at != "argmax":
             raise ValueError("this text tower is not causal and read at EOS: the prompt tree needs one of CLIP's kind")
-        self.names, self.n_ctx, self.budget = list(names), n_ctx, budget
+        self.names, self.n_ctx, self.budget, self.precision = list(names), n_ctx, budget, precision
         prompts = [f"{'X ' * n_ctx}{name.replace('_', ' ')}{tail}" for name in names]  # the X are places for the context
         rows = [[clip.tokenizer.sot_token_id, *clip.tokenizer.encode(p), clip.tokenizer.eot_token_id] for p in prompts]
         for name, row in zip(names, rows, strict=True):
@@ -252,7 +262,9 @@ class Text(nn.Module):
         (tower,) = self._tower
         n = len(ctx)
         x = torch.cat([tree.sos.expand(n, -1, -1), ctx, tree.suffix.expand(n, -1, -1)], dim=1) + tree.pos
-        x = tower.ln_final(tower.transformer(x, attn_mask=tree.mask)[:, tree.leaf])
+        with torch.autocast(x.device.type, PRECISIONS[self.precision], enabled=self.precision != "single"):
+            x = tower.transformer(x, attn_mask=tree.mask)
+        x = tower.ln_final(x[:, tree.leaf].float())
         project = tower.text_projection
         return F.normalize(project(x) if isinstance(project, nn.Module) else x @ project, dim=-1)
 

@@ -21,6 +21,12 @@ from torch import Tensor
 from fpl import privacy
 from fpl.methods import Params, PromptFL, Server
 
+CHOICES = {
+    "schedule": ("constant", "cosine", "zigzag"),
+    "optimiser": ("fresh", "shared"),
+    "precision": ("single", "bfloat16", "half"),
+}
+
 
 @dataclass(frozen=True)
 class Clients:
@@ -83,12 +89,13 @@ class Run:
     participation: float = 1.0
     init_seed: int = 0  # of what a method draws at the beginning; 0: the run's
     order_seed: int = 0  # of participants and of the order of images; 0: the run's
+    precision: str = "single"  # or "bfloat16" or "half": of the text tower's matrix products, nothing else
     epsilon: float = 0.0  # of differential privacy of the uploads over all rounds (fpl.privacy); 0: none
     delta: float = 0.05  # pFedMoAP's
     clip: float = 0.4  # l2 norm of an update, ours: the median of PromptFL's and FedProx's on the demo, whose range is 0.2 to 0.8
 
     def __post_init__(self):
-        for name, known in {"schedule": ("constant", "cosine", "zigzag"), "optimiser": ("fresh", "shared")}.items():
+        for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not known: use {', '.join(known)}")
         if not 0 < self.participation <= 1:

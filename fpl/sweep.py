@@ -79,10 +79,12 @@ def opened(data: Data, backbone: Backbone, device: str) -> tuple[clip.Clip, feat
 
 
 @kept(maxsize=4)
-def text_of(data: Data, backbone: Backbone, device: str, n_ctx: int, first: int = 0, end: int | None = None) -> clip.Text:
+def text_of(
+    data: Data, backbone: Backbone, device: str, n_ctx: int, first: int = 0, end: int | None = None, precision: str = "single"
+) -> clip.Text:
     """The prompts of the classes numbered `first` to before `end`."""
     loaded, feats = opened(data, backbone, device)
-    return clip.Text(loaded, feats.classes[first:end], n_ctx)
+    return clip.Text(loaded, feats.classes[first:end], n_ctx, precision=precision)
 
 
 @kept(maxsize=1)
@@ -147,7 +149,7 @@ def elsewhere_of(experiment: Experiment, text: clip.Text, clients: Clients) -> d
     for name, images in found.items():
         there = replace(clients, test=[torch.from_numpy(images).to(clients.labels.device)] * len(clients))
         if name == "novel":
-            names = text_of(data, backbone, device(), experiment.method.n_ctx, clients.n_cls)
+            names = text_of(data, backbone, device(), experiment.method.n_ctx, clients.n_cls, None, experiment.run.precision)
             made[name] = names, replace(there, labels=clients.labels - clients.n_cls, n_cls=names.n_cls)
         else:
             made[name] = text, there
@@ -158,9 +160,10 @@ def rounds_of(experiment: Experiment, tick=lambda n: None) -> Iterable[Round]:
     """The rounds of one experiment as they finish; in a notebook, a way to watch one."""
     where, source = device(), experiment.source
     clients = make_clients(experiment, where)
-    text = text_of(source.data, source.backbone, where, experiment.method.n_ctx, 0, clients.n_cls)
-    seeds = Seeds(experiment.run.init_seed or experiment.seed, experiment.run.order_seed or experiment.seed)
-    return run(experiment.method, text, clients, experiment.run, seeds, tick, elsewhere_of(experiment, text, clients))
+    cfg = experiment.run
+    text = text_of(source.data, source.backbone, where, experiment.method.n_ctx, 0, clients.n_cls, cfg.precision)
+    seeds = Seeds(cfg.init_seed or experiment.seed, cfg.order_seed or experiment.seed)
+    return run(experiment.method, text, clients, cfg, seeds, tick, elsewhere_of(experiment, text, clients))
 
 
 def record_path(features_sha: str, experiment: Experiment) -> Path:

@@ -42,6 +42,7 @@ OTHER = {  # of every setting to which 1 cannot be added, a value that is not th
     "optimiser": "shared",
     "participation": 0.5,
     "delta": 0.5,
+    "precision": "bfloat16",
     "template": "a {}.",
     "memory": "always",
     "anchor": "a {}.",

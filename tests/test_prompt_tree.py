@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from conftest import NAMES, ROOT, error, golden, stored_clip, tiny_model
 
-from fpl.clip import Clip, Text, load, words
+from fpl import rounds
+from fpl.clip import PRECISIONS, Clip, Text, load, words
 
 LONGEST = " ".join(["cat"] * 58)  # with SOS, 16 context vectors, the full stop and EOS: 77 tokens
 LISTS = {
@@ -153,3 +154,20 @@ def test_food101_takes_427_tokens_instead_of_7777(clip):
     names = food101()
     assert Text(clip, names, n_ctx=16).n_nodes == 427
     assert clip.tokenizer(names).numel() == 7777
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "half"])
+def test_a_lower_precision_is_of_the_transformer_alone(clip, precision):
+    """Features and gradients come in single precision and are near those of it: 8 or 11 bits instead of 24."""
+    assert rounds.CHOICES["precision"] == tuple(PRECISIONS)
+    made, gen = {}, torch.Generator().manual_seed(1)
+    start, r = 0.02 * torch.randn(3, 16, 32, generator=gen), torch.randn(3, len(NAMES), 32, generator=gen)
+    for kind in ("single", precision):
+        ctx, text = start.clone().requires_grad_(), Text(clip, NAMES, 16, precision=kind)
+        features = text(ctx)
+        (r * features).sum().backward()
+        made[kind] = features.detach(), ctx.grad, text.zero_shot()
+    (low, low_grad, low_zero), (full, grad, zero) = made[precision], made["single"]
+    bound = {"bfloat16": 0.03, "half": 0.005}[precision]
+    assert 0 < (low - full).norm() / full.norm() < bound and 0 < (low_grad - grad).norm() / grad.norm() < bound
+    assert low.dtype == low_grad.dtype == torch.float32 and torch.equal(low_zero, zero)
