@@ -6,6 +6,7 @@ readable in greyscale and by the colour-blind: kinds differ in lightness and in 
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -234,16 +235,30 @@ def partition(images: pd.DataFrame) -> Figure:
     return fig
 
 
-def heat(matrix: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, label: str) -> Figure:
-    """A matrix as shades, light to dark."""
-    with plt.rc_context(STYLE):
-        fig = _figure(figsize=(0.42 * len(columns) + 2.2, 0.3 * len(rows) + 1.2))
+def heat(
+    matrix: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str,
+    label: str,
+    xlabel: str = "",
+    ylabel: str = "",
+    dots: np.ndarray | None = None,
+) -> Figure:
+    """A matrix as shades, light to dark; hatched where it is nan. `dots`, of its shape: white discs of these areas, largest 1."""
+    wide, high = min(0.42, max(4.6 / len(columns), 0.18)), min(0.3, max(7 / len(rows), 0.16))
+    with plt.rc_context(STYLE | {"ytick.labelsize": min(10, 50 * high), "xtick.labelsize": min(10, 45 * wide)}):
+        fig = _figure(figsize=(wide * len(columns) + 2.2, high * len(rows) + 1.2))
         ax = fig.subplots()
+        ax.patch.set(hatch="//////", edgecolor="#CCCCCC")
         shades = ax.imshow(matrix, cmap="cividis_r", aspect="auto")
-        ax.set_xticks(range(len(columns)), columns)
+        if dots is not None:
+            y, x = np.nonzero(dots)
+            ax.scatter(x, y, s=2000 * min(wide, high) ** 2 * dots[y, x], color="white", edgecolor="black", linewidth=0.8)
+        ax.set_xticks(range(len(columns)), columns, rotation=90 if max(map(len, columns)) > 3 else 0)
         ax.set_yticks(range(len(rows)), rows)
         ax.grid(visible=False)
-        ax.set(title=title)
+        ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
         fig.colorbar(shades, label=label)
     return fig
 
@@ -285,4 +300,115 @@ def scatter(points: np.ndarray, groups: Sequence[str], title: str) -> Figure:
         ax.grid(visible=False)
         ax.set(title=title, xticks=[], yticks=[])
         fig.legend(loc="outside right upper")
+    return fig
+
+
+def expert_shares(worlds: dict[str, pd.DataFrame]) -> Figure:
+    """Share of attention (%) by rank of the expert, 0 the local one: grey dots are clients, black the mean, a line even shares.
+
+    A panel per world; its frame has a line per client and a column per rank, in [0, 1].
+    """
+    with plt.rc_context(STYLE):
+        fig = _figure(figsize=(6.5, 3.2))
+        widths = [len(shares.columns) for shares in worlds.values()]
+        for ax, (name, shares) in zip(fig.subplots(1, len(worlds), width_ratios=widths, squeeze=False)[0], worlds.items()):
+            x, each = np.arange(len(shares.columns)), 100 * shares.to_numpy()
+            beside = np.linspace(-0.2, 0.2, len(each))[:, None]
+            ax.scatter(*np.broadcast_arrays(x + beside, each), s=9, color="#999999", label="a client")
+            ax.scatter(x, each.mean(0), s=34, marker="D", color="black", label="mean over clients")
+            ax.axhline(100 / len(x), color="#D55E00", linestyle="--", linewidth=1.2, label="even share")
+            ax.set_xticks(x, ["own", *map(str, x[1:])])
+            ax.set(title=name, xlabel="expert, by nearness", ylim=(0, max(200 / len(x), 1.1 * each.max())))
+        fig.axes[0].set(ylabel="share of attention (%)")
+        fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
+    return fig
+
+
+def prompt_map(
+    points: np.ndarray, names: Sequence[str], kinds: Sequence[str], arrows: Sequence[tuple[int, int]], variance: Sequence[float]
+) -> Figure:
+    """Prompts in the plane, (n, 2), each with its name and the marker of its kind, and arrows (from, to) between their places.
+
+    `variance`: part of the variance on each axis. Where most points lie close together, a second panel enlarges that part.
+    """
+    away = np.linalg.norm(points - np.median(points, axis=0), axis=1)
+    crowd = points[away <= 2 * np.median(away)]
+    close = len(points) > 12 and np.prod(np.ptp(crowd, axis=0)) < np.prod(np.ptp(points, axis=0)) / 8
+    areas = [points, crowd] if close else [points]
+    sides = [np.ptp(area, axis=0).clip(1e-9) for area in areas]
+    heights = [min(max(5.4 * high / wide, 3), 5.4) for wide, high in sides]
+    with plt.rc_context(STYLE):
+        fig = _figure(figsize=(6.5, sum(heights) + 0.8 * len(areas)))
+        for ax, area in zip(fig.subplots(len(areas), 1, height_ratios=heights, squeeze=False)[:, 0], areas):
+            low, high = area.min(0), area.max(0)
+            margin = 0.08 * np.ptp(area, axis=0).max()
+            ax.set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin))
+            ax.set_aspect("equal", adjustable="datalim")
+            _prompts(ax, points, names, kinds, arrows)
+            ax.set_xlabel(f"first axis, {100 * variance[0]:.0f} % of the variance")
+            ax.set_ylabel(f"second axis, {100 * variance[1]:.0f} %")
+        if close:
+            fig.axes[1].set_title("the crowd of the panel above, enlarged")
+        if len({*kinds}) > 1:
+            fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, markerscale=0.6)
+    return fig
+
+
+def _prompts(ax: Axes, points: np.ndarray, names: Sequence[str], kinds: Sequence[str], arrows: Sequence[tuple[int, int]]) -> None:
+    arrow = {"arrowstyle": "-|>", "color": "#999999", "linewidth": 0.6, "shrinkA": 7, "shrinkB": 7, "mutation_scale": 7}
+    for a, b in arrows:
+        ax.annotate("", points[b], points[a], arrowprops=arrow, zorder=1, annotation_clip=False).arrow_patch.set_clip_on(True)
+    for k, kind in enumerate(dict.fromkeys(kinds)):
+        here = points[np.array(kinds) == kind]
+        look = {"marker": "osD^vh"[k % 6], "edgecolor": COLOURS[k % len(COLOURS)], "facecolor": "white"}
+        ax.scatter(*here.T, s=(190, 170, 150, 290, 290, 220)[k % 6], linewidth=1.6, zorder=2, label=kind, **look)
+    for at, name in zip(points, names, strict=True):
+        ax.annotate(name, at, ha="center", va="center_baseline", fontsize=8, zorder=3, annotation_clip=True)
+    ax.grid(visible=False)
+
+
+def against(panels: dict[str, tuple[np.ndarray, np.ndarray, str]], ylabel: str) -> Figure:
+    """Pairs as points, with the means of up to eight parts of x, each of as many pairs; panels: title -> (x, y, x's label)."""
+    lines = -(-len(panels) // 2)
+    with plt.rc_context(STYLE):
+        fig = _figure(figsize=(6.5, 2.9 * lines))
+        axes = fig.subplots(lines, 2, squeeze=False).ravel()
+        for ax in axes[len(panels) :]:
+            ax.remove()
+        for ax, (title, (x, y, xlabel)) in zip(axes, panels.items()):
+            ax.scatter(x, y, s=9, color="#56B4E9", edgecolor="none", alpha=0.6)
+            order = np.argsort(x, kind="stable")
+            parts = np.array_split(order, min(8, len(np.unique(x))))
+            middle = [(x[part].mean(), y[part].mean()) for part in parts]
+            ax.plot(*np.transpose(middle), marker="D", markersize=5, color="black", linewidth=1.2)
+            ax.set(title=title, xlabel=xlabel, ylim=(0, None))
+            ax.xaxis.get_major_locator().set_params(integer=bool(np.all(x == np.round(x))))
+        for ax in axes[: len(panels) : 2]:
+            ax.set(ylabel=ylabel)
+    return fig
+
+
+def by_client(runs: pd.DataFrame, names: dict[str, str]) -> Figure:
+    """Accuracy (%) of every client in every seed, a row per method; the mean over them, and the worst client of each seed.
+
+    `runs`: a line per run and client, columns method, seed, accuracy.
+    """
+    methods = [*dict.fromkeys(runs["method"])]
+    with plt.rc_context(STYLE):
+        fig = _figure(figsize=(6.5, 0.34 * len(methods) + 1.1))
+        ax = fig.subplots()
+        for y, method in enumerate(methods):
+            each = 100 * runs.loc[runs["method"] == method].set_index("seed")["accuracy"]
+            worst = each.groupby(level="seed").min()
+            ax.scatter(each, [y] * len(each), s=36, marker="|", color="#777777", linewidth=1, label="a client")
+            look = {"marker": "v", "facecolor": "white", "edgecolor": "#D55E00", "linewidth": 1.3}
+            ax.scatter(worst, [y] * len(worst), s=30, label="worst client of a seed", **look)
+            ax.scatter(each.mean(), y - 0.25, s=22, marker="D", color="black", label="mean", zorder=3)
+        labels = [textwrap.fill(names.get(method, method), 30) for method in methods]
+        ax.set_yticks(range(len(methods)), labels, fontsize=8)
+        ax.set(ylim=(len(methods) - 0.4, -0.6))
+        ax.grid(axis="both")
+        ax.set_xlabel("accuracy on the client's own test images (%)", loc="right")
+        handles, texts = ax.get_legend_handles_labels()
+        fig.legend(handles[:3], texts[:3], loc="outside lower left", ncols=3)
     return fig

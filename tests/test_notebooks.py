@@ -49,7 +49,8 @@ tables:
   fedpgp_mu: {rows: [fedpgp], set: {classes: base}, vary: {mu: [0]}}
   leave_one_out: {data: [styles], rows: [zeroshot, promptfl], set: {clients: 5}, vary: {held_out: [photo, sketch]}}
 """
-QUICK = {"00_tour": {"clients": 4}, "03_methods": {"rounds": 2}, "20_label_prior": {"null_seeds": 5}}
+QUICK = {"00_tour": {"clients": 4}, "20_label_prior": {"null_seeds": 5}}
+QUICK |= {name: {"rounds": 2} for name in ("03_methods", "23_pictures")}
 
 
 @pytest.fixture(scope="module")

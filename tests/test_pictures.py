@@ -1,0 +1,256 @@
+"""Promise: pictures of prompts and gates show what the run had: its attention, its experts, its distances, the nearest words."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import make
+from helpers import PARAMS, refuses
+from scipy import stats
+from test_identities import RUN, SEEDS
+
+from fpl import pictures, plots, rounds, sweep
+from fpl.methods import PFedMoAP, PromptFL
+
+MANY = dataclasses.replace(RUN, participation=0.67)  # four of six clients in a round
+
+
+@pytest.fixture(scope="module")
+def learnt(text, clients):
+    """A run of a gate that has learnt to prefer, after three rounds of which one client has seen none before the last."""
+    method = make(PFedMoAP)
+    *_, before, last = rounds.run(method, text, clients, MANY, SEEDS)
+    server = dataclasses.replace(before.server, round=last.number)
+    gen = torch.Generator().manual_seed(1)
+    deployed = {k: v + torch.randn(v.shape, generator=gen) * k.startswith("gate_") for k, v in last.deployed.items()}
+    init = method.init(text, rounds.generator(SEEDS.init, "init"))
+    return pictures.Learnt(method, text, clients, init, deployed, server, torch.arange(6))
+
+
+def by_hand(learnt, client, prompts, name):
+    """A[h, b, k] of one client and class, expert by expert and head by head."""
+    method, p = learnt.method, {k: v[client] for k, v in learnt.deployed.items()}
+    c, e = learnt.text.names.index(name), method.d_gate // method.heads
+    q = learnt.clients.feats[learnt.clients.test[client]][:, :: 32 // method.d_gate] @ p["gate_wq"].T + p["gate_bq"]
+    texts = torch.stack([learnt.text(prompt)[c] for prompt in prompts])[:, :: 32 // method.d_gate]
+    k = texts @ p["gate_wk"].T + p["gate_bk"]
+    heads = [slice(h * e, (h + 1) * e) for h in range(method.heads)]
+    return torch.stack([(method.gate_scale * q[:, h] @ k[:, h].T).softmax(-1) for h in heads])
+
+
+@pytest.mark.parametrize("name", ["red circle", "cat"])
+def test_attention_is_that_of_the_gate_on_the_prompts_that_were_downloaded(learnt, name):
+    found = pictures.attention(learnt).query("`class` == @name")
+    assert [*found["client"].unique()] == learnt.who.tolist() and len(learnt.who) > 3
+    for client, lines in found.groupby("client"):
+        pool = learnt.server.pool["ctx"]
+        own, *others = lines.sort_values("rank").itertuples()
+        a = by_hand(learnt, client, [learnt.deployed["ctx"][client], *(pool[line.expert] for line in others)], name)
+        assert own.expert == client and own.rank == 0
+        assert lines["share"].tolist() == pytest.approx(a.mean((0, 1)).tolist(), abs=1e-6)
+        entropy = -(a * a.log()).sum(-1).mean().item() / math.log(3)
+        assert own.evenness == pytest.approx(entropy, abs=1e-5) and entropy < 0.99
+    assert found.groupby("client")["share"].sum().tolist() == pytest.approx([1.0] * len(learnt.who), abs=1e-5)
+
+
+def test_a_gate_without_a_preference_is_even(learnt):
+    silent = {k: torch.zeros_like(v) if k in ("gate_wq", "gate_bq") else v for k, v in learnt.deployed.items()}
+    found = pictures.attention(dataclasses.replace(learnt, deployed=silent))
+    assert np.allclose(found["share"], 1 / 3) and np.allclose(found["evenness"], 1)
+
+
+def test_the_gate_as_drawn_is_the_one_before_training_and_prompts_stay(learnt):
+    drawn = pictures.with_gate_as_drawn(learnt).deployed
+    assert torch.equal(drawn["ctx"], learnt.deployed["ctx"])
+    assert all(torch.equal(drawn[k][4], v) for k, v in learnt.init.items() if k != "ctx")
+    assert not torch.equal(drawn["gate_wq"], learnt.deployed["gate_wq"])
+
+
+def test_experts_are_the_downloaded_prompts_in_their_order(learnt):
+    found, who = pictures.experts(learnt), learnt.who
+    down = learnt.method.download(learnt.server, who, learnt.clients)["experts"]
+    assert len(found) == len(who) * 2
+    for line in found.itertuples():
+        assert torch.equal(down[who.tolist().index(line.client), line.rank - 1], learnt.server.pool["ctx"][line.expert])
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [({"method": make(PromptFL)}, "mixing"), ({"mixing": "uniform"}, "mixing"), ({"n_experts": 0}, "n_experts")],
+)
+def test_refuses_runs_without_attention_or_experts(learnt, change, word):
+    method = change.get("method") or dataclasses.replace(learnt.method, **change)
+    refuses(lambda: pictures.attention(dataclasses.replace(learnt, method=method)), [word])
+
+
+def test_learn_keeps_the_round_before_the_last_and_when_each_prompt_came(here):
+    experiment = PARAMS.experiment("pfedmoap", 1, rounds=3, participation=0.5)
+    run, played = pictures.learn(experiment), [*sweep.rounds_of(experiment)]
+    last = {int(i): r.number for r in played[:2] for i in r.participants}
+    assert run.uploaded.tolist() == [last.get(i, -1) for i in range(4)]
+    assert run.who.tolist() == sorted(last) and run.server.round == 2
+    assert torch.equal(run.server.pool["ctx"], played[1].server.pool["ctx"])
+    assert torch.equal(run.deployed["ctx"], played[2].deployed["ctx"])
+    first = next(iter(sweep.rounds_of(PARAMS.experiment("pfedmoap", 1, lr=1e-12, weight_decay=0.0))))
+    assert torch.allclose(first.server.params["ctx"], run.init["ctx"], atol=1e-6)
+    refuses(lambda: pictures.learn(PARAMS.experiment("pfedmoap", 1, rounds=1)), ["rounds 1", "2"])
+
+
+def test_label_distance_is_0_for_equal_shares_and_1_for_disjoint_ones():
+    far = pictures.variation(np.array([[2, 4, 0, 0], [1, 2, 0, 0], [0, 0, 9, 1], [3, 0, 3, 0]]))
+    assert np.allclose(far, [[0, 0, 1, 2 / 3], [0, 0, 1, 2 / 3], [1, 1, 0, 1 / 2], [2 / 3, 2 / 3, 1 / 2, 0]])
+
+
+def test_distances_are_of_the_clients_with_an_upload(learnt):
+    found, a, b = pictures.pairs(learnt), *learnt.who[[1, 3]].tolist()
+    assert len(found) == len(learnt.who) * (len(learnt.who) - 1) / 2
+    pool, clients = learnt.server.pool["ctx"], learnt.clients
+    means = [clients.training(i)[0].mean(0) for i in (a, b)]
+    assert found.loc[a, b].tolist() == pytest.approx(
+        [
+            (pool[a] - pool[b]).norm().item(),
+            (clients.counts(a) / len(clients.train[a]) - clients.counts(b) / len(clients.train[b])).abs().sum().item() / 2,
+            (means[0] - means[1]).norm().item(),
+            abs(len(clients.train[a]) - len(clients.train[b])),
+            abs(a - b),
+        ],
+        abs=1e-6,
+    )
+
+
+def cloud(gen, n):
+    points = gen.normal(size=(n, 2))
+    return np.linalg.norm(points[:, None] - points, axis=-1)
+
+
+def lopsided(gen, n):
+    """Some clients are far from everybody: pairs are not independent."""
+    far = gen.exponential(size=n) ** 2
+    return (far[:, None] + far) * (1 - np.eye(n))
+
+
+@pytest.mark.parametrize("world", [cloud, lopsided])
+def test_unrelated_distances_are_found_related_as_seldom_as_stated(world):
+    gen = np.random.default_rng(1)
+    found = pd.DataFrame([pictures.related(world(gen, 8), world(gen, 8), draws=99) for _ in range(120)])
+    assert 0 < (found["p"] <= 0.05).mean() <= 0.11  # three sigma are 0.06
+    assert ((found["low"] <= 0) & (found["high"] >= 0)).mean() >= (0.93 if world is cloud else 0.8)
+
+
+def test_correlation_is_spearmans_and_sees_order_alone():
+    gen = np.random.default_rng(2)
+    one, two = cloud(gen, 9), cloud(gen, 9)
+    at = np.triu_indices(9, 1)
+    assert pictures.related(one, two, 99)["spearman"] == pytest.approx(stats.spearmanr(one[at], two[at]).statistic)
+    same, turned = pictures.related(one, np.exp(one), 99), pictures.related(one, -one, 99)
+    assert same[["spearman", "low", "p"]].tolist() == pytest.approx([1, 1, 0.01])
+    assert turned[["spearman", "high", "p"]].tolist() == pytest.approx([-1, -1, 0.01])
+    assert pictures.related(one, 1 - np.eye(9), 99)[["spearman", "low", "high", "p"]].isna().all()
+
+
+VERDICTS = [
+    (0.5, 0.1, 0.8, 0.01, "together"),
+    (0.5, 0.1, 0.8, 0.06, "not shown"),
+    (0.5, -0.1, 0.8, 0.01, "not shown"),
+    (-0.5, -0.8, -0.1, 0.05, "opposite"),
+    (np.nan, np.nan, np.nan, np.nan, "cannot be said"),
+]
+
+
+@pytest.mark.parametrize(("spearman", "low", "high", "p", "verdict"), VERDICTS)
+def test_verdict_needs_both_the_interval_and_the_test(learnt, monkeypatch, spearman, low, high, p, verdict):
+    said = pd.Series({"spearman": spearman, "low": low, "high": high, "p": p, "clients": 5, "pairs": 10})
+    monkeypatch.setattr(pictures, "related", lambda *_: said)
+    assert {*pictures.followed(learnt)["verdict"]} == {verdict}
+
+
+def test_the_plane_keeps_the_distances_of_prompts_that_lie_in_one():
+    gen = torch.Generator().manual_seed(0)
+    flat = torch.randn(7, 2, generator=gen, dtype=torch.double) @ torch.randn(2, 12, generator=gen, dtype=torch.double) + 3
+    points, parts = pictures.plane(flat.view(7, 3, 4))
+    assert np.allclose(np.linalg.norm(points[:, None] - points, axis=-1), torch.cdist(flat, flat), atol=1e-6)
+    assert sum(parts) == pytest.approx(1) and parts[0] >= parts[1]
+
+
+def test_the_nearest_word_of_an_embedding_is_that_word(clip):
+    words = ["photo", "cat", "golden"]
+    found = pictures.nearest_words(clip, torch.cat([pictures.table_of_words(clip)[clip.tokenizer.encode(w)] for w in words]))
+    assert found["word 1"].tolist() == words and found["distance"].tolist() == [0, 0, 0] and found.index.tolist() == [1, 2, 3]
+    assert found["word 2"].isin(words).sum() == 0
+
+
+def test_words_are_measured_to_other_words_and_vectors_to_all(clip):
+    words = pictures.table_of_words(clip)
+    far = (words[:1] - words).norm(dim=1)
+    assert pictures.to_nearest(clip, words[:3] + 0).tolist() == [0, 0, 0]
+    assert pictures.to_nearest(clip, sample=2)[0] == pytest.approx(far[1:].min().item(), rel=1e-5)
+
+
+def saved(make, folder):
+    """The figure that `make` returns, which saves to the same bytes when it is made again."""
+    for name in "ab":
+        plots.save(make(), folder / name)
+    assert all((folder / f"a.{kind}").read_bytes() == (folder / f"b.{kind}").read_bytes() for kind in ("png", "svg"))
+    return make()
+
+
+def test_every_client_has_a_dot_and_the_even_share_a_line(tmp_path):
+    shares = pd.DataFrame([[0.5, 0.3, 0.2], [0.6, 0.2, 0.2]])
+    figure = saved(lambda: plots.expert_shares({"one": shares, "two": shares[[0, 1]]}), tmp_path)
+    for ax, columns in zip(figure.axes, (3, 2)):
+        dots, mean = (part.get_offsets() for part in ax.collections)
+        assert sorted(dots[:, 1]) == sorted(100 * shares.to_numpy()[:, :columns].ravel())
+        assert mean[:, 1].tolist() == pytest.approx((100 * shares.mean()).tolist()[:columns])
+        assert ax.lines[0].get_ydata()[0] == 100 / columns and ax.get_ylim()[0] == 0
+
+
+@pytest.mark.parametrize(("n", "outlier", "panels"), [(20, True, 2), (20, False, 1), (10, True, 1)])
+def test_the_map_enlarges_a_crowd_where_there_is_one(n, outlier, panels, tmp_path):
+    points = np.random.default_rng(0).uniform(size=(n, 2))
+    points[0] += 30 * outlier
+    figure = saved(
+        lambda: plots.prompt_map(points, [*map(str, range(n))], ["a", "b"] * (n // 2), [(0, 1), (2, 3)], (0.5, 0.2)), tmp_path
+    )
+    assert len(figure.axes) == panels
+    for ax, inside in zip(figure.axes, (points, points[1:])):
+        (x0, x1), (y0, y1) = ax.get_xlim(), ax.get_ylim()
+        assert (inside >= [x0, y0]).all() and (inside <= [x1, y1]).all()
+
+
+def test_clients_worst_and_mean_stand_in_the_row_of_their_method(tmp_path):
+    runs = pd.DataFrame(
+        [("a", s, x) for s in (1, 2) for x in (0.1 * s, 0.9)] + [("b", 1, 0.4)], columns=["method", "seed", "accuracy"]
+    )
+    figure = saved(lambda: plots.by_client(runs, {"a": "A"}), tmp_path)
+    (ax,) = figure.axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["A", "b"] and ax.yaxis_inverted()
+    each, worst, mean = (part.get_offsets().tolist() for part in ax.collections[:3])
+    assert np.allclose(each, [[10, 0], [90, 0], [20, 0], [90, 0]]) and np.allclose(worst, [[10, 0], [20, 0]])
+    assert np.allclose(mean, [[52.5, -0.25]]) and np.allclose(ax.collections[3].get_offsets(), [[40, 1]])
+
+
+def test_pairs_are_all_drawn_and_their_means_climb_with_them(tmp_path):
+    x = np.arange(40.0)
+    figure = saved(
+        lambda: plots.against({"climbs": (x, 2 * x, "x"), "one value": (0 * x, x, "x"), "third": (x, x, "x")}, "y"), tmp_path
+    )
+    assert len(figure.axes) == 3
+    climbs, one, _ = figure.axes
+    assert len(climbs.collections[0].get_offsets()) == 40
+    assert np.allclose(climbs.lines[0].get_ydata(), 2 * climbs.lines[0].get_xdata()) and len(climbs.lines[0].get_xdata()) == 8
+    assert one.lines[0].get_ydata().tolist() == [19.5]
+
+
+def test_heat_has_a_disc_for_every_share_and_hatches_gaps(tmp_path):
+    matrix = np.array([[1.0, np.nan], [0.5, 0.2]])
+    figure = saved(lambda: plots.heat(matrix, ["a", "b"], ["0", "1"], "t", "l", dots=np.array([[1.0, 0], [0.25, 0]])), tmp_path)
+    discs = figure.axes[0].collections[0]
+    assert discs.get_offsets().tolist() == [[0, 0], [0, 1]]
+    assert discs.get_sizes()[1] == pytest.approx(discs.get_sizes()[0] / 4)
+    assert figure.axes[0].patch.get_hatch() and figure.axes[0].images[0].get_array().mask.tolist() == [
+        [False, True],
+        [False, False],
+    ]
