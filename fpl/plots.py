@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch
 
 from fpl.files import writing
 from fpl.label_prior import MAJORITY
@@ -330,38 +331,54 @@ def prompt_map(
     """Prompts in the plane, (n, 2), each with its name and the marker of its kind, and arrows (from, to) between their places.
 
     `variance`: part of the variance on each axis. Where most points lie close together, a second panel enlarges that part.
+    Markers that would cover each other are moved apart until they touch.
     """
     away = np.linalg.norm(points - np.median(points, axis=0), axis=1)
-    crowd = points[away <= 2 * np.median(away)]
-    close = len(points) > 12 and np.prod(np.ptp(crowd, axis=0)) < np.prod(np.ptp(points, axis=0)) / 8
-    areas = [points, crowd] if close else [points]
+    crowd = away <= 2 * np.median(away)
+    close = len(points) > 12 and np.prod(np.ptp(points[crowd], axis=0)) < np.prod(np.ptp(points, axis=0)) / 8
+    areas = [points, points[crowd]] if close else [points]
     sides = [np.ptp(area, axis=0).clip(1e-9) for area in areas]
     heights = [min(max(5.4 * high / wide, 3), 5.4) for wide, high in sides]
     with plt.rc_context(STYLE):
         fig = _figure(figsize=(6.5, sum(heights) + 0.8 * len(areas)))
-        for ax, area in zip(fig.subplots(len(areas), 1, height_ratios=heights, squeeze=False)[:, 0], areas):
-            low, high = area.min(0), area.max(0)
-            margin = 0.08 * np.ptp(area, axis=0).max()
-            ax.set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin))
-            ax.set_aspect("equal", adjustable="datalim")
-            _prompts(ax, points, names, kinds, arrows)
+        axes = fig.subplots(len(areas), 1, height_ratios=heights, squeeze=False)[:, 0]
+        for ax, area, (wide, high), tall in zip(axes, areas, sides, heights):
+            inch = max(wide / 5, high / (tall - 0.5))
+            (x, y), named = (area.min(0) + area.max(0)) / 2, ~crowd if close and ax is axes[0] else np.full(len(points), True)
+            ax.set(xlim=(x - 2.8 * inch, x + 2.8 * inch), ylim=(y - tall / 2 * inch, y + tall / 2 * inch))
+            ax.set_aspect("equal")
+            at = points.copy()
+            at[named] = _apart(points[named], 0.24 * inch)
+            _prompts(ax, at, [name if n else "" for name, n in zip(names, named, strict=True)], kinds, arrows)
             ax.set_xlabel(f"first axis, {100 * variance[0]:.0f} % of the variance")
             ax.set_ylabel(f"second axis, {100 * variance[1]:.0f} %")
         if close:
-            fig.axes[1].set_title("the crowd of the panel above, enlarged")
+            axes[1].set_title("the crowd of the panel above, enlarged")
         if len({*kinds}) > 1:
-            fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, markerscale=0.6)
+            fig.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower left", ncols=3, markerscale=0.6)
     return fig
 
 
+def _apart(points: np.ndarray, least: float) -> np.ndarray:
+    """The points (n, 2), those closer than `least` to another moved away from it."""
+    moved = points + 1e-6 * least * np.arange(len(points))[:, None] * [1, -1]  # equal points need a direction
+    for _ in range(200):
+        gap = moved[:, None] - moved
+        far = np.linalg.norm(gap, axis=-1) + np.diag(np.full(len(points), np.inf))
+        moved = moved + (gap * (0.5 * (least - far).clip(0) / far)[..., None]).sum(1)
+    return moved
+
+
 def _prompts(ax: Axes, points: np.ndarray, names: Sequence[str], kinds: Sequence[str], arrows: Sequence[tuple[int, int]]) -> None:
-    arrow = {"arrowstyle": "-|>", "color": "#999999", "linewidth": 0.6, "shrinkA": 7, "shrinkB": 7, "mutation_scale": 7}
+    """Markers, small where there is no name, and arrows between them."""
     for a, b in arrows:
-        ax.annotate("", points[b], points[a], arrowprops=arrow, zorder=1, annotation_clip=False).arrow_patch.set_clip_on(True)
+        look = {"arrowstyle": "-|>", "color": "#999999", "linewidth": 0.6, "mutation_scale": 7, "shrinkA": 6, "shrinkB": 6}
+        ax.add_patch(FancyArrowPatch(points[a], points[b], zorder=1, **look))
     for k, kind in enumerate(dict.fromkeys(kinds)):
-        here = points[np.array(kinds) == kind]
-        look = {"marker": "osD^vh"[k % 6], "edgecolor": COLOURS[k % len(COLOURS)], "facecolor": "white"}
-        ax.scatter(*here.T, s=(190, 170, 150, 290, 290, 220)[k % 6], linewidth=1.6, zorder=2, label=kind, **look)
+        here = np.array(kinds) == kind
+        look = {"marker": "osD^vh"[k % 6], "edgecolor": COLOURS[k % len(COLOURS)], "facecolor": "white", "linewidth": 1.6}
+        size = (190, 170, 150, 360, 360, 220)[k % 6] * np.array([1 if name else 0.15 for name in names])
+        ax.scatter(*points[here].T, s=size[here], zorder=2, label=kind, **look)
     for at, name in zip(points, names, strict=True):
         ax.annotate(name, at, ha="center", va="center_baseline", fontsize=8, zorder=3, annotation_clip=True)
     ax.grid(visible=False)

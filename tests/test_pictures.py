@@ -218,6 +218,16 @@ def test_the_map_enlarges_a_crowd_where_there_is_one(n, outlier, panels, tmp_pat
     for ax, inside in zip(figure.axes, (points, points[1:])):
         (x0, x1), (y0, y1) = ax.get_xlim(), ax.get_ylim()
         assert (inside >= [x0, y0]).all() and (inside <= [x1, y1]).all()
+    shown = [{text.get_text() for text in ax.texts} for ax in figure.axes]
+    assert {*map(str, range(n))} <= set().union(*shown)
+    assert panels == 1 or "1" not in shown[0] and "0" in shown[0], "the crowd has names where it is enlarged"
+
+
+def test_points_are_moved_only_where_they_would_touch():
+    points = np.array([[0, 0], [0, 0], [0.5, 0], [9, 9]])
+    moved = plots._apart(points, 1)
+    far = np.linalg.norm(moved[:, None] - moved, axis=-1)[np.triu_indices(4, 1)]
+    assert far.min() > 0.98 and np.abs(moved - points)[:3].max() < 1.2 and np.allclose(moved[3], 9, atol=1e-4)
 
 
 def test_clients_worst_and_mean_stand_in_the_row_of_their_method(tmp_path):
