@@ -6,7 +6,7 @@ READY := .venv/.ready
 export DVC_NO_ANALYTICS := 1
 export PYTHONHASHSEED := 0
 
-.PHONY: repro test setup lock expected clean
+.PHONY: repro test paper paper-plan setup lock expected clean
 
 repro: setup
 	$(BIN)/fpl repro
@@ -18,6 +18,13 @@ test: setup
 	$(BIN)/pylint --disable=all --enable=duplicate-code --min-similarity-lines=6 fpl tests
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
 	$(BIN)/python -m pytest -q
+
+# paper scale: what it needs, and how long it takes; then, if nothing is missing, all of it (a second call goes on)
+paper-plan: setup
+	cd paper && ../$(BIN)/fpl plan
+
+paper: setup
+	cd paper && ../$(BIN)/fpl plan --check && ../$(BIN)/fpl repro
 
 setup: $(READY)
 

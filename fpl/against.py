@@ -24,15 +24,34 @@ from scipy import stats
 from fpl.files import writing
 from fpl.methods import METHODS
 from fpl.stats import joint
-from fpl.tables import NAMES, PAPER, TABLES, percent, published, summary
+from fpl.tables import PAPER, PRINTED, TABLES, parts, percent, printed_name, published, summary
 
 KEY = ["table", "dataset", "domain", "method", "variant"]
 OURS = [*KEY, "mean", "std", "seeds"]
 SEEDS = 3  # of every mean and std in the pFedMoAP paper
 Spelling = Mapping[Any, tuple[str, str]]
 # row of ours: method and variant of Table 1; Tables 2 to 4 print pFedMoAP without a variant
-TABLE1 = {row: (NAMES[row].removesuffix(" (reconstruction)"), "") for row in METHODS}
-TABLE1 |= {"coop": ("CoOp", "local"), "pfedmoap": ("pFedMoAP", "lambda=0.5")}
+MAIN_ROWS: Spelling = {row: (printed_name(row), "") for row in METHODS} | {"coop": ("CoOp", "local")}
+TABLE1: Spelling = {**MAIN_ROWS, "pfedmoap": ("pFedMoAP", "lambda=0.5")}
+GATES: Spelling = {
+    "linear, 3 experts": ("pFedMoAP ablation", "linear projection gating, 3 experts"),
+    "linear, 10 experts": ("pFedMoAP ablation", "linear projection gating, 10 experts"),
+    "attention, aggregated": ("pFedMoAP ablation", "attention gating, aggregated on the server"),
+}
+EXPERTS: Spelling = {k: ("pFedMoAP", f"K+1={k + 1} experts") for k in (4, 9, 14, 19, 24, 29, 34, 39)}
+SIZES = {32: "4.2K", 64: "16.6K", 128: "66.0K", 256: "263.2K", 512: "1.1M", 1024: "4.2M"}  # of gates of a dimension
+WIDTHS: Spelling = {d: ("pFedMoAP", f"d_feature={d}, gating {n} params") for d, n in SIZES.items()}
+# table of params.yaml -> table of the paper, how it spells what, and the column that has what
+PLACES: dict[str, tuple[str, Spelling, str]] = {
+    "table1": ("Table 1", TABLE1, "method"),
+    "table2": ("Table 2", MAIN_ROWS, "method"),
+    "table3": ("Table 3", MAIN_ROWS, "method"),
+    "table7": ("Table 7", GATES, "row"),
+    "table8": ("Table 8", EXPERTS, "n_experts"),
+    "d_gate": ("Table 9", WIDTHS, "d_gate"),
+    "figure5": ("Figure 5", EXPERTS, "n_experts"),
+}
+DOMAINS = ("domainnet10", "office_caltech10")
 MAIN = ("Table 1", "pFedMoAP", "lambda=0.5")
 SAME_RUN = {  # numbers that the paper prints again in another table: (table, method, variant)
     ("Table 6", "PromptFL", "no DP"): ("Table 1", "PromptFL", ""),
@@ -94,6 +113,30 @@ def lines(
     names = [spelling[value] for value in found.index]
     own = found.reset_index(drop=True).assign(table=table, dataset=dataset, domain=domain)
     return own.assign(method=[method for method, _ in names], variant=[variant for _, variant in names])[OURS]
+
+
+def of_tables(runs: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Ours of several tables of params.yaml, by their name in PLACES, on all their data sets; of domains the average.
+
+    Of data sets that the paper has, what it does not print is left out.
+    """
+    found = []
+    for name, of_table in runs.items():
+        table, spelling, key = PLACES[name]
+        for data, of in parts(of_table).items():
+            if not of[key].isin(list(spelling)).any():
+                continue
+            place = "Table 4" if (name, data) == ("table3", "office_caltech10") else table
+            found.append(lines(of, place, PRINTED.get(data, data), spelling, key, "Average" if data in DOMAINS else ""))
+    whole = pd.concat(found, ignore_index=True)
+    printed = pd.MultiIndex.from_frame(candidates().query("paper == @PAPER")[KEY])
+    drawn = ~whole["dataset"].isin(PRINTED.values())
+    return whole[drawn | pd.MultiIndex.from_frame(whole[KEY]).isin(printed)].reset_index(drop=True)
+
+
+def real(ours: pd.DataFrame) -> bool:
+    """Whether all numbers of ours are of data sets that the paper has."""
+    return bool(ours["dataset"].isin(PRINTED.values()).all())
 
 
 def candidates() -> pd.DataFrame:

@@ -27,23 +27,14 @@ def features(options: argparse.Namespace) -> None:
 
 def extract(options: argparse.Namespace) -> None:
     """Draw the demo images if needed, and make the features files that are asked for and not there."""
-    from fpl import config
+    from fpl import config, plan
 
     params = config.read(options.params, options.set)
     if options.all:
-        for name, contents in needed(params).items():
+        for name, contents in plan.contents(params).items():
             extract_of(params.source(name), options, contents)
     else:
         extract_of(params.source(options.on), options, {"patches"} if options.patches else set())
-
-
-def needed(params) -> dict[str, set[str]]:
-    """The data sets of all tables, and which contents their rows read."""
-    contents: dict[str, set[str]] = {}
-    for name in params.tables:
-        for _, experiment in params.runs(name):
-            contents.setdefault(experiment.source.name, set()).add(experiment.method.inputs)
-    return contents
 
 
 def extract_of(source, options: argparse.Namespace, contents: set[str]) -> None:
@@ -250,8 +241,37 @@ def bench(options: argparse.Namespace) -> None:
             temporary.write_text(shown + "\n")
 
 
+def plan(options: argparse.Namespace) -> None:
+    """Say what a profile needs and whether it is there, its stages and runs, and how long they take on this machine.
+
+    With --check weights are downloaded where they are missing, and the exit status is 1 if anything else is.
+    """
+    from fpl import config, sweep
+    from fpl import plan as plans
+
+    params = config.read(options.params, options.set)
+    needs = plans.needs(params, fetch=options.check)
+    print(
+        needs.drop(columns="todo").to_markdown(index=False), plans.disk(params).to_markdown(index=False), sep="\n\n", end="\n\n"
+    )
+    device = sweep.device()
+    stages = plans.stages(params, plans.calibrate(params, device) if options.calibration else None)
+    shown = stages if options.calibration else stages.drop(columns="hours")
+    print(shown.astype(object).where(shown.notna(), None).to_markdown(index=False, floatfmt=".3g", missingval="-"))
+    left = f"{(stages['number'] - stages['there']).sum()} files and runs to make"
+    measured = (
+        f"about {stages['hours'].sum():.1f} hours on this machine ({device})" if options.calibration else "no hours estimated"
+    )
+    print(f"\n{left}: {measured}, {stages['PFLOP'].sum():.3g} PFLOP of the text tower\n")
+    missing = [todo for todo in needs["todo"] if todo]
+    print("\n".join([*missing, f"{len(missing)} things are missing" if missing else "nothing is missing"]), flush=True)
+    if options.check and missing:
+        raise SystemExit(1)
+
+
 def repro(options: argparse.Namespace) -> None:
-    """Run the DVC pipeline, then `fpl compare`. One at a time in a folder; what a killed one left half written is removed."""
+    for table in (needs.drop(columns="todo"), plans.disk(params)):
+        print(table.to_markdown(index=False), end="\n\n")
     import subprocess
 
     with alone("results/.repro.lock", waiting) as lock:
@@ -263,7 +283,8 @@ def repro(options: argparse.Namespace) -> None:
         code = subprocess.run([sys.executable, "-m", "dvc", "repro", *options.dvc], env=environment, pass_fds=[lock]).returncode
     if code:
         raise SystemExit(code)
-    compare(options)
+    if Path("results/expected").exists() or not Path("../dvc.yaml").exists():  # another profile than the demo has none
+        compare(options)
 
 
 def waiting() -> None:
@@ -359,6 +380,9 @@ def parser() -> argparse.ArgumentParser:
     speed.add_argument("--repeats", type=positive, default=3, help="times that each way is taken (3)")
     speed.add_argument("--workers", type=int, default=0, help="extraction: processes that decode images")
     speed.add_argument("--save", type=Path, help="also write the table to this name with .json and .md")
+    ahead = add(plan, params=True)
+    ahead.add_argument("--check", action="store_true", help="get weights that are missing; exit status 1 if anything else is")
+    ahead.add_argument("--no-calibration", dest="calibration", action="store_false", help="measure nothing, estimate no hours")
     add(repro).add_argument("dvc", nargs="*", help="passed on to dvc repro")
     return top
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent  # what belongs to the repository and not to a profile is found from here
+
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[Path]:

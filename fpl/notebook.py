@@ -7,19 +7,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fpl.files import writing
+from fpl.files import ROOT, writing
 
-ROOT = Path(__file__).resolve().parent.parent
 EXECUTED = Path("results/notebooks")
 
 
 def start() -> None:
-    """Go to the project's root, wherever Jupyter or papermill was started, and take on the figures' style."""
+    """Go to the profile, wherever Jupyter or papermill was started, and take on the figures' style.
+
+    A profile is a folder with a params.yaml: the nearest one at or above where we stand, or else the project's root.
+    """
     import pandas as pd
 
     from fpl import plots
 
-    os.chdir(ROOT)
+    here = Path.cwd()
+    os.chdir(next((folder for folder in (here, *here.parents) if (folder / "params.yaml").exists()), ROOT))
     pd.options.display.max_colwidth = None
     plots.style()
 
@@ -42,7 +45,7 @@ def parameters(namespace: dict[str, Any], known: set[str]) -> dict[str, Any]:
 
 
 def execute(source: Path, target: Path, values: Mapping[str, Any] | None = None) -> Path:
-    """Run a notebook with papermill, from the project's root; the executed copy is written without times and absolute paths.
+    """Run a notebook with papermill, from where we stand; the executed copy is written without times and absolute paths.
 
     Raises ValueError for a parameter that the notebook does not declare, and papermill's error, with the executed cells kept in
     `target`, when a cell fails.

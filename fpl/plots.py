@@ -102,53 +102,71 @@ def _other_seeds(ax: Axes, rms: pd.Series, observed: float) -> None:
     ax.set(xlim=(0, None), ylim=(0, 1.15 * ax.get_ylim()[1]))
 
 
+def panels(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The parts of a table on several data sets with their names, or the table of one, which needs no name."""
+    if "data" not in table.index.names:
+        return [("", table)]
+    return [(str(name), part.droplevel("data")) for name, part in table.groupby(level="data", sort=False)]
+
+
 def rows(table: pd.DataFrame) -> Figure:
     """A table of methods and controls as points with 95 % intervals; table as `tables.table1`, in percent."""
+    shown = panels(table)
     with plt.rc_context(STYLE):
-        fig = _figure(figsize=(7.5, 0.34 * len(table) + 0.9))
-        ax = fig.subplots()
-        for y, line in enumerate(table[::-1].itertuples()):
-            control = line.row.startswith("control")
-            look = {"marker": "s" if control else "o", "markerfacecolor": "white" if control else "black"}
-            ax.errorbar(line.mean, y, xerr=[[line.mean - line.low], [line.high - line.mean]], color="black", **look)
-        ax.set_yticks(range(len(table)), table["row"][::-1])
-        ax.grid(axis="x")
-        ax.set_xlabel("accuracy (%) after the last round; 95 % interval over seeds", loc="right")
+        fig = _figure(figsize=(7.5, sum(0.34 * len(part) + 0.9 for _, part in shown)))
+        axes = fig.subplots(len(shown), squeeze=False, height_ratios=[len(part) + 2 for _, part in shown])[:, 0]
+        for ax, (name, part) in zip(axes, shown, strict=True):
+            for y, line in enumerate(part[::-1].itertuples()):
+                control = line.row.startswith("control")
+                look = {"marker": "s" if control else "o", "markerfacecolor": "white" if control else "black"}
+                ax.errorbar(line.mean, y, xerr=[[line.mean - line.low], [line.high - line.mean]], color="black", **look)
+            ax.set_yticks(range(len(part)), part["row"][::-1])
+            ax.set_title(name)
+            ax.grid(axis="x")
+        axes[-1].set_xlabel("accuracy (%) after the last round; 95 % interval over seeds", loc="right")
     return fig
 
 
 def curves(runs: pd.DataFrame, names: dict[str, str]) -> Figure:
     """Accuracy (%) by round, mean over clients: a line per method, a band from the lowest to the highest seed."""
-    each = 100 * runs.groupby(["method", "seed", "round"], sort=False)["accuracy"].mean()
+    several = "data" in runs and runs["data"].nunique() > 1
+    each = 100 * runs.groupby(["data"] * several + ["method", "seed", "round"], sort=False)["accuracy"].mean()
+    shown = panels(each.to_frame())
     with plt.rc_context(STYLE):
-        fig = _figure(figsize=(6.5, 3.6))
-        ax = fig.subplots()
-        for k, (method, seeds) in enumerate(each.groupby(level="method", sort=False)):
-            by_round = seeds.groupby(level="round")
-            x, look = by_round.mean().index + 1, {"color": COLOURS[k % len(COLOURS)]}
-            ax.plot(x, by_round.mean(), marker="osD^vP*X"[k % 8], markersize=4, label=names.get(method, method), **look)
-            ax.fill_between(x, by_round.min(), by_round.max(), alpha=0.2, linewidth=0, **look)
-        ax.set(xlabel="communication round", ylabel="accuracy (%), mean over clients")
-        ax.legend()
+        fig = _figure(figsize=(6.5, 3.6 * len(shown)))
+        for ax, (name, part) in zip(fig.subplots(len(shown), squeeze=False)[:, 0], shown, strict=True):
+            for k, (method, seeds) in enumerate(part["accuracy"].groupby(level="method", sort=False)):
+                by_round = seeds.groupby(level="round")
+                x, look = by_round.mean().index + 1, {"color": COLOURS[k % len(COLOURS)]}
+                ax.plot(x, by_round.mean(), marker="osD^vP*X"[k % 8], markersize=4, label=names.get(method, method), **look)
+                ax.fill_between(x, by_round.min(), by_round.max(), alpha=0.2, linewidth=0, **look)
+            ax.set(title=name, xlabel="communication round", ylabel="accuracy (%), mean over clients")
+            ax.legend()
     return fig
 
 
 def ablations(
-    values: dict[str, pd.DataFrame], defaults: dict[str, float], labels: dict[str, str], reference: dict[str, float]
+    values: dict[str, pd.DataFrame], defaults: dict[str, float], labels: dict[str, str], reference: dict[str, dict[str, float]]
 ) -> Figure:
-    """One panel per hyperparameter: mean and 95 % interval (%) at each value, the default filled, references as lines."""
+    """One panel per hyperparameter: mean and 95 % interval (%) at each value, the default filled, references as lines.
+
+    A row of panels per data set; `reference` has the levels of each, by name.
+    """
     with plt.rc_context(STYLE):
-        fig = _figure(figsize=(3.1 * len(values) + 0.6, 3.5))
-        for ax, (key, table) in zip(fig.subplots(1, len(values), sharey=True, squeeze=False)[0], values.items(), strict=True):
-            for x, line in enumerate(table.itertuples()):
-                face = "black" if line.Index == defaults[key] else "white"
-                error = [[line.mean - line.low], [line.high - line.mean]]
-                ax.errorbar(x, line.mean, yerr=error, marker="o", color="black", markerfacecolor=face)
-            for (name, level), kind in zip(reference.items(), ("--", ":", "-."), strict=False):
-                ax.axhline(level, color="#555555", linestyle=kind, linewidth=1.2, label=name)
-            ax.set_xticks(range(len(table)), [f"{v:g}" for v in table.index])
-            ax.set(xlabel=labels[key])
-        fig.axes[0].set(ylabel="accuracy (%)")
+        fig = _figure(figsize=(3.1 * len(values) + 0.6, 3.5 * len(reference)))
+        grid = fig.subplots(len(reference), len(values), sharey="row", squeeze=False)
+        for column, (key, table) in zip(grid.T, values.items(), strict=True):
+            for ax, (data, part), levels in zip(column, panels(table), reference.values(), strict=True):
+                for x, line in enumerate(part.itertuples()):
+                    face = "black" if line.Index == defaults[key] else "white"
+                    error = [[line.mean - line.low], [line.high - line.mean]]
+                    ax.errorbar(x, line.mean, yerr=error, marker="o", color="black", markerfacecolor=face)
+                for (name, level), kind in zip(levels.items(), ("--", ":", "-."), strict=False):
+                    ax.axhline(level, color="#555555", linestyle=kind, linewidth=1.2, label=name)
+                ax.set_xticks(range(len(part)), [f"{v:g}" for v in part.index])
+                ax.set(xlabel=labels[key], title=data)
+        for ax in grid[:, 0]:
+            ax.set(ylabel="accuracy (%)")
         fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
     return fig
 
@@ -156,33 +174,38 @@ def ablations(
 def lines(table: pd.DataFrame, x: str, xlabel: str, names: dict[str, str]) -> Figure:
     """Mean and 95 % interval (%) by value of a setting, at equal distances, a line per row; index of the table (row, x)."""
     with plt.rc_context(STYLE):
-        fig = _figure(figsize=(6.8, 3.8))
-        ax, ticks = fig.subplots(), sorted(table.index.get_level_values(x).unique())
-        for k, (row, part) in enumerate(table.groupby(level="row", sort=False)):
-            part, look = part.droplevel("row").sort_index(), {"color": COLOURS[k % len(COLOURS)], "label": names.get(row, row)}
-            at = [ticks.index(value) + 0.06 * k for value in part.index]
-            error = [part["mean"] - part["low"], part["high"] - part["mean"]]
-            ax.errorbar(at, part["mean"], yerr=error, marker="osD^vP*X"[k % 8], markersize=5, **look)
-        ax.set_xticks(range(len(ticks)), [f"{value:g}" for value in ticks])
-        ax.set(xlabel=xlabel, ylabel="accuracy (%)")
-        fig.legend(loc="outside right center")
+        shown, ticks = panels(table), sorted(table.index.get_level_values(x).unique())
+        fig = _figure(figsize=(6.8, 3.8 * len(shown)))
+        for ax, (name, of) in zip(fig.subplots(len(shown), squeeze=False)[:, 0], shown, strict=True):
+            for k, (row, part) in enumerate(of.groupby(level="row", sort=False)):
+                part, look = (
+                    part.droplevel("row").sort_index(),
+                    {"color": COLOURS[k % len(COLOURS)], "label": names.get(row, row)},
+                )
+                at = [ticks.index(value) + 0.06 * k for value in part.index]
+                error = [part["mean"] - part["low"], part["high"] - part["mean"]]
+                ax.errorbar(at, part["mean"], yerr=error, marker="osD^vP*X"[k % 8], markersize=5, **look)
+            ax.set_xticks(range(len(ticks)), [f"{value:g}" for value in ticks])
+            ax.set(xlabel=xlabel, ylabel="accuracy (%)", title=name)
+        fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside right center")
     return fig
 
 
 def cost(table: pd.DataFrame, names: dict[str, str]) -> Figure:
     """Accuracy (%) with 95 % interval against kilobytes that a participant receives in a round; table as `tables.with_bytes`."""
     with plt.rc_context(STYLE):
-        fig = _figure(figsize=(6.8, 3.8))
-        ax = fig.subplots()
-        for k, (row, part) in enumerate(table.groupby(level="row", sort=False)):
-            error = [part["mean"] - part["low"], part["high"] - part["mean"]]
-            look = {"color": COLOURS[k % len(COLOURS)], "label": names.get(row, row), "linestyle": "none"}
-            ax.errorbar(part["down, bytes"] / 1000, part["mean"], yerr=error, marker="osD^"[k % 4], **look)
-        ax.set(xlabel="kB received by a client in a round", ylabel="accuracy (%)", xscale="log")
-        ax.set_xticks(sorted({*table["down, bytes"] / 1000}))
-        ax.xaxis.set_major_formatter("{x:.3g}")
-        ax.minorticks_off()
-        ax.legend()
+        shown = panels(table)
+        fig = _figure(figsize=(6.8, 3.8 * len(shown)))
+        for ax, (name, of) in zip(fig.subplots(len(shown), squeeze=False)[:, 0], shown, strict=True):
+            for k, (row, part) in enumerate(of.groupby(level="row", sort=False)):
+                error = [part["mean"] - part["low"], part["high"] - part["mean"]]
+                look = {"color": COLOURS[k % len(COLOURS)], "label": names.get(row, row), "linestyle": "none"}
+                ax.errorbar(part["down, bytes"] / 1000, part["mean"], yerr=error, marker="osD^"[k % 4], **look)
+            ax.set(xlabel="kB received by a client in a round", ylabel="accuracy (%)", xscale="log", title=name)
+            ax.set_xticks(sorted({*of["down, bytes"] / 1000}))
+            ax.xaxis.set_major_formatter("{x:.3g}")
+            ax.minorticks_off()
+            ax.legend()
     return fig
 
 
