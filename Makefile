@@ -1,4 +1,4 @@
-# `make repro` regenerates every table of the demo, `make test` runs the checks. Both make their own environment first.
+# `make repro` regenerates every table of the demo, `make test` runs the checks, `make paper-plan` and `make paper` are for paper scale. All make their own environment first.
 FIT := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '$(FIT)' 2>/dev/null && echo $$p && exit; done; echo python3)
 BIN := .venv/bin

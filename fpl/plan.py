@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
-from fpl import bench, bench_features, clip, datasets, features, shapes, sweep
+from fpl import bench, bench_features, clip, datasets, features, pickled, shapes, sweep
 from fpl.config import Backbone, Data, Experiment, Params
 from fpl.methods import PromptFL
 from fpl.rounds import Clients, Run, Seeds, run
@@ -119,9 +119,13 @@ def needs(params: Params, fetch: bool = False) -> pd.DataFrame:
     return pd.DataFrame(table, columns=["need", "of", "state", "todo"])
 
 
-@functools.cache
 def images_of(data: Data) -> Images:
-    """Nothing is written: CIFAR's batches are not unpacked, so there the published numbers stand."""
+    """What is there is counted, and nothing written: CIFAR's batches are not unpacked."""
+    return looked_at(data, Path.cwd())
+
+
+@functools.cache
+def looked_at(data: Data, here: Path) -> Images:
     if data.name in shapes.WORLDS:
         classes = len(shapes.WORLDS[data.name])
         return Images(classes * data.train_per_class, classes * data.test_per_class, classes)
@@ -131,14 +135,17 @@ def images_of(data: Data) -> Images:
         first = next(iter(dataset.layouts.values()))
         published = Images(first.train or 0, first.test or 0, dataset.classes)
         try:
-            _, key, _ = datasets.find(data.name, root, data.layout or None)
+            folder, key, _ = datasets.find(data.name, root, data.layout or None)
         except FileNotFoundError:
             get = f"`fpl data fetch {data.name} --root {root}` gets it or says what to bring"
             return published._replace(todo=f"the data set {data.name} is not under {root}: {get}")
         except ValueError as e:
             return published._replace(todo=str(e))
-        if getattr(dataset.layouts[key].read, "func", None) is datasets.cifar:
-            return published
+        read: Any = dataset.layouts[key].read
+        if getattr(read, "func", None) is datasets.cifar:
+            named = {name: read.keywords[name] for name in ("train", "test", "labels")}
+            count = lambda file: len(datasets.by_text(pickled.read(folder / file))[named["labels"]])  # noqa: E731
+            return published._replace(train=sum(map(count, named["train"])), test=count(named["test"]))
     listed = datasets.checklist(data.name, root).set_index("item")
     if "manifest" in listed.index:
         return published._replace(todo=f"the data set {data.name} cannot be read: {listed.loc['manifest', 'todo']}")
@@ -162,7 +169,6 @@ def weights_of(backbone: Backbone, fetch: bool) -> tuple[str, str]:
         return "not there", str(e)
 
 
-@functools.cache
 def tower_of(backbone: Backbone) -> Tower:
     """From open_clip's description of the model; nothing is built."""
     if backbone.name.startswith(clip.LOCAL):
@@ -227,7 +233,7 @@ def encodings(method: PromptFL, n: int, cfg: Run, tower: Tower) -> tuple[float, 
     patches = torch.randn(2 * n, 2, tower.dim, generator=gen)
     own = torch.arange(2 * n).split(2)
     clients = Clients(F.normalize(patches[:, 0], dim=-1), torch.arange(2 * n) % 2, own, own, 2, patches)
-    cfg = replace(cfg, rounds=min(cfg.rounds, 2), participation=1.0, batch_size=2, lr=0.0, gate_lr=0.0)
+    cfg = replace(cfg, rounds=min(cfg.rounds, 2), participation=1.0, batch_size=2)
     before = (0, 0)
     for _ in run(method, text, clients, cfg, Seeds()):
         (trained, read), before = (text.trained - before[0], text.read - before[1]), (text.trained, text.read)

@@ -1,0 +1,205 @@
+"""Promise: the paper profile has the published protocols, says what it needs before it runs, and runs from end to end."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import yaml
+from helpers import standing_in, store_clip
+from prove_paper import few_shot, fpl, project
+
+from fpl import cli, config, datasets, plan, tables
+from fpl.controls import CONTROLS
+from fpl.methods import METHODS
+from fpl.plan import Rates, Tower
+
+PAPER = config.read(Path(__file__).parents[1] / "paper" / "params.yaml")
+FIVE = {"flowers102", "oxfordpets", "food101", "caltech101", "dtd"}
+RN50, VIT = "RN50-quickgelu", "ViT-B-16-quickgelu"
+FEW = {"kind": "pathological", "clients": 10, "rounds": 10, "participation": 1.0, "local_epochs": 5, "n_ctx": 16}
+MANY = {"kind": "dirichlet", "clients": 100, "concentration": 0.5, "rounds": 120, "participation": 0.1, "shots": 0}
+DOMAIN = {"kind": "domain", "concentration": 0.3, "rounds": 25, "local_epochs": 5, "shots": 0}
+PUBLISHED = {  # of pFedMoAP's tables: data sets, encoder, and what the paper states of the protocol
+    "table1": (FIVE, RN50, FEW),
+    "table2": ({"cifar10", "cifar100"}, RN50, MANY | {"local_epochs": 5}),
+    "table3": ({"domainnet10"}, VIT, DOMAIN | {"clients": 30, "participation": 0.25}),
+    "table3 ": ({"office_caltech10"}, VIT, DOMAIN | {"clients": 20, "participation": 0.5}),
+    "table3_released": ({"domainnet10"}, VIT, DOMAIN | {"clients": 30, "form": "released", "loader": "mismatched"}),
+    "table7": (FIVE, RN50, FEW),
+    "table8": ({"domainnet10"}, VIT, DOMAIN | {"clients": 30, "participation": 0.25}),
+    "d_gate": (FIVE, RN50, FEW),
+    "figure5": ({"cifar10"}, RN50, MANY),
+    "shots": (FIVE, RN50, FEW),
+    "base_to_novel": ({f"{name}_vit" for name in FIVE}, VIT, {"classes": "base", "rounds": 25, "local_epochs": 2, "clients": 10}),
+}
+
+
+@pytest.mark.parametrize("table", PUBLISHED)
+def test_protocols_are_the_published_ones(table):
+    names, encoder, protocol = PUBLISHED[table]
+    found = [e for _, e in PAPER.runs(table.strip()) if e.source.name in names]
+    assert {e.source.name for e in found} == names and {e.source.backbone.name for e in found} == {encoder}
+    assert {e.seed for e in found} == {1, 2, 3} and {e.source.backbone.weights for e in found} == {"openai"}
+    for e in found:
+        own = {"rounds", "local_epochs", "participation"} if e.row == "coop" else set()
+        wanted = {key: value for key, value in protocol.items() if key not in own}
+        settings = {"n_ctx": 16} | e.settings()
+        other = "n_ctx" if e.row == "pfedmoap_oneword" else ""
+        assert {key: settings[key] for key in wanted if key != other} == {k: v for k, v in wanted.items() if k != other}
+        assert e.run.lr == 0.002 and (e.row != "coop" or (e.run.rounds, e.run.local_epochs) == (1, 25))
+
+
+@pytest.mark.parametrize(
+    ("table", "row", "key", "values"),
+    [
+        ("table1", "pfedmoap", "n_experts", {9}),
+        ("table1", "pfedmoap", "lam", {0.5}),
+        ("table1", "pfedmoap", "shots", {16}),
+        ("table1", "fedpgp", "rank", {8}),
+        ("table3", "pfedmoap", "n_experts", {19}),
+        ("table8", "pfedmoap", "n_experts", {0, 4, 9, 14, 19, 24, 29}),
+        ("d_gate", "pfedmoap", "d_gate", {32, 64, 128, 256, 512, 1024}),
+        ("shots", "promptfl", "shots", {1, 2, 4, 8, 16}),
+        ("figure5", "pfedmoap", "n_experts", {0, 4, 9, 14, 19, 24, 29, 34, 39}),
+    ],
+)
+def test_hyperparameters_are_the_published_ones(table, row, key, values):
+    assert {e.settings()[key] for _, e in PAPER.runs(table) if e.row == row} == values
+
+
+def test_the_profiles_have_the_same_tables_and_methods():
+    demo = config.read(Path(__file__).parents[1] / "params.yaml")
+    assert [*PAPER.tables] == [name for name in demo.tables if name in PAPER.tables] and PAPER.methods == demo.methods
+    assert {e.row for _, e in PAPER.runs("table1")} >= {*METHODS, *CONTROLS}
+    assert {PAPER.source(name).data.name for name in plan.contents(PAPER)} == {*datasets.DATASETS} == {*tables.PRINTED}
+
+
+# --- what it takes: worked out by hand ------------------------------------------------------------------------------------------
+
+CLIP = "local-dir:../clip"
+SMALL = {
+    "data": {"name": "flowers102", "root": "../data/images"},
+    "backbone": {"name": CLIP},
+    "partition": {"kind": "pathological", "clients": 3, "shots": 2},
+    "run": {"rounds": 2, "local_epochs": 2, "batch_size": 2},
+    "datasets": {"dtd": {"data": {"name": "dtd"}}},
+    "seeds": [1, 2],
+    "methods": {"zeroshot": {}, "coop": {"rounds": 1}, "promptfl": {}, "pfedmoap": {"n_experts": 2, "d_gate": 16, "heads": 4}},
+    "tables": {"table1": {"data": ["flowers102", "dtd"]}, "lam": {"rows": ["promptfl", "pfedmoap"], "vary": {"lam": [0, 0.5]}}},
+}
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A profile with a random CLIP, of whose two data sets one is there."""
+    store_clip(tmp_path / "clip")
+    few_shot(tmp_path / "data" / "images", "flowers102")
+    (tmp_path / "paper").mkdir()
+    (tmp_path / "paper" / "params.yaml").write_text(yaml.safe_dump(SMALL, sort_keys=False))
+    with standing_in(tmp_path / "paper"):
+        yield config.read()
+
+
+def test_what_is_missing_is_named_and_what_is_there_is_counted(small, capsys):
+    needs = plan.needs(small).set_index("of")
+    assert needs.loc["flowers102", "state"] == "30 images, 6 classes"
+    assert [name for name in needs.index if needs.loc[name, "todo"]] == ["dtd"]
+    assert "fpl data fetch dtd --root ../data/images" in needs.loc["dtd", "todo"]
+    with pytest.raises(SystemExit, match="1"):
+        cli.main(["plan", "--check", "--no-calibration"])
+    said = capsys.readouterr().out
+    assert "the data set dtd is not under ../data/images" in said and "1 things are missing" in said
+
+
+def test_weights_that_are_not_there_are_named(small):
+    other = dataclasses.replace(small, backbone=config.Backbone("ViT-B-16-quickgelu", "../none.pt"))
+    (todo,) = [todo for need, todo in plan.needs(other)[["need", "todo"]].itertuples(index=False) if need == "weights" and todo]
+    assert "../none.pt" in todo
+
+
+def test_an_image_that_is_listed_and_gone_is_named(small):
+    Path("../data/images/oxford_flowers/jpg/kind_0/train_0.png").unlink()
+    assert "kind_0/train_0.png" in plan.needs(small).set_index("of").loc["flowers102", "todo"]
+
+
+def test_too_little_disk_is_named(small, monkeypatch):
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: pd.Series({"free": 1000}))
+    assert "make room" in plan.needs(small).iloc[-1]["todo"]
+
+
+def test_sizes_are_those_of_the_files(small):
+    sizes = plan.disk(small).set_index("files")["GB"] * 1e9
+    assert sizes["data/features/flowers102.h5"] == pytest.approx(30 * 32 * 2)  # images, joint width, bytes
+    assert sizes["data/features/dtd.h5"] == pytest.approx((2820 + 1692) * 32 * 2)  # as published, since it is not there
+
+
+def test_runs_and_steps_are_counted(small):
+    stages = plan.stages(small, Rates({CLIP: 1e12}, {CLIP: 10.0}))
+    stages = stages.set_index("stage")
+    assert stages["number"].tolist() == [1, 1, 2 * 2 * 8, 2]  # 4 methods and 4 controls; of lam only 0 is new
+    assert (stages["there"] == 0).all()
+    assert stages.loc["features flowers102", "hours"] == pytest.approx(30 / 10 / 3600)
+    assert stages["hours"].iloc[2:].tolist() == pytest.approx((stages["PFLOP"].iloc[2:] * 1e3 / 3600).tolist())
+
+
+def test_steps_of_clients(small):
+    (e,) = [e for _, e in small.runs("table1") if (e.row, e.seed, e.source.name) == ("promptfl", 1, "flowers102")]
+    assert plan.steps_per_epoch(e) == 6 * 2 / 3 / 2  # classes, shots, clients, batch
+    assert plan.participants(e) == 3
+    full = dataclasses.replace(e, partition=dataclasses.replace(e.partition, kind="dirichlet", shots=0))
+    assert plan.steps_per_epoch(full) == 18 / 3 / 2
+    # three clients with two epochs of two steps, a forward and a backward of the tree each, and three clients in the test
+    forward = 2 * 1 * 16 * (1 + 16 + 4 * 6) * (12 * 16 + 2 * (1 + 16 + 4 * 6))
+    assert plan.cost(e) == 2 * (3 * 2 * 2 * 2 + 3) * forward
+
+
+def test_table_1_of_flowers_has_the_steps_of_the_cost_model():
+    (e,) = [e for _, e in PAPER.runs("table1") if (e.row, e.seed, e.source.name) == ("promptfl", 1, "flowers102")]
+    with standing_in(Path(__file__).parents[1] / "paper"):
+        epochs = e.run.rounds * e.run.local_epochs * plan.participants(e)
+        assert epochs * plan.steps_per_epoch(e) == pytest.approx(5100)  # 102 classes x 16 shots / 16 in a batch, 50 epochs
+
+
+PER_STEP = {"zeroshot": 0, "promptfl": 1, "fedprox": 1, "fedotp": 2, "fedpgp": 2, "pfedmoap": 1, "fedpgp_released": 4}
+READ = {"zeroshot": 1, "promptfl": 5, "fedotp": 10, "pfedmoap": 10}  # by the test of five clients, and five experts
+
+
+@pytest.mark.parametrize("row", [*PER_STEP])
+def test_prompts_of_a_step_are_counted_from_the_method(row):
+    e = config.Params().experiment(row, 1, n_ctx=4, local_epochs=1, **({"n_experts": 4} if row == "pfedmoap" else {}))
+    trained, read = plan.encodings(e.method, 5, e.run, Tower(256, 4, 16, 2))
+    assert trained == PER_STEP[row] and read == READ.get(row, read)
+
+
+# --- from images to a table -----------------------------------------------------------------------------------------------------
+
+
+def test_the_chain_runs_and_goes_on_where_it_was(tmp_path):
+    """`make paper` on two small data sets: check, features, runs, a notebook; and a second time."""
+    settings = {**SMALL, "tables": {"table1": {"data": ["flowers102", "dtd"]}}}
+    paper = project(tmp_path, settings)
+    store_clip(tmp_path / "clip")
+    for name in ("flowers102", "dtd"):
+        few_shot(tmp_path / "data" / "images", name)
+    said = {"capture_output": True, "text": True}
+    checked = fpl(paper, "plan", "--check", **said)
+    assert checked.returncode == 0 and "nothing is missing" in checked.stdout and "hours on this machine" in checked.stdout
+    done = fpl(paper, "repro", "notebook@10_table1", **said)
+    assert done.returncode == 0, done.stderr[-3000:]
+    made = pd.read_csv(paper / "results" / "tables" / "table1.csv")
+    assert made.groupby("data").size().to_dict() == {"flowers102": 8, "dtd": 8} and made["mean"].between(0, 100).all()
+    shown = made.set_index(["data", "method"])["paper"]
+    assert shown["flowers102", "promptfl"] == 72.80 and math.isnan(shown["dtd", "majority"])
+    assert tables.NOTE_REAL in (paper / "results" / "tables" / "table1.md").read_text()
+    assert str(tmp_path) not in nbformat.writes(nbformat.read(paper / "results/notebooks/10_table1.ipynb", 4))
+    assert not (tmp_path / "results").exists()
+    kept = {path: path.stat().st_mtime_ns for path in (paper / "results" / "records").iterdir()}
+    assert len(kept) == 2 * 2 * 8
+    next(iter(kept)).unlink()  # as after a kill
+    again = fpl(paper, "sweep", **said)
+    assert again.returncode == 0 and {path for path in kept if path.stat().st_mtime_ns != kept[path]} == {next(iter(kept))}
+    left = fpl(paper, "plan", "--no-calibration", **said)
+    assert "0 files and runs to make" in left.stdout, left.stdout + left.stderr
