@@ -127,6 +127,30 @@ def rows(table: pd.DataFrame) -> Figure:
     return fig
 
 
+def forest(table: pd.DataFrame, far: float = 10.0) -> Figure:
+    """Differences in points, in the order of the table, with the bootstrap's interval (thick) and the t-interval (thin).
+
+    table as `ledger.costs`. A marker is filled where neither interval holds 0, grey where one of them does, white where both do.
+    Lines beyond `far` points stand in a panel of their own, so that the others can be told apart.
+    """
+    panels = [part for _, part in table.groupby(table["difference"].abs() <= far)]
+    with plt.rc_context(STYLE):
+        fig = _figure(figsize=(7.5, 0.27 * len(table) + 0.75 * len(panels) + 0.5))
+        for ax, part in zip(fig.subplots(len(panels), height_ratios=[len(p) + 2 for p in panels], squeeze=False).flat, panels):
+            for y, line in enumerate(part.itertuples()):
+                held = (line.low <= 0 <= line.high) + (line.t_low <= 0 <= line.t_high)
+                ax.hlines(y, line.t_low, line.t_high, color="black", linewidth=0.8)
+                ax.hlines(y, line.low, line.high, color="black", linewidth=2.8)
+                face = ("black", "#AAAAAA", "white")[held]
+                ax.plot(line.difference, y, marker="o", color="black", markerfacecolor=face, markersize=6, zorder=3)
+            ax.axvline(0, color="black", linewidth=0.8)
+            ax.set_yticks(range(len(part)), [f"{what}  {item}" for item, what in part.index])
+            ax.set(ylim=(len(part) - 0.4, -0.6))
+            ax.grid(axis="x")
+        fig.axes[-1].set_xlabel("accuracy of the released code's way minus ours or the paper's, points", loc="right")
+    return fig
+
+
 def curves(runs: pd.DataFrame, names: dict[str, str]) -> Figure:
     """Accuracy (%) by round, mean over clients: a line per method, a band from the lowest to the highest seed."""
     several = "data" in runs and runs["data"].nunique() > 1

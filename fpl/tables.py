@@ -32,7 +32,8 @@ PRINTED = {  # how the paper spells the data sets
 }
 GENERALISATION = ("local", "base", "novel", "HM")
 WITH_STD = (*GENERALISATION, *(f"{name} std" for name in GENERALISATION))
-DECIMALS = ("mean", "t_low", "t_high", "std", "low", "high", "noise", "worst", "tenth", "paper", BESIDE, *WITH_STD)
+POINTS = ("mean", "difference", "std", "low", "high", "t_low", "t_high", "noise", "worst", "tenth")
+DECIMALS = (*POINTS, "paper", BESIDE, *WITH_STD)
 NOTE_TABLE1 = (
     "Miniature of Table 1 on the demo world, accuracy in %, last round; mean, std and 95 % interval over seeds. "
     "The paper's column is other data and another CLIP. Up and down are the numbers that a participating client sends and "
@@ -48,6 +49,13 @@ NOTE_PAIRED = (
 )
 NOTE_CLIENTS = (
     "Accuracy in % by client of one run, last round, averaged over seeds: worst client, 10th percentile, std over clients."
+)
+NOTE_LEDGER = "Demo worlds: accuracy with what the released code does, minus accuracy without it. " + NOTE_PAIRED
+NOTE_LEDGER_SPREAD = (
+    "Standard deviations in points: over seeds, and what they become; 95 % interval of the ratio where it has one."
+)
+NOTE_LEDGER_ITEMS = (
+    "What released code does where its paper says something else or nothing; cost in points, from the table ledger."
 )
 NOTE_ABLATION = "pFedMoAP on the demo world, accuracy in %, last round; mean, std and 95 % interval over seeds."
 NOTE_REAL = (

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 
-from fpl import config, notebook, records
+from fpl import config, ledger, notebook, records
 
 BOOKS = sorted(Path(notebook.ROOT, "notebooks").glob("*.ipynb"))
 SMALL = """
@@ -17,6 +18,7 @@ partition: {clients: 4, shots: 2}
 run: {rounds: 1, local_epochs: 1}
 datasets:
   styles: {data: {name: styles, train_per_class: 24, test_per_class: 18}, partition: {kind: domain, clients: 6}}
+  shapes_views: {data: {views: 2}}
 seeds: [1, 2]
 methods: {zeroshot: {}, coop: {}, promptfl: {}, pfedmoap: {n_experts: 2}}
 tables:
@@ -53,15 +55,29 @@ QUICK = {"00_tour": {"clients": 4}, "20_label_prior": {"null_seeds": 5}}
 QUICK |= {name: {"rounds": 2} for name in ("03_methods", "23_pictures")}
 
 
+def small():
+    """The settings above, and of params.yaml the rows that the ledger names, with as many experts as there can be."""
+    content, full = yaml.safe_load(SMALL), yaml.safe_load((notebook.ROOT / "params.yaml").read_text())["tables"]
+    for name in ledger.TABLES:
+        rows = full[name]["rows"]
+        few = {label: {"n_experts": 2} if own.get("method", label).startswith("pfedmoap") else {} for label, own in rows.items()}
+        content["tables"][name] = {
+            "data": full[name].get("data", []),
+            "rows": {label: rows[label] | few[label] for label in rows},
+        }
+    return yaml.safe_dump(content)
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
     """A copy of the project with tiny settings, its features and runs made by the command line."""
     root = tmp_path_factory.mktemp("project")
     for name in ("fpl", "notebooks", "data/demo_clip", "data/label_prior"):
         shutil.copytree(notebook.ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(notebook.ROOT / "data" / "published.csv", root / "data")
-    (root / "params.yaml").write_text(SMALL)
-    for command in (["features", "--patches"], ["features", "--data", "styles"], ["sweep"]):
+    for name in ("published.csv", "ledger.yaml"):
+        shutil.copy(notebook.ROOT / "data" / name, root / "data")
+    (root / "params.yaml").write_text(small())
+    for command in (["features", "--patches"], ["features", "--all"], ["sweep"]):
         run(root, *command)
     return root
 
