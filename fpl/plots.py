@@ -127,7 +127,7 @@ def rows(table: pd.DataFrame) -> Figure:
     return fig
 
 
-def forest(table: pd.DataFrame, far: float = 10.0) -> Figure:
+def forest(table: pd.DataFrame, far: float = 5.0) -> Figure:
     """Differences in points, in the order of the table, with the bootstrap's interval (thick) and the t-interval (thin).
 
     table as `ledger.costs`. A marker is filled where neither interval holds 0, grey where one of them does, white where both do.
@@ -147,7 +147,7 @@ def forest(table: pd.DataFrame, far: float = 10.0) -> Figure:
             ax.set_yticks(range(len(part)), [f"{what}  {item}" for item, what in part.index])
             ax.set(ylim=(len(part) - 0.4, -0.6))
             ax.grid(axis="x")
-        fig.axes[-1].set_xlabel("accuracy of the released code's way minus ours or the paper's, points", loc="right")
+        fig.axes[-1].set_xlabel("accuracy with what the released code does minus without it (points)", loc="right")
     return fig
 
 
