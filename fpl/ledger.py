@@ -17,9 +17,10 @@ import yaml
 from scipy.stats import f as f_distribution
 
 from fpl import records, stats
+from fpl.files import ROOT
 
 T = TypeVar("T")
-LEDGER = Path("data/ledger.yaml")
+LEDGER = ROOT / "data" / "ledger.yaml"
 TABLES = ("ledger", "ledger_views", "ledger_seeds", "ledger_domains")
 ONE_RUN = "rounds of one run"
 

@@ -58,7 +58,7 @@ def learn(experiment: Experiment) -> Learnt:
         raise ValueError(f"rounds {experiment.run.rounds} leaves no experts to look at: use at least 2")
     clients = sweep.make_clients(experiment, sweep.device())
     source, n_ctx = experiment.source, experiment.method.n_ctx
-    text = sweep.text_of(source.data, source.backbone, sweep.device(), n_ctx, 0, clients.n_cls)
+    text = sweep.text_of(source.data, source.backbone, sweep.device(), n_ctx, 0, clients.n_cls, experiment.run.precision)
     uploaded, kept = torch.full((len(clients),), -1), deque[Round](maxlen=2)
     for r in sweep.rounds_of(experiment):
         if kept:

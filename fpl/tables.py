@@ -32,7 +32,7 @@ PRINTED = {  # how the paper spells the data sets
 }
 GENERALISATION = ("local", "base", "novel", "HM")
 WITH_STD = (*GENERALISATION, *(f"{name} std" for name in GENERALISATION))
-POINTS = ("mean", "difference", "std", "low", "high", "t_low", "t_high", "noise", "worst", "tenth")
+POINTS = ("mean", "difference", "std", "low", "high", "t_low", "t_high", "noise", "worst", "10th percentile", "std over clients")
 DECIMALS = (*POINTS, "paper", BESIDE, *WITH_STD)
 NOTE_TABLE1 = (
     "Miniature of Table 1 on the demo world, accuracy in %, last round; mean, std and 95 % interval over seeds. "
@@ -221,9 +221,11 @@ def differences(runs: pd.DataFrame, pairs: Mapping[str, Sequence[str]]) -> pd.Da
 
 @several
 def clients(runs: pd.DataFrame) -> pd.DataFrame:
-    """`fpl.stats.spread` of methods and controls, in percent."""
-    table = (100 * spread(runs)).round(2)
-    return table.assign(row=[NAMES.get(method, method) for method in table.index])
+    """Mean over clients and `fpl.stats.spread` of methods and controls, in percent."""
+    mean = by_seed(runs).groupby(level=0, sort=False).mean().rename("mean")
+    table = (100 * spread(runs).join(mean)).round(2)
+    table.insert(0, "row", [NAMES.get(method, method) for method in table.index])
+    return table[["row", "mean", "worst", "tenth", "std"]].rename(columns={"tenth": "10th percentile", "std": "std over clients"})
 
 
 def metrics(table: pd.DataFrame, path: Path = Path("results/metrics.json")) -> None:
