@@ -109,7 +109,7 @@ def smaller(settings):
 
     small = {key: shrink(key, value) for key, value in settings.items()} | {"seeds": [1]}
     small["partition"]["clients"] = 3
-    clients = {"cifar10": 4, "cifar100": 4, "domainnet10": 6, "office_caltech10": 8}
+    clients = {"cifar10": 4, "cifar100": 4, "domainnet10": 6, "office_caltech10": 4}  # one a domain: these have few images
     for name, own in small["datasets"].items():
         own.setdefault("partition", {})
         if name in clients:

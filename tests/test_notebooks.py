@@ -22,10 +22,10 @@ datasets:
 seeds: [1, 2]
 methods: {zeroshot: {}, coop: {}, promptfl: {}, pfedmoap: {n_experts: 2}}
 tables:
-  table1: {}
-  n_experts: {rows: [pfedmoap], vary: {n_experts: [0, 1, 2]}}
-  d_gate: {rows: [pfedmoap], vary: {d_gate: [32, 128]}}
-  lam: {rows: [pfedmoap], vary: {lam: [0, 0.5, 1]}}
+  table1: {data: &two [shapes, styles]}
+  n_experts: {data: *two, rows: [pfedmoap], vary: {n_experts: [0, 1, 2]}}
+  d_gate: {data: *two, rows: [pfedmoap], vary: {d_gate: [32, 128]}}
+  lam: {data: *two, rows: [pfedmoap], vary: {lam: [0, 0.5, 1]}}
   table2: {rows: [zeroshot, promptfl, majority]}
   figure5: {rows: [pfedmoap], vary: {n_experts: [0, 1]}}
   table3: {data: [styles], rows: [zeroshot, promptfl, majority]}
@@ -34,6 +34,7 @@ tables:
   table8: {data: [styles], rows: [pfedmoap], vary: {n_experts: [0, 1]}}
   table6: {rows: [promptfl, fedprox, pfedmoap], vary: {epsilon: [0, 50]}}
   table7:
+    data: *two
     rows:
       attention: {method: pfedmoap}
       uniform attention: {method: pfedmoap, mixing: uniform}
@@ -42,10 +43,10 @@ tables:
       "alone: attention": {method: gate_alone}
       "alone: no gate": {method: coop}
   capacity: {rows: [pfedmoap], vary: {heads: [1], d_gate: [32, 128]}}
-  shots: {rows: [zeroshot, promptfl], vary: {shots: [1, 2]}}
+  shots: {data: *two, rows: [zeroshot, promptfl], vary: {shots: [1, 2]}}
   heterogeneity: {rows: [promptfl, pfedmoap], vary: {shots: [2], concentration: [0.5, 1], n_experts: [0, 2]}}
   choice: {data: [styles], rows: {nearest (l2): {method: pfedmoap}, random: {method: pfedmoap, choice: random}}}
-  communication: {rows: [promptfl, pfedmoap], vary: {n_ctx: [1, 16], n_experts: [1]}}
+  communication: {data: *two, rows: [promptfl, pfedmoap], vary: {n_ctx: [1, 16], n_experts: [1]}}
   base_to_novel: {rows: [zeroshot, promptfl], set: {classes: base}}
   fedpgp_rank: {rows: [fedpgp], set: {classes: base}, vary: {rank: [1]}}
   fedpgp_mu: {rows: [fedpgp], set: {classes: base}, vary: {mu: [0]}}
