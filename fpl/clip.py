@@ -264,7 +264,7 @@ class Text(nn.Module):
         x = torch.cat([tree.sos.expand(n, -1, -1), ctx, tree.suffix.expand(n, -1, -1)], dim=1) + tree.pos
         with torch.autocast(x.device.type, PRECISIONS[self.precision], enabled=self.precision != "single"):
             x = tower.transformer(x, attn_mask=tree.mask)
-        x = tower.ln_final(x[:, tree.leaf].float())
+        x = tower.ln_final(x[:, tree.leaf].to(tree.pos.dtype))
         project = tower.text_projection
         return F.normalize(project(x) if isinstance(project, nn.Module) else x @ project, dim=-1)
 
