@@ -27,10 +27,11 @@ def settings_of(runs: pd.DataFrame) -> list[str]:
 
 
 def varied(runs: pd.DataFrame) -> list[str]:
-    """What to group runs by: their row, where there are several, and the settings that differ within one, seeds aside."""
-    by_row = runs.groupby("row")
-    settings = [key for key in settings_of(runs) if key not in ("row", "seed") and by_row[key].nunique(dropna=False).max() > 1]
-    return (["row"] if by_row.ngroups > 1 else []) + settings or ["row"]
+    """What to group the runs on a data set by: row, where there are several, and settings that differ within one, seeds aside."""
+    by_row = runs.groupby(["data", "row"])
+    fixed = ("data", "row", "seed")
+    settings = [key for key in settings_of(runs) if key not in fixed and by_row[key].nunique(dropna=False).max() > 1]
+    return (["row"] if runs["row"].nunique() > 1 else []) + settings or ["row"]
 
 
 def final_round(runs: pd.DataFrame) -> pd.Series:

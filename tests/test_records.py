@@ -104,6 +104,8 @@ def test_a_table_is_read_from_its_index_with_its_labels(here, calls):
     assert varied.groupby("row")["n_experts"].nunique().to_dict() == {"pfedmoap": 2, "majority": 0}
     assert stats.varied(frame) == stats.varied(frame[frame["row"] == "one"]) == ["row"]
     assert stats.varied(varied) == ["row", "n_experts"] and stats.varied(varied[varied["row"] == "pfedmoap"]) == ["n_experts"]
+    other = varied.assign(data="other", clients=9)  # what differs between data sets is no setting that was varied
+    assert stats.varied(pd.concat([varied, other])) == ["row", "n_experts"]
     next(records.RECORDS.glob("promptfl*")).unlink()
     with pytest.raises(FileNotFoundError, match="1 of . runs of table .*`fpl sweep"):
         [records.of_table(name) for name in TABLES]

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import subprocess
+import sys
 import tokenize
 import tomllib
 from pathlib import Path
@@ -143,3 +144,11 @@ def test_the_exceptions_run_nothing_that_a_file_names():
     calls = re.findall(r"torch \. load \([^)]*\)", source["clip.py"])
     assert calls and all("weights_only = True" in call for call in calls)
     assert set(re.findall(r"pickle \. (\w+)", source["pickled.py"])) == {"Unpickler"}
+
+
+def test_the_pipelines_of_both_profiles_are_whole():
+    """DVC reads all of the repository's pipelines and lock files, whichever it is to run."""
+    done = subprocess.run([sys.executable, "-m", "dvc", "dag"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "table1" in done.stdout, done.stderr
+    ignored = subprocess.run(["git", "check-ignore", "dvc.lock", "paper/dvc.lock"], cwd=ROOT, capture_output=True, text=True)
+    assert not ignored.stdout
