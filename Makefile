@@ -17,7 +17,7 @@ test: setup
 	$(BIN)/mypy fpl
 	$(BIN)/pylint --disable=all --enable=duplicate-code --min-similarity-lines=6 fpl tests
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 # paper scale: what it needs, and how long it takes; then, if nothing is missing, all of it (a second call goes on)
 paper-plan: setup
