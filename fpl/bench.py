@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fpl import gate
-from fpl.clip import Clip, Text, untrained
+from fpl.clip import Clip, Text, load, untrained
 from fpl.methods import Params, PFedMoAP, PromptFL, Server
 from fpl.rounds import Clients, Run, Seeds, evaluate, generator, rows_of, run, train_locally
 
@@ -45,6 +45,11 @@ def names(classes: int) -> list[str]:
     if not 1 <= classes <= len(IMAGENET_CLASSNAMES):
         raise ValueError(f"--classes {classes}: there are names for 1 to {len(IMAGENET_CLASSNAMES)} classes")
     return IMAGENET_CLASSNAMES[:classes]
+
+
+def loaded(model: str, device: str) -> Clip:
+    """A model that has weights of its own, or one of open_clip's with random ones."""
+    return load(model, device=device) if ":" in model else untrained(model, device)
 
 
 class Prompts:
@@ -256,7 +261,7 @@ def table(
     of the gradients, the largest relative to the largest entry; in double precision, for two clients with one expert, two
     images and at most ten of the classes, by the same code. Raises ValueError for an unknown model and too many classes.
     """
-    clip, listed, settings = clip or untrained(model, device), names(classes), settings or {}
+    clip, listed, settings = clip or loaded(model, device), names(classes), settings or {}
     off = differences(clip, listed[:10], settings)
     world = World.make(clip, classes, n, batch, steps, settings)
     parts, lines, flops = {}, {}, {}
@@ -269,7 +274,7 @@ def table(
         except Exception as error:
             if encoder is not compiled:
                 raise
-            lines[f"{way}: not here, {type(error).__name__}"] = {}
+            lines[f"{way}: not here, {type(error).__name__} {str(error).strip().partition(chr(10))[0][:100]}"] = {}
             continue
         flops[way] = flops[way] or flops["e clients stacked"]
         parts[way] = ready
@@ -316,11 +321,11 @@ def shown(lines: pd.DataFrame) -> str:
     """Markdown: for every setting a table with a column for each way."""
     pages = [f"{lines['machine'].iloc[0]}; peak {lines['peak, GFLOP/s'].median():.4g} GFLOP/s"]
     for (model, classes, batch, n, steps), part in lines.groupby(["model", "classes", "batch", "clients", "steps"], sort=False):
-        upright = part.set_index("way")[list(COLUMNS)].dropna(axis=0, how="all").T.dropna(how="all").astype(object)
-        text = upright.map(lambda x: "" if pd.isna(x) else f"{x:.4g}" if x < 1e4 else f"{x:.0f}")
+        upright = part.set_index("way")[list(COLUMNS)].dropna(how="all").T.dropna(how="all")
+        text = upright.astype(object).map(lambda x: "" if pd.isna(x) else f"{x:.4g}" if x < 1e4 else f"{x:.0f}")
         pages.append(f"{model}, {classes} classes, batches of {batch}, {n} clients, {steps} steps each")
         pages.append(text.rename_axis("").to_markdown(disable_numparse=True))
-        pages += [f"Not here: {way}" for way in part["way"] if way not in upright.columns]
+        pages += [way for way in part["way"] if way not in text]
     return "\n\n".join(pages)
 
 
@@ -465,10 +470,19 @@ def machine(device: str) -> str:
     return f"{name}, {torch.get_num_threads()} threads on {os.cpu_count()} cores, torch {torch.__version__}"
 
 
-def profile(model: str, classes: int, batch: int, device: str, kinds: int = 12, n: int = 10) -> pd.DataFrame:
+def profile(
+    model: str,
+    classes: int,
+    batch: int,
+    device: str,
+    kinds: int = 12,
+    clip: Clip | None = None,
+    n: int = 10,
+    settings: dict[str, Any] | None = None,
+) -> pd.DataFrame:
     """Where a step of all clients spends its own time in the last two ways: the operations that take most, of a second call."""
-    clip, lines = untrained(model, device), []
-    world = World.make(clip, classes, n, batch, 1, {})
+    clip, lines = clip or loaded(model, device), []
+    world = World.make(clip, classes, n, batch, 1, settings or {})
     for way in list(WAYS)[-2:]:
         parts = Parts(way, clip, names(classes), world)
         parts.step()

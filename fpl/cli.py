@@ -214,17 +214,33 @@ def accept(options: argparse.Namespace) -> None:
 
 
 def bench(options: argparse.Namespace) -> None:
-    """Time a local step, the extraction of features or reading them, or list how large their files are."""
-    from fpl import bench, bench_features, sweep
+    """Time a local step and a round of pFedMoAP in six ways, how it grows, features, or list how large their files are."""
+    from fpl import bench, bench_features, bench_scaling, clip, plots, sweep
 
-    device = sweep.device()
+    device, models = sweep.device(), options.model or ["ViT-B-16-quickgelu"]
+    classes, batches, steps = options.classes or [102], options.batch or [16], options.steps or [25]
+    if options.what not in ("step", "scaling") and max(map(len, (models, classes, batches, steps))) > 1:
+        raise ValueError(f"`fpl bench {options.what}` takes one value of each option")
+
+    def scaling():
+        growth = {what: getattr(options, what) or values for what, values in bench_scaling.GROWTH.items()}
+        demo = f"{clip.LOCAL}{Path(__file__).parent.parent / 'data/demo_clip'}"
+        (model,) = options.model or [demo]
+        loaded = bench.loaded(model, device)
+        loaded.model.visual = None  # a round does not need the image tower
+        return bench_scaling.table(loaded, growth, batches[0], device)
+
     table = {
-        "step": lambda: bench.local_step(options.model, options.classes, options.batch or 16, options.repeats),
+        "step": lambda: bench.tables(
+            models, classes, batches, steps=steps[0], repeats=options.repeats, device=device, measure_round=options.measure_round
+        ),
+        "profile": lambda: bench.profile(models[0], classes[0], batches[0], device),
+        "scaling": scaling,
         "extraction": lambda: bench_features.extraction(
-            options.model,
+            models[0],
             options.weights,
             options.images or 256,
-            options.batch or (256 if device == "cuda" else 64),
+            batches[0] if options.batch else (256 if device == "cuda" else 64),
             options.workers,
             options.repeats,
             device,
@@ -232,13 +248,18 @@ def bench(options: argparse.Namespace) -> None:
         "reading": lambda: bench_features.reading(options.images or 75_000, options.repeats),
         "sizes": lambda: bench_features.sizes(options.views),
     }[options.what]()
-    shown = table.to_markdown(index=False, floatfmt=".6g" if options.what == "sizes" else ".4g")
+    if options.what == "step":
+        shown = f"{bench.shown(table)}\n\n{bench.ratios(table).to_markdown(index=False, floatfmt='.3g')}"
+    else:
+        shown = table.to_markdown(index=False, floatfmt=".6g" if options.what in ("sizes", "scaling") else ".4g")
     print(shown)
     if options.save:
         with writing(options.save.with_suffix(".json")) as temporary:
             table.to_json(temporary, orient="records", indent=2)
         with writing(options.save.with_suffix(".md")) as temporary:
             temporary.write_text(shown + "\n")
+        if options.what == "scaling" and len(table) > 1:
+            plots.save(plots.growth(table), options.save, kinds=["png"])
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -368,14 +389,23 @@ def parser() -> argparse.ArgumentParser:
         "what",
         nargs="?",
         default="step",
-        choices=("step", "extraction", "reading", "sizes"),
-        help="a local step with 77-token prompts, cut at EOS, and as a tree (the default); the extraction of features beside the "
-        "bare model; a features file read into memory; the size of each data set's features",
+        choices=("step", "profile", "scaling", "extraction", "reading", "sizes"),
+        help="a local step and a round of pFedMoAP, from the released code's shape to ours (the default); where its time goes; its "
+        "growth with clients, classes, steps and experts; the extraction of features beside the bare model; a features file "
+        "read into memory; the size of each data set's features",
     )
-    speed.add_argument("--model", default="ViT-B-16-quickgelu", help="step, extraction: open_clip model")
+    speed.add_argument("--model", nargs="+", help="open_clip model (ViT-B-16-quickgelu; scaling: the demo's)")
     speed.add_argument("--weights", default="", help="extraction: weights as in params.yaml (random ones)")
-    speed.add_argument("--classes", type=int, default=101, help="step: number of class names (101: those of Food101)")
-    speed.add_argument("--batch", type=positive, help="images in a step (16), or that the bare model sees at once (64, GPU 256)")
+    speed.add_argument("--classes", type=positive, nargs="+", help="step: numbers of class names (102: those of Flowers102)")
+    speed.add_argument(
+        "--batch", type=positive, nargs="+", help="images in a step (16), or in a pass of the bare model (64, GPU 256)"
+    )
+    speed.add_argument(
+        "--steps", type=positive, nargs="+", help="step: local steps of a client in a round (25: 5 epochs of 5 batches)"
+    )
+    speed.add_argument("--clients", type=positive, nargs="+", help="scaling: numbers of clients (10 to 1000)")
+    speed.add_argument("--experts", type=positive, nargs="+", help="scaling: numbers of experts of a client (9, and 1 to 29)")
+    speed.add_argument("--measure-round", action="store_true", help="step: make a whole round, too (on a GPU always)")
     speed.add_argument("--images", type=positive, help="extraction: number of images (256); reading: of features (75000)")
     speed.add_argument("--views", type=positive, default=10, help="sizes: views of a training image (10)")
     speed.add_argument("--repeats", type=positive, default=3, help="times that each way is taken (3)")

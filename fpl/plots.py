@@ -50,9 +50,10 @@ def style() -> None:
     plt.rcParams.update(STYLE)
 
 
-def save(fig: Figure, path_without_suffix: str | Path) -> None:
+def save(fig: Figure, path_without_suffix: str | Path, kinds: Sequence[str] = ("png", "svg")) -> None:
     """Writes PNG and SVG, whole or not at all; the same figure gives the same bytes."""
-    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+    for kind in kinds:
+        metadata = {"Software": None} if kind == "png" else {"Date": None}
         with plt.rc_context(STYLE), writing(f"{path_without_suffix}.{kind}") as file:
             fig.savefig(file, format=kind, metadata=metadata)
 
@@ -475,4 +476,27 @@ def by_client(runs: pd.DataFrame, names: dict[str, str]) -> Figure:
         ax.set_xlabel("accuracy on the client's own test images (%)", loc="right")
         handles, texts = ax.get_legend_handles_labels()
         fig.legend(handles[:3], texts[:3], loc="outside lower left", ncols=3)
+
+
+def growth(table: pd.DataFrame) -> Figure:
+    """Counts, seconds and memory of a round against each quantity that grows, both axes logarithmic; table as `bench_scaling.table`."""
+    rows = {
+        "prompts encoded": ["encoded with gradients", "if by each receiver", "experts encoded"],
+        "seconds": ["seconds"],
+        "MB": ["MB"],
+    }
+    parts = dict(iter(table.groupby("grows", sort=False)))
+    with plt.rc_context(STYLE):
+        fig = _figure(figsize=(2.5 * len(parts) + 0.8, 6.4))
+        grid = fig.subplots(len(rows), len(parts), sharex="col", sharey="row", squeeze=False)
+        for line, (label, columns) in zip(grid, rows.items(), strict=True):
+            line[0].set(ylabel=label)
+            for ax, (what, part) in zip(line, parts.items(), strict=True):
+                for column, marker, colour in zip(columns, "osD", ("#000000", "#777777", "#0072B2"), strict=False):
+                    face = "white" if marker == "s" else colour
+                    ax.plot(part[what], part[column], marker=marker, color=colour, markerfacecolor=face, label=column)
+                ax.set(xscale="log", yscale="log")
+        for ax, what in zip(grid[-1], parts, strict=True):
+            ax.set(xlabel=what)
+        fig.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
     return fig

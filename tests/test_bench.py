@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import BACKBONE, standing_in, store_clip
 
-from fpl import bench_features, cli, features
+from fpl import bench, bench_features, cli, features
 from fpl import clip as clips
 
 RATES = ["way", "images", "seconds", "images/s"]
@@ -146,13 +146,31 @@ def test_the_shapes_are_those_of_the_towers(tower, name):
     assert bench_features.TOWERS[tower] == (pooled.shape[1], patches.shape[1])
 
 
-def test_without_a_word_it_is_the_local_step(monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        "fpl.bench.local_step", lambda *arguments: asked.append(arguments) or pd.DataFrame({"way": ["77 tokens"]})
+def test_without_a_word_it_is_a_step_and_a_round_for_every_setting(monkeypatch, capsys):
+    asked, line = (
+        [],
+        {"machine": "a machine", "peak, GFLOP/s": 1.0, "clients": 10, "steps": 25, **dict.fromkeys(bench.COLUMNS, 2.0)},
     )
-    assert printed("--classes", 3)["way"].tolist() == printed("step", "--batch", 2)["way"].tolist() == ["77 tokens"]
-    assert asked == [("ViT-B-16-quickgelu", 3, 16, 3), ("ViT-B-16-quickgelu", 101, 2, 3)]
+
+    def table(model, classes, batch, **named):
+        asked.append((model, classes, batch, named["steps"], named["repeats"], named["measure_round"]))
+        return pd.DataFrame([{"way": way, "model": model, "classes": classes, "batch": batch, **line} for way in bench.WAYS])
+
+    monkeypatch.setattr(bench, "table", table)
+    assert printed()["way"].tolist() == list(bench.WAYS)
+    several = printed("step", "--classes", 10, 37, "--batch", 16, 32, "--model", "RN50", "--steps", 50, "--measure-round")
+    assert len(several) == 4 * len(bench.WAYS)
+    assert asked == [
+        ("ViT-B-16-quickgelu", 102, 16, 25, 3, False),
+        *(("RN50", classes, batch, 50, 3, True) for classes in (10, 37) for batch in (16, 32)),
+    ]
+    assert "RN50, 37 classes, batches of 32, 10 clients" in capsys.readouterr().out
+
+
+def test_several_values_are_for_steps_only():
+    with pytest.raises(SystemExit) as end:
+        cli.main(["bench", "extraction", "--batch", "2", "3"])
+    assert end.value.code == "fpl bench: `fpl bench extraction` takes one value of each option"
 
 
 def test_the_saved_table_is_the_printed_one(capsys):

@@ -1,0 +1,73 @@
+"""What a round of pFedMoAP costs as clients, classes, local steps or experts grow, one at a time, in the code that `fpl run` uses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+
+from fpl import bench
+from fpl.clip import Clip, Text
+from fpl.methods import PFedMoAP
+from fpl.rounds import Clients, Run, Seeds, run
+
+GROWTH = {  # of each, the first is what it stays at while another one grows
+    "clients": (10, 30, 100, 300, 1000),
+    "classes": (10, 30, 100, 300, 1000),
+    "steps": (5, 1, 25, 125),
+    "experts": (9, 1, 3, 29),
+}
+
+
+def table(clip: Clip, growth: dict[str, Sequence[int]], batch: int, device: str, **settings) -> pd.DataFrame:
+    """A line for each value of each quantity, with counts, seconds and memory of the second round of a run.
+
+    With N clients and K experts each, an expert is read by K receivers in the mean. Where K grows, all have the clients that the
+    largest K needs. Clients have one batch of random features each, which an epoch sees `steps` times, and are tested on it.
+    `MB` is above what was in use before the run, `process MB` all of the process, weights included; MB of 10^6 bytes.
+    `settings` are others of the method.
+    """
+    first = {what: values[0] for what, values in growth.items()}
+    crowd = max(first["clients"], max(growth["experts"]) + 1)
+    cases = [
+        (what, {**first, what: value, **({"clients": crowd} if what == "experts" else {})})
+        for what, values in growth.items()
+        for value in (sorted(values) if len(values) > 1 else [])
+    ]
+    lines = [
+        {"grows": what, **case, **cost(clip, **case, batch=batch, device=device, settings=settings)}
+        for what, case in cases or [("", first)]
+    ]
+    return pd.DataFrame(lines).assign(batch=batch, machine=bench.machine(device))
+
+
+def cost(
+    clip: Clip, clients: int, classes: int, steps: int, experts: int, batch: int, device: str, settings: dict[str, Any]
+) -> dict[str, float]:
+    """Counts are of prompts encoded in a round: experts' as we do it, and if every receiver encoded its own."""
+    text, gen = Text(clip, bench.names(classes)), torch.Generator().manual_seed(1)
+    feats = F.normalize(torch.randn(clients * batch, text.dim, generator=gen), dim=-1).to(device)
+    labels = torch.randint(classes, (clients * batch,), generator=gen).to(device)
+    test = list(torch.arange(clients * batch, device=device).split(batch))
+    images = Clients(feats, labels, [own.repeat(steps) for own in test], test, classes)
+    cfg = Run(rounds=2, local_epochs=1, batch_size=batch)
+    made, seconds = run(PFedMoAP(n_experts=experts, **settings), text, images, cfg, Seeds()), []
+
+    def both():
+        next(made)
+        seconds.append(bench.timed(lambda: next(made)))
+
+    used = bench.memory(both, device)
+    forward, backward = bench.encodings(PFedMoAP, clients, experts, steps)
+    return {
+        "tokens per encoding": text.n_nodes,
+        "experts encoded": forward - clients,
+        "if by each receiver": bench.encodings(bench.Alone, clients, experts, steps)[0] - clients,
+        "encoded with gradients": backward,
+        "seconds": seconds[0],
+        "MB": used / 1e6,
+        "process MB": bench.resident("VmHWM") / 1e6 if used == used and device == "cpu" else None,
+    }

@@ -1,0 +1,189 @@
+"""Promise: the ways of `fpl bench` compute the same, and do exactly the work that they are said to do: counts, not times."""
+
+from functools import partialmethod
+
+import pandas as pd
+import pytest
+import torch
+from conftest import tiny_model
+
+from fpl import bench, bench_scaling, clip, plots
+from fpl.methods import PFedMoAP
+
+SETTINGS = {"n_ctx": 4, "n_experts": 2, "d_gate": 16, "heads": 4}
+KINDS = {way: kind for way, (kind, _) in bench.WAYS.items()}
+LAST = list(bench.WAYS)[-1]
+
+
+@pytest.fixture
+def tiny():
+    return clip.Clip(tiny_model())
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """Dynamo without what generates code."""
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_all_ways_have_the_features_and_gradients_of_the_first(tiny, no_compiler, dtype, tolerance):
+    world = bench.World.make(clip.Clip(tiny.model.to(dtype)), 6, 3, 5, 1, SETTINGS)
+    names, found = bench.names(10)[:6], {}
+    for way in bench.WAYS:
+        t, learnt = bench.all_gradients(way, tiny, names, world)
+        found[way] = {"features": t, **learnt}
+        assert t.shape == (3, 6, 32) and all(len(v) == 3 for v in learnt.values())
+    first = found[next(iter(found))]
+    for way, tensors in found.items():
+        for name, x in tensors.items():
+            scale = first[name.replace("gate_b", "gate_w")].abs().max()  # biases but the query's change no probability
+            assert scale > 1e-6 and (x - first[name]).abs().max() <= tolerance * scale, (way, name)
+
+
+def test_the_differences_in_the_table_are_those_in_double_precision(tiny, no_compiler):
+    found = pd.DataFrame(bench.differences(tiny, bench.names(10)[:4], SETTINGS)).T
+    assert list(found.index) == list(bench.WAYS) and (found < 1e-9).all(axis=None) and (found.iloc[0] == 0).all()
+    assert (found.loc["d prompt tree"] > 0).all() and tiny.model.logit_scale.dtype == torch.float32
+
+
+@pytest.mark.parametrize("way", KINDS)
+def test_a_round_encodes_experts_for_each_receiver_or_once(way):
+    experts = 10 if KINDS[way] is PFedMoAP else 90
+    assert bench.encodings(KINDS[way], n=10, k=9, steps=25) == (experts + 10, 250)
+
+
+@pytest.mark.parametrize(("n", "steps"), [(10, 1), (20, 1), (40, 1), (10, 2), (10, 4)])
+def test_encodings_grow_with_clients_and_steps(n, steps):
+    assert bench.encodings(bench.Alone, n, 9, steps) == (n * 9 + n, n * steps)
+    forward, both = bench.encodings(PFedMoAP, n, n - 1, steps)
+    assert (forward, both) == (2 * n, n * steps)
+
+
+@pytest.mark.parametrize("k", [1, 3, 6, 11])
+def test_encodings_do_not_grow_with_receivers(k):
+    forward, both = bench.encodings(PFedMoAP, 12, k, 2)
+    assert 12 < forward <= 12 + 12 and both == 24
+    assert bench.encodings(bench.Alone, 12, k, 2)[0] == 12 * k + 12
+
+
+@pytest.mark.parametrize(
+    ("classes", "cut", "tree"), [(10, 20, 47), (37, 23, 169), (47, 22, 203), (100, 22, 336), (101, 25, 427), (102, 25, 475)]
+)
+def test_tokens_of_known_class_names(tiny, classes, cut, tree):
+    listed = bench.names(classes)
+    found = {way: encoder(tiny, listed, 16).n_nodes for way, (_, encoder) in bench.WAYS.items() if way != LAST}
+    assert list(found.values()) == [77 * classes, 77 * classes, cut * classes, tree, tree]
+    rows = [tuple(row[:cut]) for row in tiny.tokenizer([f"{'X ' * 16}{name.replace('_', ' ')}." for name in listed]).tolist()]
+    begun = {row[:j] for row in rows for j in range(1, 1 + row.index(tiny.tokenizer.eot_token_id) + 1)}
+    assert len(begun) == tree  # the different beginnings of prompts
+
+
+def test_tokens_grow_with_classes(tiny):
+    nodes = [clip.Text(tiny, bench.names(c)).n_nodes / c for c in (200, 400, 800)]
+    assert max(nodes) < 1.1 * min(nodes) < 6
+
+
+def forward_flops(width, layers, dim, sequences, tokens, classes):
+    """By hand, a multiplication with its addition being two: of each token four maps, the MLP, scores and mixing; the end."""
+    return 2 * (layers * sequences * tokens * (12 * width**2 + 2 * tokens * width) + classes * width * dim)
+
+
+def test_arithmetic_is_that_of_the_shapes(tiny):
+    names, world = bench.names(101), bench.World.make(tiny, 101, 3, 4, 1, SETTINGS | {"n_ctx": 16})
+    done = {}
+    for way in list(bench.WAYS)[:-1]:
+        parts = bench.Parts(way, tiny, names, world)
+        done[way], _ = bench.arithmetic(parts, counted=True)
+        n = len(parts.who)
+        assert n == (3 if way.startswith("e") else 1)
+        sequences = 1 if isinstance(parts.text, clip.Text) else 101
+        tokens = parts.text.n_nodes // sequences
+        assert done[way]["encode"] == n * forward_flops(32, 2, 32, sequences, tokens, 101)
+        assert 2 < (done[way]["step"] / done[way]["encode"]) < 3.5
+    assert done["b image features cached"]["encode"] > 7 * done["d prompt tree"]["encode"]
+    assert done["a image tower, 77 tokens"]["step"] > done["b image features cached"]["step"]
+
+
+def test_the_cost_model_of_vit_b_16():
+    """77 tokens of one class: 5.96 GFLOP forward. The tree of Food101 takes a sixteenth of what 77 tokens take."""
+    padded, tree = forward_flops(512, 12, 512, 1, 77, 1), forward_flops(512, 12, 512, 1, 427, 101)
+    assert padded == pytest.approx(5.96e9, rel=2e-3) and 101 * padded / tree == pytest.approx(16.4, rel=5e-3)
+
+
+def table(tiny, **named):
+    return bench.table("tiny", 10, 4, steps=3, repeats=1, clip=tiny, n=3, settings=SETTINGS, **named)
+
+
+def test_a_round_is_the_sum_of_its_parts(tiny, no_compiler, monkeypatch):
+    """Every call takes a second: 3 clients with 2 experts, 3 steps each."""
+    monkeypatch.setattr(bench, "timed", lambda call: (call(), 1.0)[1])
+    found = table(tiny, measure_round=True).set_index("way")
+    alone, stacked = 3 * 2 + 3 * (3 + 1), 1 + 3 + 1
+    assert found["round of parts, s"].tolist() == [alone] * 4 + [stacked] * 2
+    assert found["ms per step"].tolist() == pytest.approx([1000] * 4 + [1000 / 3] * 2)
+    assert found["steps: times faster"].tolist() == pytest.approx([1] * 4 + [3] * 2)
+    assert found["rounds: times faster"].tolist() == pytest.approx([1] * 4 + [alone / stacked] * 2)
+    assert (found["round measured, s"] == 1).all() and found["first call, s"].notna().tolist() == [False] * 5 + [True]
+    speed = found["GFLOP per step"] / (found["ms per step"] / 1000)
+    assert (found["share of peak"] / (speed / found["peak, GFLOP/s"])).tolist() == pytest.approx([1] * 6)
+    assert found["GFLOP per step"].iloc[-1] == found["GFLOP per step"].iloc[-2]
+    assert found["encodings forward"].tolist() == [9] * 4 + [6] * 2 and (found["encodings forward and backward"] == 9).all()
+
+
+def test_where_nothing_can_be_compiled_a_line_says_so(tiny, monkeypatch):
+    def broken(block, **named):
+        block.forward = lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("no C++ compiler"))
+
+    monkeypatch.setattr(torch.nn.Module, "compile", broken)
+    found = table(tiny)
+    assert found["way"].tolist() == [*list(bench.WAYS)[:-1], "f compiled: not here, RuntimeError no C++ compiler"]
+    assert found.iloc[-1]["ms per step":"gate gradient difference"].isna().all() and found["ms per step"][:-1].gt(0).all()
+    assert bench.shown(found).endswith("f compiled: not here, RuntimeError no C++ compiler")
+    assert bench.ratios(found)["steps, a / f"].isna().all()
+
+
+def test_profile_names_what_takes_the_time(tiny, no_compiler):
+    found = bench.profile("tiny", 10, 2, "cpu", kinds=5, clip=tiny, n=3, settings=SETTINGS)
+    for way in list(bench.WAYS)[-2:]:
+        part = found[found["way"] == way]
+        assert len(part) == 5 and part["ms"].is_monotonic_decreasing and 0 < part["share"].sum() <= 1
+
+
+def test_memory_is_what_a_call_takes():
+    block = 64 * 2**20
+    bench.memory(lambda: torch.ones(block // 4).sum(), "cpu")
+    taken = bench.memory(lambda: torch.ones(block // 4).sum(), "cpu")
+    assert taken != taken or 0.9 * block < taken < 2 * block
+
+
+@pytest.mark.parametrize("classes", bench.LISTS)
+def test_every_list_has_its_classes(classes):
+    assert len(set(bench.names(classes))) == classes
+
+
+def test_names_end_at_a_thousand():
+    assert len(set(bench.names(1000)) - set(bench.names(999))) == 1
+    with pytest.raises(ValueError, match="--classes 1001: there are names for 1 to 1000 classes"):
+        bench.names(1001)
+
+
+def test_scaling_has_a_line_for_each_value_and_a_figure(tiny, tmp_path):
+    growth = {"clients": (4, 6), "classes": (3, 10), "steps": (2, 1), "experts": (2, 5)}
+    found = bench_scaling.table(tiny, growth, 2, "cpu", d_gate=16, heads=4)
+    grown = found.set_index("grows")
+    assert grown.loc["clients", "clients"].tolist() == [4, 6] and (grown.loc["clients", "steps"] == 2).all()
+    assert grown.loc["steps", "encoded with gradients"].tolist() == [4, 8]
+    assert grown.loc["clients", "encoded with gradients"].tolist() == [8, 12]
+    assert grown.loc["experts", "experts"].tolist() == [2, 5] and (grown.loc["experts", "clients"] == 6).all()
+    assert grown.loc["experts", "if by each receiver"].tolist() == [12, 30]
+    assert (grown.loc["experts", "experts encoded"] <= 6).all() and (found["seconds"] > 0).all()
+    plots.save(plots.growth(found), tmp_path / "growth", kinds=["png"])
+    assert [file.name for file in tmp_path.iterdir()] == ["growth.png"]
+
+
+def test_scaling_of_one_value_each_is_one_line(tiny):
+    found = bench_scaling.table(
+        tiny, {"clients": (4,), "classes": (3,), "steps": (1,), "experts": (2,)}, 2, "cpu", d_gate=16, heads=4
+    )
+    assert len(found) == 1 and found["clients"].tolist() == [4]
