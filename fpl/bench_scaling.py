@@ -1,4 +1,4 @@
-"""What a round of pFedMoAP costs as clients, classes, local steps or experts grow, one at a time, in the code that `fpl run` uses."""
+"""What a round of pFedMoAP costs as clients, classes, local steps or experts grow, one at a time, in the code of `fpl run`."""
 
 from __future__ import annotations
 

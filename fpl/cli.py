@@ -390,8 +390,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         default="step",
         choices=("step", "profile", "scaling", "extraction", "reading", "sizes"),
-        help="a local step and a round of pFedMoAP, from the released code's shape to ours (the default); where its time goes; its "
-        "growth with clients, classes, steps and experts; the extraction of features beside the bare model; a features file "
+        help="a local step and a round of pFedMoAP, from the released code's shape to ours (the default); where its time goes; "
+        "its growth with clients, classes, steps and experts; the extraction of features beside the bare model; a features file "
         "read into memory; the size of each data set's features",
     )
     speed.add_argument("--model", nargs="+", help="open_clip model (ViT-B-16-quickgelu; scaling: the demo's)")

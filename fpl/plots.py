@@ -479,7 +479,7 @@ def by_client(runs: pd.DataFrame, names: dict[str, str]) -> Figure:
 
 
 def growth(table: pd.DataFrame) -> Figure:
-    """Counts, seconds and memory of a round against each quantity that grows, both axes logarithmic; table as `bench_scaling.table`."""
+    """Counts, seconds and memory of a round against each quantity that grows; table as `bench_scaling.table`."""
     rows = {
         "prompts encoded": ["encoded with gradients", "if by each receiver", "experts encoded"],
         "seconds": ["seconds"],
