@@ -252,8 +252,9 @@ def table(
 ) -> pd.DataFrame:
     """A line for each way. Ways take turns; times are medians over `repeats` turns, ratios medians of those within a turn.
 
-    A step is one local step as `rounds.train_locally` makes it, in ms per client, GFLOP per client and MB in all (MB of 10^6
-    bytes above what was in use before). The share is that of the speed of a product of large square matrices in the same turn.
+    A step is one local step as `rounds.train_locally` makes it, in ms per client, GFLOP per client (with what is computed again
+    to save memory), and MB in all (of 10^6 bytes, above what was in use before). The share is that of the speed of a product of
+    large square matrices in the same turn.
     "round of parts" adds up the parts of a round, each measured: the experts' encodings, `steps` steps of every client, and the
     evaluation of each on one batch. "round measured" is one that `rounds.run` made after another one; on a CPU only where asked
     for. Encodings and tokens are counts. Arithmetic of the compiled way is that of the same without compiling, `first call` what

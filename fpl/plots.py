@@ -496,6 +496,8 @@ def growth(table: pd.DataFrame) -> Figure:
                     face = "white" if marker == "s" else colour
                     ax.plot(part[what], part[column], marker=marker, color=colour, markerfacecolor=face, label=column)
                 ax.set(xscale="log", yscale="log")
+                ax.minorticks_off()
+                ax.set_xticks(part[what], [f"{x:g}" for x in part[what]])
         for ax, what in zip(grid[-1], parts, strict=True):
             ax.set(xlabel=what)
         fig.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
