@@ -55,6 +55,8 @@ def loaded(model: str, device: str) -> Clip:
 class Prompts:
     """The usual text path: one sequence per class, ctx (n, m, w) -> unit text features (n, c, d), padded to 77 tokens or cut."""
 
+    at_once = 1
+
     def __init__(self, clip: Clip, names: list[str], n_ctx: int, cut: bool):
         self.model, self.scale = clip.model, float(clip.model.logit_scale.exp())
         tokens = clip.tokenizer([f"{'X ' * n_ctx}{name.replace('_', ' ')}." for name in names])

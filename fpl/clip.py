@@ -235,6 +235,11 @@ class Text(nn.Module):
         """Tokens in one encoding of all classes; the usual way takes 77 c."""
         return sum(len(tree.pos) for tree in self.trees)
 
+    @property
+    def at_once(self) -> int:
+        """How many clients may train as one batch without computing their activations twice."""
+        return max(1, self.budget // self.n_nodes)
+
     @torch.no_grad()
     def zero_shot(self, template: str = "a photo of a {}.") -> Float[Tensor, "c d"]:
         """Unit text features of a hand-written template with one {} for the class name."""

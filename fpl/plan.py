@@ -64,7 +64,7 @@ class Rates:
 class Counter:
     """A text tower that costs next to nothing and counts the prompts it encodes, with and without a gradient."""
 
-    scale = 1.0
+    scale, at_once = 1.0, 1000
 
     def __init__(self, tower: Tower, n_cls: int = 2):
         self.width, self.dim, self.n_cls, self.trained, self.read = tower.width, tower.dim, n_cls, 0, 0

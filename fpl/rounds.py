@@ -242,7 +242,7 @@ def train_cohort(
 ) -> tuple[Params, Float[Tensor, " n"]]:
     """What the clients `who` make of `begin` on their own images, and their losses; `stream` names the order of the images."""
     ended, losses = begin, torch.full((len(who),), torch.nan, device=clients.feats.device)
-    for at, order in same_shape(who, clients, run, seed, number, stream) if begin else []:
+    for at, order in same_shape(who, clients, run, seed, number, stream, text.at_once) if begin else []:
         begins, reads, first = rows_of(begin, at), rows_of(frozen, at), number * run.local_epochs
         trained, losses[at] = train_locally(method, text, begins, reads, order, clients, run, tick, shared, first)
         if not torch.isfinite(losses[at]).all():
@@ -253,16 +253,15 @@ def train_cohort(
 
 
 def same_shape(
-    who: Int[Tensor, " n"], clients: Clients, run: Run, seed: int, number: int, stream: str
+    who: Int[Tensor, " n"], clients: Clients, run: Run, seed: int, number: int, stream: str, most: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """Clients in groups whose local steps have one shape: their places in `who`, their image numbers (group, steps, b)."""
+    """Clients in groups of at most `most` whose local steps have one shape: places in `who`, image numbers (group, steps, b)."""
     groups: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
     for at, i in enumerate(who.tolist()):
         order = batches(clients.train[i], run, seed, number, i, stream)
         groups.setdefault(tuple(order.shape), []).append((at, order))
-    return [
-        (torch.tensor([at for at, _ in g], device=who.device), torch.stack([order for _, order in g])) for g in groups.values()
-    ]
+    parts = [group[k : k + most] for group in groups.values() for k in range(0, len(group), most)]
+    return [(torch.tensor([at for at, _ in g], device=who.device), torch.stack([order for _, order in g])) for g in parts]
 
 
 @torch.no_grad()

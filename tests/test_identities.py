@@ -400,9 +400,8 @@ def test_fine_tuning_is_of_everybody_from_the_new_average_in_an_order_of_its_own
 
 
 def test_stacked_clients_train_as_they_would_alone(learning, text, clients, monkeypatch):
-    stacked, same_shape = play(learning, text, clients), rounds.same_shape
-    one_by_one = lambda *args: [pair for g, o in same_shape(*args) for pair in zip(g.split(1), o.split(1), strict=True)]  # noqa: E731
-    monkeypatch.setattr(rounds, "same_shape", one_by_one)
+    stacked = play(learning, text, clients)
+    monkeypatch.setattr(type(text), "at_once", 1)
     alone = play(learning, text, clients)
     assert {len(x) for _, x, *_ in alone.batches} == {1} and {len(x) for _, x, *_ in stacked.batches} == {1, 2}
     assert always(near, alone.own, stacked.own) and always(near, alone.deployed, stacked.deployed)

@@ -119,6 +119,17 @@ def test_a_thousand_classes_are_encoded_in_pieces_within_the_budget(clip):
     assert error(found[0], found[2]) < 1e-5 and error(found[1], found[3]) < 1e-4
 
 
+def test_for_as_many_clients_as_train_at_once_nothing_is_computed_twice(clip):
+    text, passes = Text(clip, NAMES, 16, budget=3 * Text(clip, NAMES, 16).n_nodes + 1), []
+    hook = clip.model.transformer.register_forward_hook(lambda *_: passes.append(1))
+    assert text.at_once == 3 and Text(clip, NAMES, 16, budget=1).at_once == 1
+    for n, expected in ((3, 1), (4, 4)):  # four: two pieces, each once more in the backward pass
+        passes.clear()
+        text(torch.zeros(n, 16, text.width, requires_grad=True)).sum().backward()
+        assert len(passes) == expected
+    hook.remove()
+
+
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_zero_shot_is_encode_text_of_the_template(tower, template):
     found = Text(tower, NAMES, n_ctx=4).zero_shot(template)
