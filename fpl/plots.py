@@ -476,6 +476,7 @@ def by_client(runs: pd.DataFrame, names: dict[str, str]) -> Figure:
         ax.set_xlabel("accuracy on the client's own test images (%)", loc="right")
         handles, texts = ax.get_legend_handles_labels()
         fig.legend(handles[:3], texts[:3], loc="outside lower left", ncols=3)
+    return fig
 
 
 def growth(table: pd.DataFrame) -> Figure:
