@@ -39,9 +39,9 @@ def means(path: Path) -> pd.Series:
     value = next((name for name in VALUES if name in table), None)
     if value is None:
         return pd.Series(dtype=float)
-    keys = table[table.columns[: table.columns.get_loc(value)]]
+    keys = table[table.columns[: table.columns.get_loc(value)]].astype(object).fillna("").astype(str)  # not every row has all
     first = keys.iloc[:, 0]
-    return pd.Series(table[value].tolist(), first if first.is_unique else keys.astype(str).agg(", ".join, axis=1))
+    return pd.Series(table[value].tolist(), first if first.is_unique else keys.agg(", ".join, axis=1))
 
 
 def all_cells(fresh: Path, expected: Path = EXPECTED) -> pd.DataFrame:

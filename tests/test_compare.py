@@ -100,6 +100,12 @@ def test_published_numbers_are_not_ours_to_compare(project):
     assert set(verdicts(compare.all_cells(tables.TABLES)).values()) == {"same"}
 
 
+def test_rows_are_told_apart_by_all_that_stands_before_the_mean_also_where_it_is_missing(tmp_path):
+    table = pd.DataFrame({"row": ["a", "b", "b"], "label": [None, "x", "x"], "k": [None, 1, 2], "mean": [1.0, 2.0, 3.0]})
+    table.to_csv(tmp_path / "t.csv", index=False)
+    assert compare.means(tmp_path / "t.csv").to_dict() == {"a, , ": 1, "b, x, 1.0": 2, "b, x, 2.0": 3}
+
+
 def test_nothing_to_compare_with_is_no_success(project):
     for path in compare.EXPECTED.glob("*.csv"):
         path.unlink()
