@@ -39,9 +39,10 @@ def means(path: Path) -> pd.Series:
     value = next((name for name in VALUES if name in table), None)
     if value is None:
         return pd.Series(dtype=float)
-    keys = table[table.columns[: table.columns.get_loc(value)]].astype(object).fillna("").astype(str)  # not every row has all
+    keys = table[table.columns[: table.columns.get_loc(value)]]
     first = keys.iloc[:, 0]
-    return pd.Series(table[value].tolist(), first if first.is_unique else keys.agg(", ".join, axis=1))
+    whole = keys.astype(object).fillna("").astype(str).agg(", ".join, axis=1)  # not every row has every setting
+    return pd.Series(table[value].tolist(), first if first.is_unique else whole)
 
 
 def all_cells(fresh: Path, expected: Path = EXPECTED) -> pd.DataFrame:
