@@ -185,8 +185,10 @@ class Parts:
         kind, encoder = WAYS[way]
         self.method, self.clients, n = kind(**world.settings), world.clients, len(world.server.seen)
         self.text = encoder(clip, names, self.method.n_ctx)
-        self.groups = [who for who in self.method.cohorts(world.server, torch.arange(n)) if len(who)]
+        cohorts = filter(len, self.method.cohorts(world.server, torch.arange(n)))
+        self.groups = [who for cohort in cohorts for who in cohort.split(self.text.at_once)]
         self.who = self.groups[0]
+        self.times = n / len(self.who)  # of the first group's cost, in a round
         self.own = rows_of(world.own, self.who)
         experts = torch.randn(len(self.who), self.method.n_experts, len(names), self.method.d_gate).to(self.own["ctx"])
         self.order = torch.stack([self.clients.test[i] for i in self.who.tolist()]).unsqueeze(1)
@@ -207,13 +209,13 @@ class Parts:
 
     def in_round(self, experts: int, steps: int) -> dict[str, float]:
         """How often a round makes each of the calls, `experts` being its encodings of experts."""
-        return {"step": steps * len(self.groups), "encode": experts / len(self.who), "evaluate": len(self.groups)}
+        return {"step": steps * self.times, "encode": experts / len(self.who), "evaluate": self.times}
 
 
 class Counting:
     """A text tower that costs nothing and counts prompts that it encodes, forward only, and forward and backward."""
 
-    scale, width, dim = 1.0, 8, 8
+    scale, width, dim, at_once = 1.0, 8, 8, 1000
 
     def __init__(self):
         self.forward = self.both = 0
