@@ -310,7 +310,7 @@ def recorded(experiment: Experiment) -> bool:
 def calibrate(params: Params, device: str, seconds: float = 10, images: int = 0) -> Rates:
     """Rates of each backbone, with random weights.
 
-    Local steps of ten clients with the names of Food101, until three in a row are within 5 % or `seconds` are over; and the
+    Local steps of up to ten clients with the names of Food101, until three in a row are within 5 % or `seconds` are over; and the
     extraction of `images` images (8; on a GPU 512), twice, of which the second counts.
     """
     backbones = {params.source(name).backbone for name in contents(params)}
@@ -327,13 +327,13 @@ def calibrate(params: Params, device: str, seconds: float = 10, images: int = 0)
     return Rates(text, pixels)
 
 
-def steps_per_second(loaded: clip.Clip, tower: Tower, device: str, seconds: float, n: int = 10) -> float:
-    """Operations per second of forward and backward through the prompt trees of n clients."""
+def steps_per_second(loaded: clip.Clip, tower: Tower, device: str, seconds: float) -> float:
+    """Operations per second of forward and backward through the prompt trees of as many clients as train at once, or ten."""
     text, method = clip.Text(loaded, bench.NAMES.read_text().split()), PromptFL()
-    gen = torch.Generator().manual_seed(1)
+    n, gen = min(text.at_once, 10), torch.Generator().manual_seed(1)
     ctx = (0.02 * torch.randn(n, method.n_ctx, tower.width, generator=gen)).to(device)
-    x = F.normalize(torch.randn(1, 16, text.dim, generator=gen), dim=-1).to(device)
-    y = torch.zeros(1, 16, dtype=torch.long, device=device)
+    x = F.normalize(torch.randn(n, 16, text.dim, generator=gen), dim=-1).to(device)
+    y = torch.zeros(n, 16, dtype=torch.long, device=device)
 
     def step() -> None:
         bench.step(method, text, ctx, x, y)[1].sum().item()  # .item() waits for a GPU

@@ -1,5 +1,7 @@
 """Promise: ten local steps from stored weights, in stored order, end where the released code ends."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -116,7 +118,7 @@ def test_views_of_an_image_come_one_after_the_other_epoch_by_epoch():
             return None
 
     cfg = Run(rounds=2, local_epochs=3, batch_size=2)
-    list(run_rounds(Watched(), None, clients, cfg, Seeds()))
+    list(run_rounds(Watched(), SimpleNamespace(at_once=2), clients, cfg, Seeds()))
     assert len(seen) == 6
     for epoch, x in enumerate(seen):
         for i in (0, 1):
