@@ -30,10 +30,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fpl import gate
 from fpl.clip import Clip, Text, load, untrained
-from fpl.methods import Params, PFedMoAP, PromptFL, Server
+from fpl.files import ROOT
+from fpl.methods import Params, PFedMoAP, PromptFL, Server, cross_entropy
 from fpl.rounds import Clients, Run, Seeds, evaluate, generator, rows_of, run, train_locally
 
-NAMES = Path(__file__).parent.parent / "data" / "class_names" / "food101.txt"
+NAMES = ROOT / "data" / "class_names"
 LISTS = {10: "cifar10", 37: "oxfordpets", 47: "dtd", 100: "cifar100", 101: "food101", 102: "flowers102"}
 MATRIX = {"cpu": 2048, "cuda": 8192}  # rows of the square matrices whose product is the machine's peak
 
@@ -41,7 +42,7 @@ MATRIX = {"cpu": 2048, "cuda": 8192}  # rows of the square matrices whose produc
 def names(classes: int) -> list[str]:
     """The class names of the data set with that many classes, or the first of ImageNet's. Raises ValueError above 1,000."""
     if classes in LISTS:
-        return NAMES.with_name(f"{LISTS[classes]}.txt").read_text().split()
+        return (NAMES / f"{LISTS[classes]}.txt").read_text().split()
     if not 1 <= classes <= len(IMAGENET_CLASSNAMES):
         raise ValueError(f"--classes {classes}: there are names for 1 to {len(IMAGENET_CLASSNAMES)} classes")
     return IMAGENET_CLASSNAMES[:classes]
@@ -368,7 +369,7 @@ def gradients(method: PromptFL, text, p: Params, f: Params, x: Tensor, y: Tensor
     p = {k: v.clone().requires_grad_() for k, v in p.items()}
     t = method.encode(text, p)
     z = method.logits(text, t, p, f, x)
-    F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="none").view(y.shape).mean(-1).sum().backward()
+    cross_entropy(z, y).sum().backward()
     return t.detach(), {k: v.grad for k, v in p.items()}
 
 

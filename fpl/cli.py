@@ -27,11 +27,11 @@ def features(options: argparse.Namespace) -> None:
 
 def extract(options: argparse.Namespace) -> None:
     """Draw the demo images if needed, and make the features files that are asked for and not there."""
-    from fpl import config, plan
+    from fpl import config
 
     params = config.read(options.params, options.set)
     if options.all:
-        for name, contents in plan.contents(params).items():
+        for name, contents in params.contents().items():
             extract_of(params.source(name), options, contents)
     else:
         extract_of(params.source(options.on), options, {"patches"} if options.patches else set())
@@ -224,7 +224,7 @@ def bench(options: argparse.Namespace) -> None:
 
     def scaling():
         growth = {what: getattr(options, what) or values for what, values in bench_scaling.GROWTH.items()}
-        demo = f"{clip.LOCAL}{Path(__file__).parent.parent / 'data/demo_clip'}"
+        demo = f"{clip.LOCAL}{ROOT / 'data' / 'demo_clip'}"
         (model,) = options.model or [demo]
         loaded = bench.loaded(model, device)
         loaded.model.visual = None  # a round does not need the image tower

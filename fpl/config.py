@@ -149,6 +149,14 @@ class Params:
         partition = build(Partition, dataclasses.asdict(source.partition) | pick(Partition), row)
         return Experiment(row, method, run, partition, seed, source)
 
+    def contents(self) -> dict[str, set[str]]:
+        """The data sets of all tables, and what of their images the rows read: feats, patches."""
+        found: dict[str, set[str]] = {}
+        for name in self.tables:
+            for _, experiment in self.runs(name):
+                found.setdefault(experiment.source.name, set()).add(experiment.method.inputs)
+        return found
+
     def runs(self, table: str) -> list[tuple[str, Experiment]]:
         """The runs of a table, each with the label of its row. Raises ValueError for an unknown table, row or setting."""
         asked = self.tables[known(table, self.tables, "table")]

@@ -90,21 +90,12 @@ class Counter:
 # --- what is needed -------------------------------------------------------------------------------------------------------------
 
 
-def contents(params: Params) -> dict[str, set[str]]:
-    """The data sets of all tables, and what of their images the rows read: feats, patches."""
-    found: dict[str, set[str]] = {}
-    for name in params.tables:
-        for _, experiment in params.runs(name):
-            found.setdefault(experiment.source.name, set()).add(experiment.method.inputs)
-    return found
-
-
 def needs(params: Params, fetch: bool = False) -> pd.DataFrame:
     """A line per data set, model and disk: columns need, of, state, todo; todo is a sentence where something is missing.
 
     A tag whose weights are not on this machine is downloaded where `fetch` says so, and missing when that fails.
     """
-    sources = [params.source(name) for name in contents(params)]
+    sources = [params.source(name) for name in params.contents()]
     table = []
     for data in {(s.data.name, s.data.root): s.data for s in sources}.values():
         found = images_of(data)
@@ -187,7 +178,7 @@ def tower_of(backbone: Backbone) -> Tower:
 def disk(params: Params) -> pd.DataFrame:
     """Gigabytes (10^9) of every features file and of the records, and how much of it is there."""
     table = []
-    for name, wanted in contents(params).items():
+    for name, wanted in params.contents().items():
         source = params.source(name)
         data, tower, images = source.data, tower_of(source.backbone), images_of(source.data)
         kinds = {"feats": images.train + images.test, "patches": tower.patches * (images.train + images.test)}
@@ -265,7 +256,7 @@ def stages(params: Params, rates: Rates | None = None) -> pd.DataFrame:
     A run of two tables counts in the first; operations and hours are of what is not there.
     """
     table = []
-    for name, wanted in contents(params).items():
+    for name, wanted in params.contents().items():
         source, made = params.source(name), 0
         kinds = ["feats", *sorted(wanted - {"feats"}), *["views"] * bool(source.data.views)]
         images, hours = images_of(source.data), 0.0
@@ -313,7 +304,7 @@ def calibrate(params: Params, device: str, seconds: float = 10, images: int = 0)
     Local steps of up to ten clients with the names of Food101, until three in a row are within 5 % or `seconds` are over; and the
     extraction of `images` images (8; on a GPU 512), twice, of which the second counts.
     """
-    backbones = {params.source(name).backbone for name in contents(params)}
+    backbones = {params.source(name).backbone for name in params.contents()}
     number = images or (512 if device == "cuda" else 8)
     text: dict[str, float] = {}
     pixels: dict[str, float] = {}
@@ -329,7 +320,7 @@ def calibrate(params: Params, device: str, seconds: float = 10, images: int = 0)
 
 def steps_per_second(loaded: clip.Clip, tower: Tower, device: str, seconds: float) -> float:
     """Operations per second of forward and backward through the prompt trees of as many clients as train at once, or ten."""
-    text, method = clip.Text(loaded, bench.NAMES.read_text().split()), PromptFL()
+    text, method = clip.Text(loaded, bench.names(101)), PromptFL()
     n, gen = min(text.at_once, 10), torch.Generator().manual_seed(1)
     ctx = (0.02 * torch.randn(n, method.n_ctx, tower.width, generator=gen)).to(device)
     x = F.normalize(torch.randn(n, 16, text.dim, generator=gen), dim=-1).to(device)

@@ -17,8 +17,8 @@ from markupsafe import Markup, escape
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
-from fpl.files import writing
-from fpl.notebook import EXECUTED, ROOT
+from fpl.files import ROOT, writing
+from fpl.notebook import EXECUTED
 
 REPORT = Path("results/report")
 MISSING = {"", "nan", "NaN", "None", "<NA>", "NaT", "-", "–", "—"}

@@ -74,7 +74,7 @@ def test_the_profiles_have_the_same_tables_and_methods():
     demo = config.read(Path(__file__).parents[1] / "params.yaml")
     assert [*PAPER.tables] == [*demo.tables] and PAPER.methods == demo.methods
     assert {e.row for _, e in PAPER.runs("table1")} >= {*METHODS, *CONTROLS}
-    assert {PAPER.source(name).data.name for name in plan.contents(PAPER)} == {*datasets.DATASETS} == {*tables.PRINTED}
+    assert {PAPER.source(name).data.name for name in PAPER.contents()} == {*datasets.DATASETS} == {*tables.PRINTED}
 
 
 # --- what it takes: worked out by hand ------------------------------------------------------------------------------------------
