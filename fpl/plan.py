@@ -162,12 +162,10 @@ def weights_of(backbone: Backbone, fetch: bool) -> tuple[str, str]:
 
 def tower_of(backbone: Backbone) -> Tower:
     """From open_clip's description of the model; nothing is built."""
-    if backbone.name.startswith(clip.LOCAL):
-        config = json.loads((Path(backbone.name.removeprefix(clip.LOCAL)) / clip.CONFIG).read_text())["model_cfg"]
-    elif backbone.name.startswith(clip.HUB):
-        config = json.loads((clip.model_of_hub(backbone.name.removeprefix(clip.HUB)).parent / clip.CONFIG).read_text())[
-            "model_cfg"
-        ]
+    if backbone.name.startswith((clip.LOCAL, clip.HUB)):
+        place = backbone.name.removeprefix(clip.LOCAL).removeprefix(clip.HUB)
+        folder = clip.model_of_hub(place).parent if backbone.name.startswith(clip.HUB) else Path(place)
+        config = json.loads((folder / clip.CONFIG).read_text())["model_cfg"]
     else:
         config = clip.open_clip.get_model_config(clip.check_name(backbone.name))
     vision, text = config["vision_cfg"], config["text_cfg"]

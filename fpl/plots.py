@@ -203,10 +203,8 @@ def lines(table: pd.DataFrame, x: str, xlabel: str, names: dict[str, str]) -> Fi
         fig = _figure(figsize=(6.8, 3.8 * len(shown)))
         for ax, (name, of) in zip(fig.subplots(len(shown), squeeze=False)[:, 0], shown, strict=True):
             for k, (row, part) in enumerate(of.groupby(level="row", sort=False)):
-                part, look = (
-                    part.droplevel("row").sort_index(),
-                    {"color": COLOURS[k % len(COLOURS)], "label": names.get(row, row)},
-                )
+                part = part.droplevel("row").sort_index()
+                look = {"color": COLOURS[k % len(COLOURS)], "label": names.get(row, row)}
                 at = [ticks.index(value) + 0.06 * k for value in part.index]
                 error = [part["mean"] - part["low"], part["high"] - part["mean"]]
                 ax.errorbar(at, part["mean"], yerr=error, marker="osD^vP*X"[k % 8], markersize=5, **look)
