@@ -43,8 +43,8 @@ def of_table(table: str, results: str | Path = "results") -> pd.DataFrame:
 
 
 def frame(paths: Iterable[Path], rows: Iterable[str] | None = None) -> pd.DataFrame:
-    """One line per run, round and client: the label of the row (by default its method), all settings, then round, client,
-    accuracy in [0, 1], numbers up and down.
+    """One line per run, round and client: the label of the row (by default its method), all settings, then round, client, its
+    domain ("" but of the partition by domain), accuracy in [0, 1], numbers up and down.
 
     Of clients that did not participate in a round, up and down are missing. Accuracies on base classes, novel classes and the
     domain held out are missing but in the last round of runs that are tested there.
@@ -53,12 +53,13 @@ def frame(paths: Iterable[Path], rows: Iterable[str] | None = None) -> pd.DataFr
     lines: list[dict[str, Any]] = []
     for path, label in zip(paths, rows or [""] * len(paths), strict=True):
         record = json.loads(path.read_text())
+        domains = record["domains"] or [""] * len(record["rounds"][0]["accuracy"])
         settings = {"row": label or record["settings"]["method"], **record["settings"]}
         for r in record["rounds"]:
             moved = {i: {"up": up, "down": down} for i, up, down in zip(r["participants"], r["up"], r["down"], strict=True)}
             away = {name: r.get("elsewhere", {}).get(name, [math.nan] * len(r["accuracy"])) for name in ELSEWHERE}
             lines += [
-                {**settings, "round": r["round"], "client": i, "accuracy": a, **moved.get(i, {})}
+                {**settings, "round": r["round"], "client": i, "domain": domains[i], "accuracy": a, **moved.get(i, {})}
                 | {name: values[i] for name, values in away.items()}
                 for i, a in enumerate(r["accuracy"])
             ]

@@ -109,6 +109,10 @@ class Run:
         if not 0 < self.clip < math.inf:
             raise ValueError(f"clip {self.clip} must be a number above 0: it is the largest norm of an update")
 
+    def participants(self, n: int) -> int:
+        """How many of n clients take part in a round."""
+        return max(int(self.participation * n), 1)
+
     def rate(self, tensor: str, epoch: int, before: int = 0) -> float:
         """Learning rate of a tensor in local epoch `epoch` of a training, `before` local epochs having gone before it.
 
@@ -167,9 +171,9 @@ def generator(seed: int, stream: str, *key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
 
 
-def select(n: int, participation: float, seed: int, number: int) -> Int[Tensor, " picked"]:
-    """The clients of a round, as drawn: max(int(r n), 1) of them without replacement."""
-    return torch.randperm(n, generator=generator(seed, "select", number))[: max(int(participation * n), 1)]
+def select(n: int, run: Run, seed: int, number: int) -> Int[Tensor, " picked"]:
+    """The clients of a round, as drawn, without replacement."""
+    return torch.randperm(n, generator=generator(seed, "select", number))[: run.participants(n)]
 
 
 def batches(
@@ -323,7 +327,7 @@ def run(
     shared = Optimiser() if cfg.optimiser == "shared" else None
     rounds = cfg.rounds if init else 1  # nothing to learn: one round says it all
     for number in range(rounds):
-        drawn = select(n, cfg.participation, seeds.order, number).to(device)
+        drawn = select(n, cfg, seeds.order, number).to(device)
         server, picked = replace(server, round=number), drawn.sort().values
         cohorts, losses = [], torch.full((n,), torch.nan, device=device)
         up, down = (torch.zeros(n, dtype=torch.long) for _ in range(2))

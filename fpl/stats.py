@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import stats
 
 # columns of a frame of runs that are no settings
-RESULTS = ("round", "client", "accuracy", "up", "down", "base", "novel", "target")
+RESULTS = ("round", "client", "domain", "accuracy", "up", "down", "base", "novel", "target")
 
 
 def over_seeds(values: Sequence[float], level: float = 0.95) -> pd.Series:

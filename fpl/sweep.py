@@ -156,6 +156,16 @@ def elsewhere_of(experiment: Experiment, text: clip.Text, clients: Clients) -> d
     return made
 
 
+def domains_of(experiment: Experiment) -> list[str]:
+    """The domain of each client, of the partition by domain: as many clients in each, in the order of their names."""
+    partition = experiment.partition
+    if partition.kind != "domain":
+        return []
+    _, feats = opened(experiment.source.data, experiment.source.backbone, device())
+    names = [str(name) for name in np.unique(feats.domain) if name != partition.held_out]
+    return [name for name in names for _ in range(partition.clients // len(names))]
+
+
 def rounds_of(experiment: Experiment, tick=lambda n: None) -> Iterable[Round]:
     """The rounds of one experiment as they finish; in a notebook, a way to watch one."""
     where, source = device(), experiment.source
@@ -193,6 +203,7 @@ def perform(experiment: Experiment, path: Path, progress: bool = False) -> None:
         "backbone": source.backbone.name,
         "features": opened(source.data, source.backbone, device())[1].sha256,
         "views": source.data.views,
+        "domains": domains_of(experiment),
         "code": code_fingerprint(),
         "torch": torch.__version__,
         "device": device(),

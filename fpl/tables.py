@@ -30,10 +30,12 @@ PRINTED = {  # how the paper spells the data sets
     "domainnet10": "DomainNet (10 classes)",
     "office_caltech10": "Office-Caltech10",
 }
+DOMAINS = ("amazon", "caltech", "clipart", "dslr", "infograph", "painting", "photo", "quickdraw", "real", "sketch", "webcam")
+SPELT = {name: "DSLR" if name == "dslr" else name.capitalize() for name in DOMAINS}  # as the paper prints them
 GENERALISATION = ("local", "base", "novel", "HM")
 WITH_STD = (*GENERALISATION, *(f"{name} std" for name in GENERALISATION))
 POINTS = ("mean", "difference", "std", "low", "high", "t_low", "t_high", "noise", "worst", "10th percentile", "std over clients")
-DECIMALS = (*POINTS, "paper", BESIDE, *WITH_STD)
+DECIMALS = (*POINTS, "paper", BESIDE, *WITH_STD, *SPELT.values())
 NOTE_TABLE1 = (
     "Miniature of Table 1 on the demo world, accuracy in %, last round; mean, std and 95 % interval over seeds. "
     "The paper's column is other data and another CLIP. Up and down are the numbers that a participating client sends and "
@@ -157,7 +159,7 @@ def table1(runs: pd.DataFrame) -> pd.DataFrame:
 
 @several
 def beside(runs: pd.DataFrame, published_table: str, dataset: str, split: str = "") -> pd.DataFrame:
-    """Methods and controls in percent, beside the paper's numbers on the same data set.
+    """Methods and controls in percent, beside the paper's numbers on the same data set; then the mean over each domain's clients.
 
     For a drawn world these are those of a column of a published table of pFedMoAP: other data, another CLIP.
     """
@@ -167,6 +169,8 @@ def beside(runs: pd.DataFrame, published_table: str, dataset: str, split: str = 
     table.insert(0, "row", [NAMES.get(method, method) for method in table.index])
     theirs = same if len(same) else theirs.set_index("method")["mean"]
     table["paper" if len(same) else f"paper, {dataset}"] = table["row"].map(theirs)
+    for domain, of in runs[runs["domain"] != ""].groupby("domain"):
+        table[SPELT.get(domain, domain)] = 100 * summary(of)["mean"]
     return table.rename_axis("method").round(2)
 
 

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from helpers import BACKBONE, DATA, OTHER, PARAMS, Here, python, standing_in
 
-from fpl import cli, config, records, stats, sweep
+from fpl import against, cli, config, records, stats, sweep, tables
 
 EXPERIMENTS = [PARAMS.experiment("promptfl", seed, rounds=40) for seed in range(1, 9)]
 FEW = [PARAMS.experiment(row, seed) for row in ("majority", "ridge_own", "promptfl") for seed in (1, 2)]
@@ -334,3 +334,27 @@ def test_a_record_of_other_images_or_another_model_is_not_taken(here):
     another = dataclasses.replace(PARAMS, backbone=dataclasses.replace(BACKBONE, name="local-dir:another"))
     with pytest.raises((ValueError, FileNotFoundError), match="another"):
         sweep.paths_of([another.experiment("majority", 1)])
+
+
+@pytest.mark.parametrize("held_out", ["", "sketch"])
+def test_clients_of_domains_have_their_names(here, held_out):
+    n = 5 if held_out else 12
+    experiment = PARAMS.experiment("majority", 1, kind="domain", clients=n, held_out=held_out)
+    frame = records.frame(sweep.sweep([experiment]))
+    domains = sweep.opened(DATA, BACKBONE, sweep.device())[1].domain
+    own = [{*domains[index.numpy()]} for index in sweep.make_clients(experiment, "cpu").train]
+    assert own == [{domain} for domain in frame["domain"]] and frame["domain"].nunique() == (5 if held_out else 6)
+    table = tables.beside(frame, "Table 3", "DomainNet (10 classes)", "Average")
+    for name, of in frame.groupby("domain"):
+        assert table[name.capitalize()].tolist() == [round(100 * of["accuracy"].mean(), 2)]
+    assert records.frame(sweep.sweep([PARAMS.experiment("majority", 1)]))["domain"].eq("").all()
+
+
+def test_the_table_against_the_paper_has_a_line_for_each_domain(here):
+    frame = records.frame(sweep.sweep([PARAMS.experiment("zeroshot", seed, kind="domain", clients=12) for seed in (1, 2)]))
+    printed = {"painting": "amazon", "photo": "caltech", "quickdraw": "dslr", "sketch": "webcam"}
+    office = frame.assign(data="office_caltech10", domain=frame["domain"].map(printed)).dropna(subset="domain")
+    made = against.of_tables({"table3": office})
+    assert made["domain"].tolist() == ["Average", "Amazon", "Caltech", "DSLR", "Webcam"] and (made["table"] == "Table 4").all()
+    assert made["mean"].iloc[0] == pytest.approx(made["mean"].iloc[1:].mean())
+    assert len(against.compare(made, comparable=True).query("ours_mean.notna() and method == 'ZS-CLIP'")) == 5

@@ -182,7 +182,7 @@ def test_d8_the_velocity_goes_from_client_to_client(text, clients):
         play(make(released.InTurn), text, clients, dataclasses.replace(cfg, optimiser=o)) for o in ("shared", "fresh")
     )
     first = batches(clients, shared)
-    order = [i for i in rounds.select(6, 1.0, SEEDS.order, 0).tolist() if i in first]
+    order = [i for i in rounds.select(6, RUN, SEEDS.order, 0).tolist() if i in first]
     moved = [not near({"ctx": shared.own[0]["ctx"][i]}, {"ctx": fresh.own[0]["ctx"][i]}) for i in order]
     assert moved == [False] + 5 * [True]
     assert all(map(near, play(make(PromptFL), text, clients, cfg).own, fresh.own)), "order alone changes nothing"
