@@ -6,7 +6,6 @@ first changes one thing of the way before it.
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import gc
 import os
@@ -83,13 +82,9 @@ class Prompts:
 
 
 def compiled(clip: Clip, names: list[str], n_ctx: int) -> Text:
-    """The prompt tree with every block of the transformer compiled; the blocks are alike and share one compilation."""
+    """The prompt tree with every block of the transformer compiled; blocks that are alike share one compilation."""
     text = Text(clip, names, n_ctx)
-    (tower,) = text._tower
-    transformer = copy.deepcopy(tower.transformer)
-    for block in transformer.resblocks:
-        block.compile(dynamic=False)
-    text._tower = [SimpleNamespace(transformer=transformer, ln_final=tower.ln_final, text_projection=tower.text_projection)]
+    text.layer = torch.compile(text.layer, dynamic=False)
     return text
 
 

@@ -24,7 +24,7 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from jaxtyping import Float
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.pretrained import hf_hub_download
-from open_clip.transformer import VisionTransformer
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -34,6 +34,7 @@ from fpl.files import sha256
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"  # of a model in a hub's repository or in a folder
 PICKLED = "open_clip_pytorch_model.bin"  # in older repositories
 PRECISIONS = {"single": torch.float32, "bfloat16": torch.bfloat16, "half": torch.float16}  # of a text tower's matrix products
+GROUP = 48  # nodes between which attention is computed, besides the shared ones: few waste little, many make fewer matrices
 LOCAL, HUB, QUICK = "local-dir:", "hf-hub:", "-quickgelu"
 
 
@@ -180,12 +181,13 @@ class Text(nn.Module):
 
     The text tower is causal, so the prompts "[SOS] v_1 .. v_m NAME." of all classes share their beginning, and nothing behind
     EOS matters. The tree has the m + 1 shared nodes and then a trie of the class names; its nodes stand in one sequence, each
-    with the position it has in its own prompt, and each attends to its ancestors only. The transformer is open_clip's own, run
-    once; a feature is read where its class ends. Features and gradients are those of the 77-token prompts, up to rounding.
+    with the position it has in its own prompt, and each attends to its ancestors only. The weights are open_clip's own, and
+    each block is run once (`layer`); a feature is read where its class ends. Features and gradients are those of the 77-token
+    prompts, up to rounding.
 
-    Names are divided into trees of at most `classes_per_tree` classes and `budget` nodes. More than `budget` nodes in all
-    (clients times trees) are encoded in pieces of at most that many, whose activations are computed again in the backward
-    pass, so memory is bounded whatever the number of classes and clients.
+    Names are divided into trees of at most `budget` nodes. More than `budget` nodes in all (clients times trees) are encoded in
+    pieces of at most that many, whose activations are computed again in the backward pass, so memory is bounded whatever the
+    number of classes and clients.
 
     `tail` follows the name ("." in CoOp's prompts). With a `precision` of PRECISIONS other than "single" the transformer computes
     its matrix products in it; prompts, the sums between blocks, norms, features and their gradients stay in single. Raises
@@ -199,14 +201,15 @@ class Text(nn.Module):
         n_ctx: int = 16,
         tail: str = ".",
         budget: int = 4096,
-        classes_per_tree: int = 128,
         precision: str = "single",
     ):
         super().__init__()
         tower = getattr(clip.model, "text", clip.model)  # open_clip's CustomTextCLIP keeps the text tower in a module of its own
         read_at = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
-        if getattr(tower, "attn_mask", None) is None or read_at != "argmax":
-            raise ValueError("this text tower is not causal and read at EOS: the prompt tree needs one of CLIP's kind")
+        usual = getattr(tower, "attn_mask", None) is not None and read_at == "argmax"
+        if not usual or not all(type(block) is ResidualAttentionBlock for block in tower.transformer.resblocks):
+            what = "is not causal, not read at EOS, or has blocks of another kind than CLIP's"
+            raise ValueError(f"this text tower {what}: the prompt tree needs one of CLIP's kind")
         self.names, self.n_ctx, self.budget, self.precision = list(names), n_ctx, budget, precision
         prompts = [f"{'X ' * n_ctx}{name.replace('_', ' ')}{tail}" for name in names]  # the X are places for the context
         rows = [[clip.tokenizer.sot_token_id, *clip.tokenizer.encode(p), clip.tokenizer.eot_token_id] for p in prompts]
@@ -215,7 +218,7 @@ class Text(nn.Module):
                 room = len(tower.positional_embedding)
                 prompt = f"class name {name!r} with {n_ctx} context vectors takes {len(row)} tokens"
                 raise ValueError(f"{prompt}, the text tower has {room}: shorten the name or n_ctx")
-        self._clip, self._tower = clip, [tower]  # in a list: the shared tower is not a submodule of each Text
+        self._clip, self._tower, self.layer = clip, [tower], layer  # in a list: the shared tower is not a submodule of each Text
         self.scale = float(clip.model.logit_scale.exp())
         self.n_cls, self.width, self.dim = (
             len(self.names),
@@ -225,7 +228,7 @@ class Text(nn.Module):
         groups: list[list[list[int]]] = [[]]
         for row in rows:
             nodes = sum(len(r) - 1 - n_ctx for r in [*groups[-1], row])  # before what names have in common is found
-            if groups[-1] and (len(groups[-1]) == classes_per_tree or 1 + n_ctx + nodes > budget):
+            if groups[-1] and 1 + n_ctx + nodes > budget:
                 groups.append([])
             groups[-1].append(row)
         self.trees = nn.ModuleList(Tree(tower, group, 1 + n_ctx) for group in groups)
@@ -267,9 +270,12 @@ class Text(nn.Module):
         (tower,) = self._tower
         n = len(ctx)
         x = torch.cat([tree.sos.expand(n, -1, -1), ctx, tree.suffix.expand(n, -1, -1)], dim=1) + tree.pos
+        mask, *before, last = tree.mask.repeat(n, 1, 1, 1), *tower.transformer.resblocks
         with torch.autocast(x.device.type, PRECISIONS[self.precision], enabled=self.precision != "single"):
-            x = tower.transformer(x, attn_mask=tree.mask)
-        x = tower.ln_final(x[:, tree.leaf].to(tree.pos.dtype))
+            for block in before:
+                x = self.layer(block, x, tree, mask, slice(None))
+            x = self.layer(last, x, tree, mask, tree.leaf)  # what it would make of the other nodes is read by nobody
+        x = tower.ln_final(x.to(tree.pos.dtype))
         project = tower.text_projection
         return F.normalize(project(x) if isinstance(project, nn.Module) else x @ project, dim=-1)
 
@@ -277,36 +283,61 @@ class Text(nn.Module):
 class Tree(nn.Module):
     """One sequence that holds the prompts of some classes: `shared` equal tokens, then a trie of what differs.
 
-    Buffers: sos (1, w); suffix (t - shared, w) embeddings; pos (t, w); mask (t, t), -inf where a node is no ancestor; leaf (c,).
+    For attention, classes are dealt into g groups of about GROUP nodes behind the shared ones; a group has all ancestors of its
+    nodes, so it is a small tree of its own. Smaller ones are filled up to r nodes with copies of SOS that nobody sees.
+
+    Buffers: sos (1, w); suffix (t - shared, w) embeddings; pos (t, w); groups (g, r) of nodes; mask (g, 1, r, r), -inf where a
+    node is no ancestor; place (t,), where a node stands in the groups; leaf (c,), the nodes where classes end.
     """
 
     def __init__(self, tower: nn.Module, rows: list[list[int]], shared: int):
         super().__init__()
         node: dict[tuple[int, ...], int] = {}  # the tokens behind the shared part -> place in the sequence
-        parent, depth, ids, leaf = [], [], [], []
+        depth, ids, groups = [], [], [[]]
         for row in rows:
-            at = shared - 1
+            path = []
             for j in range(shared, len(row)):
                 key = tuple(row[shared : j + 1])
                 if key not in node:
                     node[key] = shared + len(ids)
-                    parent.append(at)
                     depth.append(j)
                     ids.append(row[j])
-                at = node[key]
-            leaf.append(at)
-        sees = torch.eye(shared + len(ids), dtype=torch.bool)
-        sees[:shared, :shared] = torch.ones(shared, shared).tril().bool()
-        for i, up in enumerate(parent, start=shared):
-            sees[i] |= sees[up]
+                path.append(node[key])
+            if groups[-1] and len({*sum(groups[-1], path)}) > GROUP:
+                groups.append([])
+            groups[-1].append(path)
+        members = [[*range(shared), *sorted({*sum(group, [])})] for group in groups]
+        size = max(map(len, members))
+        sees = torch.zeros(len(groups), 1, size, size, dtype=torch.bool)
+        sees[..., 0] = True  # SOS by all
+        for seen, group, nodes in zip(sees, groups, members, strict=True):
+            for path in group:
+                line = torch.tensor([*range(shared), *map(nodes.index, path)])
+                seen[0, line.unsqueeze(1), line] = torch.ones(len(line), len(line)).tril().bool()
+        members = [nodes + [0] * (size - len(nodes)) for nodes in members]
+        place = {node: at for at, node in enumerate(sum(members, []))}
         embedding, position = tower.token_embedding.weight.detach(), tower.positional_embedding.detach()
+        on = {"device": embedding.device}
         self.register_buffer("sos", embedding[rows[0][:1]])
         self.register_buffer("suffix", embedding[ids])
         self.register_buffer("pos", position[[*range(shared), *depth]])
-        self.register_buffer(
-            "mask", torch.zeros(sees.shape, device=embedding.device).masked_fill(~sees.to(embedding.device), -torch.inf)
-        )
-        self.register_buffer("leaf", torch.tensor(leaf, device=embedding.device))
+        self.register_buffer("groups", torch.tensor(members, **on))
+        self.register_buffer("mask", torch.zeros(sees.shape).masked_fill(~sees, -torch.inf).to(embedding))
+        self.register_buffer("place", torch.tensor([place[i] for i in range(shared + len(ids))], **on))
+        self.register_buffer("leaf", torch.tensor([path[-1] for group in groups for path in group], **on))
+
+
+def layer(
+    block: ResidualAttentionBlock, x: Float[Tensor, "n t w"], tree: Tree, mask: Float[Tensor, "ng 1 r r"], nodes: slice | Tensor
+) -> Float[Tensor, "n read w"]:
+    """A block of the transformer, with attention within the groups of a tree; its output at `nodes`."""
+    attn = block.attn
+    qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)[:, tree.groups]
+    q, k, v = qkv.flatten(0, 1).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    z = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+    z = z.unflatten(0, (len(x), -1)).flatten(1, 2)[:, tree.place[nodes]]
+    x = x[:, nodes] + block.ls_1(attn.out_proj(z))
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
 def width_of(projection: Tensor | nn.Linear) -> int:

@@ -185,19 +185,14 @@ def disk(params: Params) -> pd.DataFrame:
             path = features.file_of(data.features, kind)
             there = path.stat().st_size if path.exists() else 0
             table.append((str(path), kinds[kind] * tower.dim * bench_features.BYTES / GB, there / GB))
-    every = {(e, name): e for name in params.tables for _, e in params.runs(name)}.values()
-    size = sum(e.run.rounds * (10 * e.partition.clients + 30 * participants(e)) + 1500 for e in every)
+    every = [e for runs in distinct(params).values() for e in runs]
+    size = sum(e.run.rounds * (10 * e.partition.clients + 30 * e.run.participants(e.partition.clients)) + 1500 for e in every)
     kept = sum(path.stat().st_size for path in sweep.RECORDS.glob("*.json")) if sweep.RECORDS.exists() else 0
     table.append((str(sweep.RECORDS), size / GB, kept / GB))
     return pd.DataFrame(table, columns=["files", "GB", "there, GB"])
 
 
 # --- what it costs --------------------------------------------------------------------------------------------------------------
-
-
-def participants(experiment: Experiment) -> int:
-    """Of a round, as `fpl.rounds.select` draws them."""
-    return max(int(experiment.run.participation * experiment.partition.clients), 1)
 
 
 def steps_per_epoch(experiment: Experiment) -> float:
@@ -230,12 +225,16 @@ def encodings(method: PromptFL, n: int, cfg: Run, tower: Tower) -> tuple[float, 
 
 
 def operations(tower: Tower, classes: int, n_ctx: int) -> float:
-    """Of one prompt tree, forward: 12 w^2 + 2 t w multiply-adds of two operations for each of t tokens and every layer."""
-    return tree_operations(tower, 1 + n_ctx + TOKENS * classes)
+    """Of one prompt tree, forward."""
+    return tree_operations(tower, 1 + n_ctx, TOKENS * classes, classes)
 
 
-def tree_operations(tower: Tower, tokens: int) -> float:
-    return 2.0 * tower.layers * tokens * tower.width * (12 * tower.width + 2 * tokens)
+def tree_operations(tower: Tower, shared: int, own: int, classes: int) -> float:
+    """Every layer has 12 w^2 multiply-adds of two operations for each token, and 2 r^2 w for each group of r. The last has 3 w^2,
+    and the other 9 w^2 for the ends of the classes only."""
+    tokens, groups = shared + own, math.ceil(own / clip.GROUP)
+    maps = ((tower.layers - 1) * tokens * 12 + tokens * 3 + classes * 9) * tower.width
+    return 2.0 * tower.width * (maps + tower.layers * groups * 2 * (shared + min(own, clip.GROUP)) ** 2)
 
 
 def cost(experiment: Experiment) -> float:
@@ -244,7 +243,7 @@ def cost(experiment: Experiment) -> float:
     trained, read = encodings(e.method, e.partition.clients, replace(e.run, rounds=min(e.run.rounds, 2)), tower)
     classes = images_of(e.source.data).classes
     classes = math.ceil(classes / 2) if e.partition.classes == "base" else classes
-    number = e.run.rounds * (2 * trained * participants(e) * steps_per_epoch(e) + read)
+    number = e.run.rounds * (2 * trained * e.run.participants(e.partition.clients) * steps_per_epoch(e) + read)
     return number * operations(tower, classes, e.method.n_ctx)
 
 
@@ -265,21 +264,26 @@ def stages(params: Params, rates: Rates | None = None) -> pd.DataFrame:
             hours += 0 if there or not rates else number / rates.images[source.backbone.name] / HOUR
         line = (f"features {name}", f"{source.data.name}, {source.backbone.name}", len(kinds), made)
         table.append((*line, math.nan, hours if rates else math.nan))
-    seen: set[str] = set()
-    for name in params.tables:
-        experiments = {}
-        for _, e in params.runs(name):
-            key = json.dumps([e.settings(), e.source.backbone.name, e.source.data.store], sort_keys=True)
-            if key not in seen:
-                experiments[key] = e
-        seen |= set(experiments)
-        todo = [e for e in experiments.values() if not recorded(e)]
+    for name, experiments in distinct(params).items():
+        todo = [e for e in experiments if not recorded(e)]
         costs = [cost(e) for e in todo]
         hours = sum(c / rates.text[e.source.backbone.name] / HOUR for c, e in zip(costs, todo)) if rates else math.nan
         data = ", ".join(dict.fromkeys(e.source.name for _, e in params.runs(name)))
         line = (f"runs {name}", f"features of {data}", len(experiments), len(experiments) - len(todo))
         table.append((*line, sum(costs) / 1e15, hours))
     return pd.DataFrame(table, columns=["stage", "inputs", "number", "there", "PFLOP", "hours"])
+
+
+def distinct(params: Params) -> dict[str, list[Experiment]]:
+    """The runs of each table that no table before it has."""
+    found: dict[str, dict[str, Experiment]] = {}
+    for name in params.tables:
+        asked = {
+            json.dumps([e.settings(), e.source.backbone.name, e.source.data.store], sort_keys=True): e
+            for _, e in params.runs(name)
+        }
+        found[name] = {key: e for key, e in asked.items() if not any(key in before for before in found.values())}
+    return {name: [*runs.values()] for name, runs in found.items()}
 
 
 def recorded(experiment: Experiment) -> bool:
@@ -331,7 +335,12 @@ def steps_per_second(loaded: clip.Clip, tower: Tower, device: str, seconds: floa
     taken = [bench.timed(step)]
     while sum(taken) < seconds and (len(taken) < 3 or max(taken[-3:]) > 1.05 * min(taken[-3:])):
         taken.append(bench.timed(step))
-    return 2 * n * tree_operations(tower, text.n_nodes) / statistics.median(taken[-3:])
+    return (
+        2
+        * n
+        * tree_operations(tower, 1 + method.n_ctx, text.n_nodes - 1 - method.n_ctx, text.n_cls)
+        / statistics.median(taken[-3:])
+    )
 
 
 def images_per_second(loaded: clip.Clip, images: int, device: str) -> float:

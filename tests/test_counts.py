@@ -1,6 +1,6 @@
 """Promise: the ways of `fpl bench` compute the same, and do exactly the work that they are said to do: counts, not times."""
 
-from functools import partialmethod
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -23,7 +23,7 @@ def tiny():
 @pytest.fixture
 def no_compiler(monkeypatch):
     """Dynamo without what generates code."""
-    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
@@ -89,6 +89,12 @@ def forward_flops(width, layers, dim, sequences, tokens, classes):
     return 2 * (layers * sequences * tokens * (12 * width**2 + 2 * tokens * width) + classes * width * dim)
 
 
+def tree_flops(width, layers, dim, tokens, classes, groups, size):
+    """The same of a tree: scores and mixing within groups, in the last layer three maps only but for the ends of classes."""
+    maps = (layers - 1) * tokens * 12 + tokens * 3 + classes * 9
+    return 2 * (maps * width**2 + layers * groups * 2 * size**2 * width + classes * width * dim)
+
+
 def test_arithmetic_is_that_of_the_shapes(tiny):
     names, world = bench.names(101), bench.World.make(tiny, 101, 3, 4, 1, SETTINGS | {"n_ctx": 16})
     done = {}
@@ -97,18 +103,20 @@ def test_arithmetic_is_that_of_the_shapes(tiny):
         done[way], _ = bench.arithmetic(parts, counted=True)
         n = len(parts.who)
         assert n == (3 if way.startswith("e") else 1)
-        sequences = 1 if isinstance(parts.text, clip.Text) else 101
-        tokens = parts.text.n_nodes // sequences
-        assert done[way]["encode"] == n * forward_flops(32, 2, 32, sequences, tokens, 101)
+        if isinstance(parts.text, clip.Text):
+            expected = tree_flops(32, 2, 32, 427, 101, *parts.text.trees[0].groups.shape)
+        else:
+            expected = forward_flops(32, 2, 32, 101, parts.text.n_nodes // 101, 101)
+        assert done[way]["encode"] == n * expected
         assert 2 < (done[way]["step"] / done[way]["encode"]) < 3.5
     assert done["b image features cached"]["encode"] > 7 * done["d prompt tree"]["encode"]
     assert done["a image tower, 77 tokens"]["step"] > done["b image features cached"]["step"]
 
 
 def test_the_cost_model_of_vit_b_16():
-    """77 tokens of one class: 5.96 GFLOP forward. The tree of Food101 takes a sixteenth of what 77 tokens take."""
-    padded, tree = forward_flops(512, 12, 512, 1, 77, 1), forward_flops(512, 12, 512, 1, 427, 101)
-    assert padded == pytest.approx(5.96e9, rel=2e-3) and 101 * padded / tree == pytest.approx(16.4, rel=5e-3)
+    """77 tokens of one class: 5.96 GFLOP forward. The tree of Food101 takes a nineteenth of what 77 tokens take."""
+    padded, tree = forward_flops(512, 12, 512, 1, 77, 1), tree_flops(512, 12, 512, 427, 101, 9, 65)
+    assert padded == pytest.approx(5.96e9, rel=2e-3) and 101 * padded / tree == pytest.approx(19, rel=0.02)
 
 
 def table(tiny, **named):
@@ -132,10 +140,10 @@ def test_a_round_is_the_sum_of_its_parts(tiny, no_compiler, monkeypatch):
 
 
 def test_where_nothing_can_be_compiled_a_line_says_so(tiny, monkeypatch):
-    def broken(block, **named):
-        block.forward = lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("no C++ compiler"))
+    def broken(*args, **named):
+        raise RuntimeError("no C++ compiler")
 
-    monkeypatch.setattr(torch.nn.Module, "compile", broken)
+    monkeypatch.setattr(torch, "compile", lambda model, **named: broken)
     found = table(tiny)
     assert found["way"].tolist() == [*list(bench.WAYS)[:-1], "f compiled: not here, RuntimeError no C++ compiler"]
     assert found.iloc[-1]["ms per step":"gate gradient difference"].isna().all() and found["ms per step"][:-1].gt(0).all()

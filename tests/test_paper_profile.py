@@ -148,18 +148,19 @@ def test_runs_and_steps_are_counted(small):
 def test_steps_of_clients(small):
     (e,) = [e for _, e in small.runs("table1") if (e.row, e.seed, e.source.name) == ("promptfl", 1, "flowers102")]
     assert plan.steps_per_epoch(e) == 6 * 2 / 3 / 2  # classes, shots, clients, batch
-    assert plan.participants(e) == 3
+    assert e.run.participants(e.partition.clients) == 3
     full = dataclasses.replace(e, partition=dataclasses.replace(e.partition, kind="dirichlet", shots=0))
     assert plan.steps_per_epoch(full) == 18 / 3 / 2
     # three clients with two epochs of two steps, a forward and a backward of the tree each, and three clients in the test
-    forward = 2 * 1 * 16 * (1 + 16 + 4 * 6) * (12 * 16 + 2 * (1 + 16 + 4 * 6))
+    tokens = 1 + 16 + 4 * 6  # one group; in the one layer six of them are read, the others give keys and values
+    forward = 2 * 16 * (tokens * 3 * 16 + 6 * 9 * 16 + 2 * tokens**2)
     assert plan.cost(e) == 2 * (3 * 2 * 2 * 2 + 3) * forward
 
 
 def test_table_1_of_flowers_has_the_steps_of_the_cost_model():
     (e,) = [e for _, e in PAPER.runs("table1") if (e.row, e.seed, e.source.name) == ("promptfl", 1, "flowers102")]
     with standing_in(Path(__file__).parents[1] / "paper"):
-        epochs = e.run.rounds * e.run.local_epochs * plan.participants(e)
+        epochs = e.run.rounds * e.run.local_epochs * e.run.participants(e.partition.clients)
         assert epochs * plan.steps_per_epoch(e) == pytest.approx(5100)  # 102 classes x 16 shots / 16 in a batch, 50 epochs
 
 

@@ -14,6 +14,7 @@ LISTS = {
     "all lengths": ["cat", "golden retriever", "bishop of llandaff", "pseudopseudohypoparathyroidism", LONGEST[4:], LONGEST],
     "one class": ["cat"],
     "prefixes": ["ice cream", "ice", "ice cream van", "ice hockey", "cream", "ice cream"],
+    "many groups": [f"{a} {b} {c}" for a in ("ice", "cream") for b in ("cat", "dog", "bus") for c in range(20)],
     "spelling": ["spaghetti_carbonara", "Abyssinian", "colt's foot", "hard-leaved pocket orchid", "BMX"],
 }
 FEW = ["golden retriever", "golden_eagle", LONGEST]
@@ -86,9 +87,10 @@ def test_a_name_that_does_not_fit_is_refused_in_one_sentence(clip):
         Text(clip, ["dog", LONGEST + " cat"], n_ctx=16)
 
 
-def test_a_tower_that_is_not_causal_is_refused():
-    with pytest.raises(ValueError, match="not causal"):
-        Text(Clip(tiny_model(open_clip.CustomTextCLIP, no_causal_mask=True)), NAMES)
+@pytest.mark.parametrize("other", [{"kind": open_clip.CustomTextCLIP, "no_causal_mask": True}, {"qk_norm": True}], ids=str)
+def test_a_tower_of_another_kind_is_refused(other):
+    with pytest.raises(ValueError, match="not causal, not read at EOS, or has blocks of another kind"):
+        Text(Clip(tiny_model(**other)), NAMES)
 
 
 def test_stacked_clients_equal_single_ones(text):
@@ -102,13 +104,14 @@ def test_stacked_clients_equal_single_ones(text):
 def test_a_thousand_classes_are_encoded_in_pieces_within_the_budget(clip):
     foods = food101()
     names, budget = [f"{a} {b}" for a in foods[:40] for b in foods[40:65]], 1024
-    pieces, whole = Text(clip, names, 4, budget=budget), Text(clip, names, 4, budget=10**9, classes_per_tree=len(names))
+    pieces, whole = Text(clip, names, 4, budget=budget), Text(clip, names, 4, budget=10**9)
     gen = torch.Generator().manual_seed(1)
     ctx, r = torch.randn(3, 4, 32, generator=gen), torch.randn(3, len(names), 32, generator=gen)
     found, nodes = [], {}
     for text in (pieces, whole):
         seen = nodes[text] = []
-        with clip.model.transformer.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:2].numel())):  # noqa: B023
+        count = lambda module, args, seen=seen: seen.append(args[0].shape[:2].numel())  # noqa: E731
+        with clip.model.transformer.resblocks[0].mlp.register_forward_pre_hook(count):
             with torch.no_grad():
                 text(ctx)
             leaf = ctx.clone().requires_grad_()
@@ -121,7 +124,7 @@ def test_a_thousand_classes_are_encoded_in_pieces_within_the_budget(clip):
 
 def test_for_as_many_clients_as_train_at_once_nothing_is_computed_twice(clip):
     text, passes = Text(clip, NAMES, 16, budget=3 * Text(clip, NAMES, 16).n_nodes + 1), []
-    hook = clip.model.transformer.register_forward_hook(lambda *_: passes.append(1))
+    hook = clip.model.transformer.resblocks[0].mlp.register_forward_hook(lambda *_: passes.append(1))
     assert text.at_once == 3 and Text(clip, NAMES, 16, budget=1).at_once == 1
     for n, expected in ((3, 1), (4, 4)):  # four: two pieces, each once more in the backward pass
         passes.clear()
