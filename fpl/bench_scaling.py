@@ -1,4 +1,5 @@
-"""What a round of pFedMoAP costs as clients, classes, local steps or experts grow, one at a time, in the code of `fpl run`."""
+"""What a round of pFedMoAP costs as clients, classes, local steps or experts grow, one at a time, in the code of `fpl run`; and
+what the evaluation of one client on many images takes."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from fpl import bench
 from fpl.clip import Clip, Text
 from fpl.methods import PFedMoAP
-from fpl.rounds import Clients, Run, Seeds, run
+from fpl.rounds import Clients, Run, Seeds, evaluate, run
 
 GROWTH = {  # of each, the first is what it stays at while another one grows
     "clients": (10, 30, 100, 300, 1000),
@@ -42,6 +43,27 @@ def table(clip: Clip, growth: dict[str, Sequence[int]], batch: int, device: str,
         for what, case in cases or [("", first)]
     ]
     return pd.DataFrame(lines).assign(batch=batch, machine=bench.machine(device))
+
+
+def evaluation(clip: Clip, images: int, classes: int, experts: int, device: str, **settings) -> pd.DataFrame:
+    """One client tested on many images, as `rounds.run` does after every round, its experts' features being there.
+
+    `MB` (10^6 bytes) is above what was in use before, which has the features of the images. `settings` are others of the method.
+    """
+    text, gen = Text(clip, bench.names(classes)), torch.Generator().manual_seed(1)
+    method = PFedMoAP(n_experts=experts, **settings)
+    feats = F.normalize(torch.randn(images, text.dim, generator=gen), dim=-1).to(device)
+    everything = [torch.arange(images, device=device)]
+    clients = Clients(feats, torch.zeros(images, dtype=torch.long, device=device), everything, everything, classes)
+    own = {k: v.unsqueeze(0).to(device) for k, v in method.init(text, gen).items()}
+    frozen = {"experts": F.normalize(torch.randn(1, experts, classes, method.d_gate, generator=gen), dim=-1).to(device)}
+
+    def call() -> None:
+        evaluate(method, text, own, frozen, clients, [0])
+
+    call()
+    line = {"images": images, "classes": classes, "experts": experts, "seconds": bench.timed(call)}
+    return pd.DataFrame([line | {"MB": bench.memory(call, device) / 1e6, "machine": bench.machine(device)}])
 
 
 def cost(

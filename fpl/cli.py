@@ -214,7 +214,7 @@ def accept(options: argparse.Namespace) -> None:
 
 
 def bench(options: argparse.Namespace) -> None:
-    """Time a local step and a round of pFedMoAP in six ways, how it grows, features, or list how large their files are."""
+    """Time a local step and a round of pFedMoAP in six ways, how it grows, an evaluation, features, or list sizes of files."""
     from fpl import bench, bench_features, bench_scaling, clip, plots, sweep
 
     device, models = sweep.device(), options.model or ["ViT-B-16-quickgelu"]
@@ -230,12 +230,17 @@ def bench(options: argparse.Namespace) -> None:
         loaded.model.visual = None  # a round does not need the image tower
         return bench_scaling.table(loaded, growth, batches[0], device)
 
+    def evaluation():
+        loaded, experts = bench.loaded(models[0], device), (options.experts or [9])[0]
+        return bench_scaling.evaluation(loaded, options.images or 30_000, (options.classes or [101])[0], experts, device)
+
     table = {
         "step": lambda: bench.tables(
             models, classes, batches, steps=steps[0], repeats=options.repeats, device=device, measure_round=options.measure_round
         ),
         "profile": lambda: bench.profile(models[0], classes[0], batches[0], device),
         "scaling": scaling,
+        "evaluation": evaluation,
         "extraction": lambda: bench_features.extraction(
             models[0],
             options.weights,
@@ -389,10 +394,10 @@ def parser() -> argparse.ArgumentParser:
         "what",
         nargs="?",
         default="step",
-        choices=("step", "profile", "scaling", "extraction", "reading", "sizes"),
+        choices=("step", "profile", "scaling", "evaluation", "extraction", "reading", "sizes"),
         help="a local step and a round of pFedMoAP, from the released code's shape to ours (the default); where its time goes; "
-        "its growth with clients, classes, steps and experts; the extraction of features beside the bare model; a features file "
-        "read into memory; the size of each data set's features",
+        "its growth with clients, classes, steps and experts; an evaluation of one client; the extraction of features beside the "
+        "bare model; a features file read into memory; the size of each data set's features",
     )
     speed.add_argument("--model", nargs="+", help="open_clip model (ViT-B-16-quickgelu; scaling: the demo's)")
     speed.add_argument("--weights", default="", help="extraction: weights as in params.yaml (random ones)")
@@ -404,9 +409,11 @@ def parser() -> argparse.ArgumentParser:
         "--steps", type=positive, nargs="+", help="step: local steps of a client in a round (25: 5 epochs of 5 batches)"
     )
     speed.add_argument("--clients", type=positive, nargs="+", help="scaling: numbers of clients (10 to 1000)")
-    speed.add_argument("--experts", type=positive, nargs="+", help="scaling: numbers of experts of a client (9, and 1 to 29)")
+    speed.add_argument("--experts", type=positive, nargs="+", help="scaling, evaluation: experts of a client (9, and 1 to 29)")
     speed.add_argument("--measure-round", action="store_true", help="step: make a whole round, too (on a GPU always)")
-    speed.add_argument("--images", type=positive, help="extraction: number of images (256); reading: of features (75000)")
+    speed.add_argument(
+        "--images", type=positive, help="extraction: number of images (256); evaluation (30000), reading (75000): of features"
+    )
     speed.add_argument("--views", type=positive, default=10, help="sizes: views of a training image (10)")
     speed.add_argument("--repeats", type=positive, default=3, help="times that each way is taken (3)")
     speed.add_argument("--workers", type=int, default=0, help="extraction: processes that decode images")

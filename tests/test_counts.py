@@ -190,6 +190,13 @@ def test_scaling_has_a_line_for_each_value_and_a_figure(tiny, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["growth.png"]
 
 
+def test_an_evaluation_of_many_images_takes_the_memory_of_a_few(tiny):
+    """Images go through the gate in chunks: four times as many take no four times the memory of 101 classes and ten experts."""
+    few, many = (bench_scaling.evaluation(tiny, n, 101, 9, "cpu", d_gate=16, heads=4).iloc[0] for n in (4096, 16384))
+    assert many["MB"] != many["MB"] or many["MB"] < few["MB"] + 16384 * 101 * 4 / 1e6  # less than logits of all images more
+    assert few["seconds"] > 0 and many["images"] == 16384
+
+
 def test_scaling_of_one_value_each_is_one_line(tiny):
     found = bench_scaling.table(
         tiny, {"clients": (4,), "classes": (3,), "steps": (1,), "experts": (2,)}, 2, "cpu", d_gate=16, heads=4
