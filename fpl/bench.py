@@ -323,11 +323,23 @@ def shown(lines: pd.DataFrame) -> str:
     pages = [f"{lines['machine'].iloc[0]}; peak {lines['peak, GFLOP/s'].median():.4g} GFLOP/s"]
     for (model, classes, batch, n, steps), part in lines.groupby(["model", "classes", "batch", "clients", "steps"], sort=False):
         upright = part.set_index("way")[list(COLUMNS)].dropna(how="all").T.dropna(how="all")
-        text = upright.astype(object).map(lambda x: "" if pd.isna(x) else f"{x:.4g}" if x < 1e4 else f"{x:.0f}")
+        text = printed(upright)
         pages.append(f"{model}, {classes} classes, batches of {batch}, {n} clients, {steps} steps each")
         pages.append(text.rename_axis("").to_markdown(disable_numparse=True))
         pages += [way for way in part["way"] if way not in text]
     return "\n\n".join(pages)
+
+
+def printed(table: pd.DataFrame) -> pd.DataFrame:
+    """The same as text: four digits, whole numbers with all."""
+    text = lambda x: x if isinstance(x, str) else "" if pd.isna(x) else f"{x:.4g}" if x < 1e4 else f"{x:.0f}"  # noqa: E731
+    return table.astype(object).map(text)
+
+
+def summary(lines: pd.DataFrame) -> str:
+    """Markdown: the machine, and a line of `ratios` for every setting."""
+    found = printed(ratios(lines))
+    return f"{lines['machine'].iloc[0]}\n\n{found.to_markdown(index=False, disable_numparse=True)}\n"
 
 
 def turns(calls: dict[tuple[str, str], Callable[[], object]], repeats: int, device: str) -> pd.DataFrame:
@@ -498,13 +510,15 @@ def profile(
 
 
 def ratios(lines: pd.DataFrame) -> pd.DataFrame:
-    """How many times the compiled way is faster than the first and than the second, step and round, for every setting."""
+    """For every setting the ms per step of each way, and how many times the last is faster than the first two, step and round."""
     found = []
     for (model, classes, batch), part in lines.groupby(["model", "classes", "batch"], sort=False):
-        faster, line = part.set_index(part["way"].str[0]), {"model": model, "classes": classes, "batch": batch}
+        ways = part.set_index(part["way"].str[0])
+        line = {"model": model, "classes": classes, "batch": batch, **ways["ms per step"].add_suffix(", ms")}
+        line["f, share of peak"] = ways["share of peak"]["f"]
         for what in ("steps", "rounds"):
-            of = faster[f"{what}: times faster"]
-            line |= {f"{what}, a / f": of.get("f"), f"{what}, b / f": of.get("f") / of["b"]}
+            of = ways[f"{what}: times faster"]
+            line |= {f"{what}, a / f": of["f"], f"{what}, b / f": of["f"] / of["b"]}
         found.append(line)
     return pd.DataFrame(found)
 

@@ -254,15 +254,18 @@ def bench(options: argparse.Namespace) -> None:
         "sizes": lambda: bench_features.sizes(options.views),
     }[options.what]()
     if options.what == "step":
-        shown = f"{bench.shown(table)}\n\n{bench.ratios(table).to_markdown(index=False, floatfmt='.3g')}"
+        shown = f"{bench.shown(table)}\n\n{bench.summary(table)}"
     else:
         shown = table.to_markdown(index=False, floatfmt=".6g" if options.what in ("sizes", "scaling") else ".4g")
-    print(shown)
+    print(shown.rstrip())
     if options.save:
         with writing(options.save.with_suffix(".json")) as temporary:
             table.to_json(temporary, orient="records", indent=2)
         with writing(options.save.with_suffix(".md")) as temporary:
-            temporary.write_text(shown + "\n")
+            temporary.write_text(shown.rstrip() + "\n")
+        if options.what == "step":
+            with writing(options.save.with_name(f"{options.save.name}_summary.md")) as temporary:
+                temporary.write_text(bench.summary(table))
         if options.what == "scaling" and len(table) > 1:
             plots.save(plots.growth(table), options.save, kinds=["png"])
 
