@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import os
 import platform
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from jaxtyping import Float
 from open_clip import IMAGENET_CLASSNAMES
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
 
 from fpl import gate
 from fpl.clip import Clip, Text, load, untrained
@@ -339,7 +341,7 @@ def printed(table: pd.DataFrame) -> pd.DataFrame:
 def summary(lines: pd.DataFrame) -> str:
     """Markdown: the machine, and a line of `ratios` for every setting."""
     found = printed(ratios(lines))
-    return f"{lines['machine'].iloc[0]}\n\n{found.to_markdown(index=False, disable_numparse=True)}\n"
+    return f"{lines['machine'].iloc[0]}\n\n{found.to_markdown(index=False, disable_numparse=True)}"
 
 
 def turns(calls: dict[tuple[str, str], Callable[[], object]], repeats: int, device: str) -> pd.DataFrame:
@@ -523,6 +525,9 @@ def ratios(lines: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def tables(models: Sequence[str], classes: Sequence[int], batches: Sequence[int], **named) -> pd.DataFrame:
-    """`table` for every combination."""
-    return pd.concat([table(m, c, b, **named) for m in models for c in classes for b in batches], ignore_index=True)
+def tables(models: Sequence[str], classes: Sequence[int], batches: Sequence[int], **named) -> Iterator[pd.DataFrame]:
+    """`table` of every combination, one after the other: the lines so far."""
+    made: list[pd.DataFrame] = []
+    for setting in tqdm([*itertools.product(models, classes, batches)], "settings", unit="setting"):
+        made.append(table(*setting, **named))
+        yield pd.concat(made, ignore_index=True)

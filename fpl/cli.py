@@ -234,7 +234,7 @@ def bench(options: argparse.Namespace) -> None:
         loaded, experts = bench.loaded(models[0], device), (options.experts or [9])[0]
         return bench_scaling.evaluation(loaded, options.images or 30_000, (options.classes or [101])[0], experts, device)
 
-    table = {
+    made = {
         "step": lambda: bench.tables(
             models, classes, batches, steps=steps[0], repeats=options.repeats, device=device, measure_round=options.measure_round
         ),
@@ -253,21 +253,19 @@ def bench(options: argparse.Namespace) -> None:
         "reading": lambda: bench_features.reading(options.images or 75_000, options.repeats),
         "sizes": lambda: bench_features.sizes(options.views),
     }[options.what]()
-    if options.what == "step":
-        shown = f"{bench.shown(table)}\n\n{bench.summary(table)}"
-    else:
-        shown = table.to_markdown(index=False, floatfmt=".6g" if options.what in ("sizes", "scaling") else ".4g")
-    print(shown.rstrip())
-    if options.save:
-        with writing(options.save.with_suffix(".json")) as temporary:
-            table.to_json(temporary, orient="records", indent=2)
-        with writing(options.save.with_suffix(".md")) as temporary:
-            temporary.write_text(shown.rstrip() + "\n")
+    for table in made if options.what == "step" else [made]:
+        shown = {"": table.to_markdown(index=False, floatfmt=".6g" if options.what in ("sizes", "scaling") else ".4g")}
         if options.what == "step":
-            with writing(options.save.with_name(f"{options.save.name}_summary.md")) as temporary:
-                temporary.write_text(bench.summary(table))
-        if options.what == "scaling" and len(table) > 1:
-            plots.save(plots.growth(table), options.save, kinds=["png"])
+            shown = {"": f"{bench.shown(table)}\n\n{bench.summary(table)}", "_summary": bench.summary(table)}
+        if options.save:
+            with writing(options.save.with_suffix(".json")) as temporary:
+                table.to_json(temporary, orient="records", indent=2)
+            for kind, text in shown.items():
+                with writing(options.save.with_name(f"{options.save.name}{kind}.md")) as temporary:
+                    temporary.write_text(text + "\n")
+    print(shown[""])
+    if options.save and options.what == "scaling" and len(table) > 1:
+        plots.save(plots.growth(table), options.save, kinds=["png"])
 
 
 def plan(options: argparse.Namespace) -> None:
