@@ -50,7 +50,9 @@ def extract_of(source, options: argparse.Namespace, contents: set[str]) -> None:
     else:
         listed = datasets.prepare(data.name, Path(data.root), data.layout or None, data.manifest)
     manifest = cache.read_manifest(listed)
-    loaded = clip.load(source.backbone.name, source.backbone.weights or None, sweep.device())
+    loaded = clip.load(
+        source.backbone.name, source.backbone.weights or None, sweep.device(), preprocessing=source.backbone.preprocessing
+    )
     gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
     workers = min(cores if gpus else cores // 4, 8) if options.workers is None else options.workers
     number = data.views if options.views is None else options.views

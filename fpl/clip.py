@@ -24,6 +24,7 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from jaxtyping import Float
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.pretrained import hf_hub_download
+from open_clip.transform import Compose, InterpolationMode, Normalize, Resize, ToTensor
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -35,6 +36,10 @@ CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"  # of a
 PICKLED = "open_clip_pytorch_model.bin"  # in older repositories
 PRECISIONS = {"single": torch.float32, "bfloat16": torch.bfloat16, "half": torch.float16}  # of a text tower's matrix products
 GROUP = 48  # nodes between which attention is computed, besides the shared ones: few waste little, many make fewer matrices
+RELEASED = {  # mean and deviation of colours by which pFedMoAP's released code normalises CIFAR's images (D22)
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
 LOCAL, HUB, QUICK = "local-dir:", "hf-hub:", "-quickgelu"
 
 
@@ -48,17 +53,25 @@ class Clip:
     provenance: dict[str, str] = field(default_factory=dict)
 
 
-def load(name: str, weights: str | Path | None = None, device: str = "cpu", image_tower: bool = True) -> Clip:
+def load(
+    name: str, weights: str | Path | None = None, device: str = "cpu", image_tower: bool = True, preprocessing: str = ""
+) -> Clip:
     """An open_clip model. The paper's are "RN50-quickgelu" and "ViT-B-16-quickgelu" with the weights "openai".
 
     `name` is a built-in model with `weights`, a tag or the path of a file; or "hf-hub:REPOSITORY" or "local-dir:FOLDER", which
     have their own. Whatever the source, `provenance["weights"]` is the SHA-256 of the file that is loaded, so a tag and its file
     brought by hand are the same. Nothing in a weights file is run. Without `image_tower` only the text tower is kept: what comes
-    after the features needs no other.
+    after the features needs no other. `preprocessing`: "" for the model's own transform, or one of RELEASED, which enlarges after
+    it has normalised.
 
     Raises FileNotFoundError when the file is not there or cannot be downloaded, saying which one to bring, and ValueError for an
-    unknown model or tag, the wrong one of GELU and QuickGELU, a file that is no state dict, and one that does not fit the model.
+    unknown model, tag or preprocessing, the wrong one of GELU and QuickGELU, a file that is no state dict, and one that does not
+    fit the model.
     """
+    if preprocessing and preprocessing not in RELEASED:
+        raise ValueError(
+            f"unknown preprocessing {preprocessing!r}: use {' or '.join(RELEASED)}, or leave it empty for CLIP's own"
+        )
     source, file, transform = resolve(name, str(weights or ""))
     check_plain(file)
     try:
@@ -67,10 +80,14 @@ def load(name: str, weights: str | Path | None = None, device: str = "cpu", imag
         why = textwrap.shorten(str(e).partition(":\n")[2] or str(e), 160)
         raise ValueError(f"{file} does not load as {name} ({why}): correct `backbone` in params.yaml") from e
     model = made[0].float().eval().requires_grad_(False)
+    size, own = model.visual.image_size, made[1]
     if not image_tower:
         del model.visual
-    provenance = {"model": name, "weights": sha256(file), "transform": " ".join(repr(made[1]).split())}
-    return Clip(model.to(device), made[1], open_clip.get_tokenizer(source), provenance)
+    if preprocessing:
+        square = size if isinstance(size, tuple) else (size, size)
+        own = Compose([ToTensor(), Normalize(*RELEASED[preprocessing]), Resize(square, InterpolationMode.BILINEAR)])
+    provenance = {"model": name, "weights": sha256(file), "transform": " ".join(repr(own).split())}
+    return Clip(model.to(device), own, open_clip.get_tokenizer(source), provenance)
 
 
 def untrained(name: str, device: str = "cpu") -> Clip:

@@ -68,6 +68,7 @@ class Backbone:
 
     name: str = "local-dir:data/demo_clip"
     weights: str = ""
+    preprocessing: str = ""  # of images: "" for CLIP's own; cifar10 or cifar100 for what released code does with these (D22)
 
 
 @dataclass(frozen=True)

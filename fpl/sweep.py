@@ -73,7 +73,7 @@ def opened(data: Data, backbone: Backbone, device: str) -> tuple[clip.Clip, feat
     if drawn.exists() and drawn.read_text() != wanted:
         found = f"{data.folder} holds images of {drawn.read_text().strip()}"
         raise ValueError(f"{found}, params.yaml asks for {wanted.strip()}: run `fpl features`")
-    loaded = clip.load(backbone.name, backbone.weights or None, device, image_tower=False)
+    loaded = clip.load(backbone.name, backbone.weights or None, device, False, backbone.preprocessing)
     images = {"manifest": sha256(data.manifest)} if data.manifest.exists() else {}
     return loaded, features.load(data.features, loaded.provenance | images, device)
 

@@ -345,3 +345,20 @@ def test_a_hostile_pickle_is_refused_and_does_not_run(case, originals, tmp_path,
     assert not ran.exists()
     run(path)
     assert ran.exists(), "the trap does not work"
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_the_released_preprocessing_of_cifar(name, originals, tmp_path):
+    """D22: CIFAR's own statistics, and bilinear enlargement after the normalisation."""
+    path, gen = stored(originals[VIT], tmp_path), np.random.default_rng(2)
+    usual, released = clips.load(VIT, path), clips.load(VIT, path, preprocessing=name)
+    image = PIL.Image.fromarray(gen.integers(0, 256, (32, 32, 3)).astype("uint8"))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in clips.RELEASED[name])
+    x = (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std
+    size = usual.transform(image).shape[-2:]
+    expected = torch.nn.functional.interpolate(x.unsqueeze(0), size, mode="bilinear", align_corners=False)[0]
+    assert torch.allclose(released.transform(image), expected, atol=1e-5)
+    assert not torch.allclose(usual.transform(image), expected, atol=0.1)
+    assert usual.provenance["transform"] != released.provenance["transform"]  # so features of one are refused with the other
+    with pytest.raises(ValueError, match="unknown preprocessing 'cifar': use cifar10 or cifar100"):
+        clips.load(VIT, path, preprocessing="cifar")
