@@ -189,8 +189,8 @@ class Parts:
         self.times = n / len(self.who)  # of the first group's cost, in a round
         self.own = rows_of(world.own, self.who)
         experts = torch.randn(len(self.who), self.method.n_experts, len(names), self.method.d_gate).to(self.own["ctx"])
-        self.order = torch.stack([self.clients.test[i] for i in self.who.tolist()]).unsqueeze(1)
-        self.frozen, self.run = {"experts": 0.05 * experts}, Run(rounds=2, local_epochs=1, batch_size=self.order.shape[2])
+        self.order = [self.clients.test[i].unsqueeze(0) for i in self.who.tolist()]
+        self.frozen, self.run = {"experts": 0.05 * experts}, Run(rounds=2, local_epochs=1, batch_size=self.order[0].shape[1])
 
     def step(self) -> None:
         """A local step of the clients."""

@@ -1,7 +1,8 @@
 """The one federated loop: select, train locally, aggregate, evaluate. Every method and every control goes through it.
 
-Clients of a round that take the same number of steps train as one batch with the client axis in front: the loss is their sum,
-so each client's gradient is its own, and SGD works element by element. No tensor that is trained is shared between clients.
+Clients of a round train as one batch with the client axis in front: the loss is their sum, so each client's gradient is its own,
+and SGD works element by element. Who has fewer steps in an epoch than others rests. No tensor that is trained is shared between
+clients.
 (`fpl.released` has rows whose clients train one after the other and leave each other things, as in the released code.)
 """
 
@@ -194,7 +195,7 @@ def train_locally(
     text,
     start: Params,
     frozen: Params,
-    order: Int[Tensor, "n steps b"],
+    order: Sequence[Int[Tensor, "_steps b"]],
     clients: Clients,
     run: Run,
     tick: Callable[[int], object],
@@ -203,31 +204,36 @@ def train_locally(
 ) -> tuple[Params, Float[Tensor, " n"]]:
     """SGD from a copy of `start`; what was learnt, and each client's mean loss in the last epoch.
 
-    The optimiser is fresh, or goes on as `shared` left off, and leaves its state there. `first` is the number of the first local
-    epoch since the beginning of the run.
+    `order` has the image numbers of each client's steps, clients with more steps first: in the later steps of an epoch those
+    that have any left go on. The optimiser is fresh, or goes on as `shared` left off, and leaves its state there. `first` is the
+    number of the first local epoch since the beginning of the run.
     """
     if shared and len(order) > 1:
         raise ValueError("a shared optimiser is for clients that train one after the other: take a row of fpl.released, or fresh")
     shared = shared or Optimiser()
-    params = {k: v.clone().requires_grad_() for k, v in start.items()}
-    sgd = torch.optim.SGD([{"params": [v]} for v in params.values()], 0.0, run.momentum, weight_decay=run.weight_decay)
-    for k in params.keys() & shared.velocity.keys():
-        sgd.state[params[k]]["momentum_buffer"] = shared.velocity[k]
-    per_epoch, losses = order.shape[1] // run.local_epochs, []
-    for step, index in enumerate(order.unbind(1)):
-        epoch = step // per_epoch
-        for k, group in zip(params, sgd.param_groups, strict=True):
+    leaves = {k: [own.clone().requires_grad_() for own in v] for k, v in start.items()}
+    sgd = torch.optim.SGD([{"params": v} for v in leaves.values()], 0.0, run.momentum, weight_decay=run.weight_decay)
+    for k in leaves.keys() & shared.velocity.keys():
+        sgd.state[leaves[k][0]]["momentum_buffer"] = shared.velocity[k]
+    steps = [len(own) // run.local_epochs for own in order]  # of an epoch
+    for epoch in range(run.local_epochs):
+        losses = torch.zeros(len(order), device=clients.feats.device)
+        for k, group in zip(leaves, sgd.param_groups, strict=True):
             group["lr"] = run.rate(k, epoch, shared.epochs)
-        x = clients.shown(method.inputs, index, first + epoch)
-        loss = method.loss(text, params, frozen, x, clients.labels[index])
-        sgd.zero_grad()
-        loss.sum().backward()
-        sgd.step()
-        losses.append(loss.detach())
-        tick(1)
-    shared.velocity = {k: sgd.state[v]["momentum_buffer"] for k, v in params.items() if v in sgd.state}
+        for step in range(steps[0]):
+            n = sum(own > step for own in steps)  # who has no gradient is left alone by SGD
+            index = torch.stack([own[epoch * many + step] for own, many in zip(order[:n], steps[:n], strict=True)])
+            x = clients.shown(method.inputs, index, first + epoch)
+            params, reads = {k: torch.stack(v[:n]) for k, v in leaves.items()}, {k: v[:n] for k, v in frozen.items()}
+            loss = method.loss(text, params, reads, x, clients.labels[index])
+            sgd.zero_grad()
+            loss.sum().backward()
+            sgd.step()
+            losses[:n] += loss.detach()
+            tick(1)
+    shared.velocity = {k: sgd.state[v[0]]["momentum_buffer"] for k, v in leaves.items() if v[0] in sgd.state}
     shared.epochs += run.local_epochs
-    return {k: v.detach() for k, v in params.items()}, torch.stack(losses[-per_epoch:]).mean(0)
+    return {k: torch.stack(v).detach() for k, v in leaves.items()}, losses / torch.tensor(steps, device=losses.device)
 
 
 def train_cohort(
@@ -246,7 +252,7 @@ def train_cohort(
 ) -> tuple[Params, Float[Tensor, " n"]]:
     """What the clients `who` make of `begin` on their own images, and their losses; `stream` names the order of the images."""
     ended, losses = begin, torch.full((len(who),), torch.nan, device=clients.feats.device)
-    for at, order in same_shape(who, clients, run, seed, number, stream, text.at_once) if begin else []:
+    for at, order in together(who, clients, run, seed, number, stream, text.at_once) if begin else []:
         begins, reads, first = rows_of(begin, at), rows_of(frozen, at), number * run.local_epochs
         trained, losses[at] = train_locally(method, text, begins, reads, order, clients, run, tick, shared, first)
         if not torch.isfinite(losses[at]).all():
@@ -256,16 +262,20 @@ def train_cohort(
     return ended, losses
 
 
-def same_shape(
+def together(
     who: Int[Tensor, " n"], clients: Clients, run: Run, seed: int, number: int, stream: str, most: int
-) -> list[tuple[Tensor, Tensor]]:
-    """Clients in groups of at most `most` whose local steps have one shape: places in `who`, image numbers (group, steps, b)."""
-    groups: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
+) -> list[tuple[Tensor, list[Tensor]]]:
+    """Clients in groups of at most `most` whose batches have one size: places in `who`, and the image numbers of each one's steps
+    (steps, b), most steps first."""
+    groups: dict[int, list[tuple[int, Tensor]]] = {}
     for at, i in enumerate(who.tolist()):
         order = batches(clients.train[i], run, seed, number, i, stream)
-        groups.setdefault(tuple(order.shape), []).append((at, order))
-    parts = [group[k : k + most] for group in groups.values() for k in range(0, len(group), most)]
-    return [(torch.tensor([at for at, _ in g], device=who.device), torch.stack([order for _, order in g])) for g in parts]
+        groups.setdefault(order.shape[1], []).append((at, order))
+    parts = []
+    for group in groups.values():
+        group.sort(key=lambda one: -len(one[1]))
+        parts += [group[k : k + most] for k in range(0, len(group), most)]
+    return [(torch.tensor([at for at, _ in part], device=who.device), [order for _, order in part]) for part in parts]
 
 
 @torch.no_grad()

@@ -76,7 +76,7 @@ def text(clip):
 
 @pytest.fixture(scope="session")
 def clients():
-    """Six clients with images of their own, of which 3 to 13 for training: with batches of 4, four shapes of local steps.
+    """Six clients with images of their own, of which 3 to 13 for training: with batches of 4, one to three steps in an epoch.
 
     An image has a feature and, not related to it, five patches.
     """

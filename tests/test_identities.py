@@ -393,7 +393,7 @@ def test_fine_tuning_is_of_everybody_from_the_new_average_in_an_order_of_its_own
             order = rounds.batches(clients.train[i], cfg, SEEDS.order, t, i, "tune")
             assert [batch for at, batch, _ in steps[i] if at == t] == order.tolist()
             ctx = {"ctx": server.params["ctx"][None]}
-            want, _ = rounds.train_locally(PromptFL(4), text, ctx, {}, order[None], clients, cfg, lambda n: None)
+            want, _ = rounds.train_locally(PromptFL(4), text, ctx, {}, [order], clients, cfg, lambda n: None)
             assert error(deployed["ctx"][i], want["ctx"][0]) < 1e-4
             assert torch.equal(r.correct[i], right(text, deployed["ctx"][i], clients, i))
     assert order.tolist() != rounds.batches(clients.train[i], cfg, SEEDS.order, t, i).tolist()
@@ -403,7 +403,7 @@ def test_stacked_clients_train_as_they_would_alone(learning, text, clients, monk
     stacked = play(learning, text, clients)
     monkeypatch.setattr(type(text), "at_once", 1)
     alone = play(learning, text, clients)
-    assert {len(x) for _, x, *_ in alone.batches} == {1} and {len(x) for _, x, *_ in stacked.batches} == {1, 2}
+    assert {len(x) for _, x, *_ in alone.batches} == {1} and {len(x) for _, x, *_ in stacked.batches} == {1, 3, 5}
     assert always(near, alone.own, stacked.own) and always(near, alone.deployed, stacked.deployed)
 
 

@@ -41,7 +41,7 @@ def train(name):
     server = Server({"ctx": pool[0]}, {"ctx": pool}, torch.ones(k + 1, dtype=torch.bool))
     text = Text(stored_clip(z), z["classnames"], method.n_ctx)
     who = torch.tensor([0])
-    frozen, order = method.frozen(text, method.download(server, who, clients), who, clients), z["batch_index"].unsqueeze(0)
+    frozen, order = method.frozen(text, method.download(server, who, clients), who, clients), [z["batch_index"]]
     last, _ = train_locally(method, text, start, frozen, order, clients, run, lambda n: None)
     path = {name: torch.stack([w[name] for w in [*before, {k: v[0] for k, v in last.items()}]]) for name in last}
     return z, method, text, path, torch.stack(losses).detach()[:, 0], frozen, clients
@@ -83,7 +83,7 @@ def test_the_rate_changes_once_an_epoch(schedule, shares):
 
     clients = Clients(torch.ones(2, 1), torch.zeros(2, dtype=torch.long), [torch.arange(2)], [torch.arange(2)], 1)
     run = Run(local_epochs=4, lr=0.1, momentum=0.0, weight_decay=0.0, schedule=schedule)
-    order = torch.zeros(1, 12, 2, dtype=torch.long)  # three steps an epoch
+    order = [torch.zeros(12, 2, dtype=torch.long)]  # three steps an epoch
     last, _ = train_locally(Slope(), None, {"ctx": torch.ones(1, 1, 1)}, {}, order, clients, run, lambda n: None)
     steps = -torch.tensor([*path, last["ctx"].item()]).diff()
     assert torch.allclose(steps, 0.1 * torch.tensor(shares).repeat_interleave(3), atol=1e-6)
