@@ -59,7 +59,6 @@ NOTE_LEDGER_SPREAD = (
 NOTE_LEDGER_ITEMS = (
     "What released code does where its paper says something else or nothing; cost in points, from the table ledger."
 )
-NOTE_ABLATION = "pFedMoAP on the demo world, accuracy in %, last round; mean, std and 95 % interval over seeds."
 NOTE_REAL = (
     "Accuracy in %, last round; mean, std and 95 % interval over seeds. The paper's column, where there is one, is its mean on "
     "the same data. Up and down, where they stand, are the numbers that a participant sends and receives in the last round."
@@ -257,7 +256,7 @@ def with_controls(table: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
         of = parts(runs)
         return pd.concat({name: with_controls(table.loc[name], of[name]) for name in table.index.unique("data")}, names=["data"])
     controls = percent(summary(runs[runs["method"].isin(CONTROLS)])).round(2)
-    return pd.concat([table, controls.rename(index=NAMES)]).rename_axis(table.index.name)
+    return pd.concat([table.rename(index="{:g}".format), controls.rename(index=NAMES)]).rename_axis(table.index.name)
 
 
 def levels(runs: pd.DataFrame, methods: Sequence[str]) -> dict[str, dict[str, float]]:
