@@ -23,7 +23,7 @@ seeds: [1, 2]
 methods: {zeroshot: {}, coop: {}, promptfl: {}, pfedmoap: {n_experts: 2}}
 tables:
   table1: {data: &two [shapes, styles]}
-  n_experts: {data: *two, rows: [pfedmoap], vary: {n_experts: [0, 1, 2]}}
+  n_experts: {data: *two, rows: [pfedmoap, majority, zeroshot_own, ridge_own, ridge_all], vary: {n_experts: [0, 1, 2]}}
   d_gate: {data: *two, rows: [pfedmoap], vary: {d_gate: [32, 128]}}
   lam: {data: *two, rows: [pfedmoap], vary: {lam: [0, 0.5, 1]}}
   table2: {rows: [zeroshot, promptfl, majority]}
