@@ -11,7 +11,7 @@ EXPECTED = Path("results/expected")
 # How far a mean may move, in points of percent. Retraining on another processor changes the order of additions, hence last
 # digits, hence a few test images; label counts change nothing. CONTRIBUTING.md says how these were measured.
 TOLERANCE = {"label_prior": 0.01, "promptfl": 1.5, "fedprox": 1.5, "fedpgp": 1.5, "fedpgp_released": 1.5}  # by table or by row
-TOLERANCE |= {"fedotp": 2.0, "promptfl_released": 2.0, "fedprox_released": 2.0}
+TOLERANCE |= {"fedotp": 3.0, "promptfl_released": 2.0, "fedprox_released": 2.0}
 USUAL = 1.0
 VALUES = ("mean", "local", "difference")
 MEASURED = ("table1", "ablation_n_experts", "ablation_d_gate", "ablation_lam", "label_prior")
