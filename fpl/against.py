@@ -127,10 +127,10 @@ def of_tables(runs: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
             if not of[key].isin(list(spelling)).any():
                 continue
             place = "Table 4" if (name, data) == ("table3", "office_caltech10") else table
-            printed = PRINTED.get(data, data)
-            found.append(lines(of, place, printed, spelling, key, "Average" if data in DOMAINS else ""))
+            dataset = PRINTED.get(data, data)
+            found.append(lines(of, place, dataset, spelling, key, "Average" if data in DOMAINS else ""))
             by_domain = of[of["domain"] != ""].groupby("domain") if data in DOMAINS else []
-            found += [lines(part, place, printed, spelling, key, SPELT.get(domain, domain)) for domain, part in by_domain]
+            found += [lines(part, place, dataset, spelling, key, SPELT.get(domain, domain)) for domain, part in by_domain]
     whole = pd.concat(found, ignore_index=True)
     printed = pd.MultiIndex.from_frame(candidates().query("paper == @PAPER")[KEY])
     drawn = ~whole["dataset"].isin(PRINTED.values())
