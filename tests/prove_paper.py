@@ -8,6 +8,7 @@ hour on two busy cores.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import pickle
@@ -99,6 +100,7 @@ def smaller(settings):
 
     Tables other than the first have two data sets.
     """
+    from fpl import config
 
     def shrink(key, value):
         if isinstance(value, dict):
@@ -117,6 +119,9 @@ def smaller(settings):
             own["partition"] = own["partition"] | {"clients": clients[name], "min_size": 1}
     for row in ("pfedmoap_released", "pfedmoap_oneword"):
         small["methods"][row] = {"n_experts": 2}
+    for row, own in small["tables"]["ledger"]["rows"].items():
+        if "n_experts" in {field.name for field in dataclasses.fields(config.ROWS[own.get("method", row)])}:
+            own["n_experts"] = 2
     for name, table in small["tables"].items():
         if "data" in table and name != "table1":
             table["data"] = table["data"][:2]

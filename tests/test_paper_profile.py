@@ -9,14 +9,15 @@ import pandas as pd
 import pytest
 import yaml
 from helpers import standing_in, store_clip
-from prove_paper import few_shot, fpl, project
+from prove_paper import few_shot, fpl, project, smaller
 
 from fpl import cli, config, datasets, plan, tables
 from fpl.controls import CONTROLS
-from fpl.methods import METHODS
+from fpl.methods import METHODS, PFedMoAP
 from fpl.plan import Rates, Tower
 
-PAPER = config.read(Path(__file__).parents[1] / "paper" / "params.yaml")
+FILE = Path(__file__).parents[1] / "paper" / "params.yaml"
+PAPER = config.read(FILE)
 FIVE = {"flowers102", "oxfordpets", "food101", "caltech101", "dtd"}
 RN50, VIT = "RN50-quickgelu", "ViT-B-16-quickgelu"
 FEW = {"kind": "pathological", "clients": 10, "rounds": 10, "participation": 1.0, "local_epochs": 5, "n_ctx": 16}
@@ -75,6 +76,19 @@ def test_the_profiles_have_the_same_tables_and_methods():
     assert [*PAPER.tables] == [*demo.tables] and PAPER.methods == demo.methods
     assert {e.row for _, e in PAPER.runs("table1")} >= {*METHODS, *CONTROLS}
     assert {PAPER.source(name).data.name for name in PAPER.contents()} == {*datasets.DATASETS} == {*tables.PRINTED}
+
+
+def test_the_proof_in_small_has_all_tables_with_runs_that_its_clients_can_make(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(smaller(yaml.safe_load(FILE.read_text())), sort_keys=False))
+    small = config.read(path)
+    for name in PAPER.tables:
+        runs = [e for _, e in small.runs(name)]
+        assert {e.row for e in runs} == {e.row for _, e in PAPER.runs(name)}
+        assert all(e.run.rounds <= 2 and e.run.local_epochs == 1 for e in runs)
+        for e in runs:
+            if isinstance(e.method, PFedMoAP):
+                e.method.check_experts(range(e.partition.clients))
 
 
 # --- what it takes: worked out by hand ------------------------------------------------------------------------------------------
