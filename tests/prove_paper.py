@@ -107,7 +107,9 @@ def smaller(settings):
             return {k: shrink(k, v) for k, v in value.items()}
         if isinstance(value, list) and key in ("n_experts", "shots", "d_gate", "lam", "rank", "mu", "concentration"):
             return [min(v, 2) if key == "n_experts" else v for v in value[:2]]
-        sizes = {"rounds": 2, "local_epochs": 1, "n_experts": 2, "participation": 0.5, "shots": 2}
+        if key == "participation":  # two clients at least, so that there are experts in the second round
+            return max(value, 0.5)
+        sizes = {"rounds": 2, "local_epochs": 1, "n_experts": 2, "shots": 2}
         return min(value, sizes[key]) if key in sizes and not isinstance(value, list) else value
 
     small = {key: shrink(key, value) for key, value in settings.items()} | {"seeds": [1]}
@@ -134,7 +136,7 @@ def project(folder, settings):
     """A copy of what `paper/` needs, with these settings in it."""
     for name in ("fpl", "notebooks", "data/class_names"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("data/published.csv", "CITATION.cff", "paper/dvc.yaml", ".dvcignore"):
+    for name in ("data/published.csv", "data/ledger.yaml", "CITATION.cff", "paper/dvc.yaml", ".dvcignore"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     (folder / "paper" / "params.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
