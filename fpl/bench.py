@@ -85,6 +85,7 @@ class Prompts:
 
 def compiled(clip: Clip, names: list[str], n_ctx: int) -> Text:
     """The prompt tree with every block of the transformer compiled; blocks that are alike share one compilation."""
+    torch.compiler.reset()  # only so many versions of a function are kept, and those of other settings count
     text = Text(clip, names, n_ctx)
     text.layer = torch.compile(text.layer, dynamic=False)
     return text

@@ -139,6 +139,15 @@ def test_a_round_is_the_sum_of_its_parts(tiny, no_compiler, monkeypatch):
     assert found["encodings forward"].tolist() == [9] * 4 + [6] * 2 and (found["encodings forward and backward"] == 9).all()
 
 
+def test_setting_after_setting_is_compiled(tiny, monkeypatch):
+    made = []
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda graph, _: made.append(graph) or graph.forward))
+    for classes in range(2, 8):  # each needs two versions of a function of which Dynamo keeps eight
+        before = len(made)
+        bench.compiled(tiny, bench.names(100)[:classes], 4)(torch.zeros(1, 4, 32))
+        assert len(made) > before
+
+
 def test_where_nothing_can_be_compiled_a_line_says_so(tiny, monkeypatch):
     def broken(*args, **named):
         raise RuntimeError("no C++ compiler")
