@@ -104,7 +104,7 @@ def needs(params: Params, fetch: bool = False) -> pd.DataFrame:
     for backbone in dict.fromkeys(s.backbone for s in sources):
         table.append(("weights", f"{backbone.name} {backbone.weights}".strip(), *weights_of(backbone, fetch)))
     sizes, free = disk(params), shutil.disk_usage(".").free / GB
-    wanted = sizes["GB"].sum() - sizes["there, GB"].sum()
+    wanted = (sizes["GB"] - sizes["there, GB"]).clip(lower=0).sum()  # a file may be larger than estimated
     short = f"{wanted:.1f} GB more are needed in {Path.cwd().name} and {free:.1f} are free: make room" if wanted > free else ""
     table.append(("disk", "features and records", f"{wanted:.2f} GB to write, {free:.0f} GB free", short))
     return pd.DataFrame(table, columns=["need", "of", "state", "todo"])

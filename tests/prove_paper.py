@@ -3,8 +3,8 @@
     python tests/prove_paper.py FOLDER --office PHOTOS
 
 makes a project in FOLDER with `paper/` in it, and runs there what `make paper` runs. PHOTOS has real images of Office-Caltech10
-as DOMAIN/CLASS/FILE; without it they are made up, like those of the other eight. It took three quarters of an
-hour on two busy cores.
+as DOMAIN/CLASS/FILE; without it they are made up, like those of the other eight. It took a quarter of an hour on two
+cores.
 """
 
 import argparse
