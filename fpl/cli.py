@@ -40,11 +40,11 @@ def extract(options: argparse.Namespace) -> None:
 def extract_of(source, options: argparse.Namespace, contents: set[str]) -> None:
     import torch
 
-    from fpl import clip, config, datasets, shapes, sweep
+    from fpl import clip, datasets, given, shapes, sweep
     from fpl import features as cache
 
     data = source.data
-    config.known(data.name, [*shapes.WORLDS, "own", *datasets.DATASETS], "data set")
+    given.known(data.name, [*shapes.WORLDS, "own", *datasets.DATASETS], "data set")
     if data.name in shapes.WORLDS:
         listed = shapes.make(data.folder, data.seed, data.train_per_class, data.test_per_class, data.name)
     else:
@@ -124,12 +124,12 @@ def data(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Make one run (or find its record) and print the accuracy after the last round."""
-    from fpl import config, records, stats
+    from fpl import config, given, records, stats
     from fpl import sweep as runs
 
     params = config.read(options.params, options.set)
-    changes = {key: config.plain(value, key) for key, value in assignments(options.changes).items()}
-    seed = config.number(changes.pop("seed", params.seeds[0]), "int", "seed")
+    changes = {key: given.plain(value, key) for key, value in assignments(options.changes).items()}
+    seed = given.number(changes.pop("seed", params.seeds[0]), "int", "seed")
     experiment = params.experiment(options.method, int(seed), options.on, **changes)
     (path,) = runs.sweep([experiment], fresh=options.fresh)
     accuracy = stats.by_seed(records.frame([path])).iloc[0]
@@ -149,17 +149,17 @@ def sweep(options: argparse.Namespace) -> None:
     """Make the missing runs of tables (all of params.yaml), or of a method with every combination of some values."""
     import itertools
 
-    from fpl import config, records, tables
+    from fpl import config, given, records, tables
     from fpl import sweep as runs
 
     params = config.read(options.params, options.set)
     method, *changes = options.what or [""]
     if method not in config.ROWS:
-        names = [config.known(name, params.tables, "table or method") for name in options.what] or list(params.tables)
+        names = [given.known(name, params.tables, "table or method") for name in options.what] or list(params.tables)
         runs.tables(params, names, options.jobs, options.fresh)
         return
-    lists = {key: config.several(value, key) for key, value in assignments(changes).items()}
-    seeds = [int(config.number(seed, "int", "seed")) for seed in lists.pop("seed", params.seeds)]
+    lists = {key: given.several(value, key) for key, value in assignments(changes).items()}
+    seeds = [int(given.number(seed, "int", "seed")) for seed in lists.pop("seed", params.seeds)]
     grid = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
     experiments = [params.experiment(method, seed, options.on, **values) for values in grid for seed in seeds]
     paths = runs.sweep(experiments, options.jobs, options.fresh)
@@ -171,10 +171,10 @@ def sweep(options: argparse.Namespace) -> None:
 
 def notebook(options: argparse.Namespace) -> None:
     """Execute a notebook with papermill and keep the executed copy under results/notebooks."""
-    from fpl import config
+    from fpl import given
     from fpl import notebook as books
 
-    values = {name: config.plain(value, name) for name, value in options.parameter or []}
+    values = {name: given.plain(value, name) for name, value in options.parameter or []}
     for source in options.source:
         books.execute(source, books.EXECUTED / source.name, values)
 

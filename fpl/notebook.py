@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fpl import given
 from fpl.files import ROOT, writing
 
 EXECUTED = Path("results/notebooks")
@@ -33,15 +34,13 @@ def parameters(namespace: dict[str, Any], known: set[str]) -> dict[str, Any]:
     papermill only warns of a parameter that the notebook does not have; here it is an error that names the nearest one.
     Parameters that are None are left out: the default stands where the value is used. Raises ValueError.
     """
-    from fpl import config
-
     plain = (type(None), bool, int, float, str, list, dict)
     namespace.setdefault("_names_at_first", {*namespace})  # a cell may be run again: names that came later are no parameters
     eligible = (namespace["_names_at_first"] | known) - {"In", "Out"}
-    given = {k: v for k, v in namespace.items() if k in eligible and not k.startswith("_") and isinstance(v, plain)}
-    for name in given:
-        config.known(name, sorted(known), "notebook parameter")
-    return {k: v for k, v in given.items() if v is not None}
+    found = {k: v for k, v in namespace.items() if k in eligible and not k.startswith("_") and isinstance(v, plain)}
+    for name in found:
+        given.known(name, sorted(known), "notebook parameter")
+    return {k: v for k, v in found.items() if v is not None}
 
 
 def execute(source: Path, target: Path, values: Mapping[str, Any] | None = None) -> Path:
@@ -53,11 +52,9 @@ def execute(source: Path, target: Path, values: Mapping[str, Any] | None = None)
     import nbformat
     import papermill
 
-    from fpl import config
-
     declared = papermill.inspect_notebook(str(source))
     for name in values or {}:
-        config.known(name, list(declared), f"parameter of {source.name}")
+        given.known(name, list(declared), f"parameter of {source.name}")
     target.parent.mkdir(parents=True, exist_ok=True)
     papermill.execute_notebook(str(source), str(target), dict(values or {}), kernel_name="python3", progress_bar=True)
     book = nbformat.read(target, as_version=4)

@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from fpl.controls import CONTROLS
 from fpl.files import ROOT, writing
-from fpl.privacy import noise_multiplier
 from fpl.stats import by_seed, last_round, over_seeds, paired, spread
 
 TABLES = Path("results/tables")
@@ -92,6 +90,7 @@ NAMES = {
     "pfedmoap_leak": "released: pFedMoAP's gate alone",
     "pfedmoap_released": "released: pFedMoAP",
 }
+CONTROLS = [row for row, name in NAMES.items() if name.startswith("control: ")]
 
 
 def published() -> pd.DataFrame:
@@ -176,6 +175,8 @@ def beside(runs: pd.DataFrame, published_table: str, dataset: str, split: str = 
 @several
 def table6(runs: pd.DataFrame) -> pd.DataFrame:
     """Methods by epsilon (0: no noise) in percent, with the noise multiplier, beside the paper's numbers or their mean."""
+    from fpl.privacy import noise_multiplier  # loads torch, which no other table needs
+
     theirs = published().query("paper == @PAPER and table == 'Table 6'")
     same = theirs[theirs["dataset"].isin([PRINTED.get(name) for name in runs["data"].unique()])]
     paper = (same if len(same) else theirs).groupby(["method", "variant"])["mean"].mean()

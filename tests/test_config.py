@@ -7,7 +7,7 @@ import pytest
 import yaml
 from helpers import OTHER, ROOT
 
-from fpl import config
+from fpl import config, given
 from fpl.controls import CONTROLS
 from fpl.methods import METHODS
 
@@ -94,13 +94,13 @@ def test_a_data_set_differs_from_the_file_where_it_says_so(tmp_path):
     [("3", [3]), ("0,1,.5", [0, 1, 0.5]), ("knn,random", ["knn", "random"]), ("1:3", [1, 2, 3]), ("0:1:0.5", [0, 0.5, 1])],
 )  # fmt: skip
 def test_lists_and_ranges(text, values):
-    assert config.several(text, "x") == values
+    assert given.several(text, "x") == values
 
 
 @pytest.mark.parametrize("text", ["3:1", "1:2:0", "a:b", "1:3:-1"])
 def test_a_range_without_values_is_refused(text):
     with pytest.raises(ValueError, match="^x"):
-        config.several(text, "x")
+        given.several(text, "x")
 
 
 def test_what_the_file_does_not_say_is_the_default(tmp_path):
