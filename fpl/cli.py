@@ -217,6 +217,8 @@ def accept(options: argparse.Namespace) -> None:
 
 def bench(options: argparse.Namespace) -> None:
     """Time a local step and a round of pFedMoAP in six ways, how it grows, an evaluation, features, or list sizes of files."""
+    import json
+
     from fpl import bench, bench_features, bench_scaling, clip, plots, sweep
 
     device, models = sweep.device(), options.model or ["ViT-B-16-quickgelu"]
@@ -261,7 +263,8 @@ def bench(options: argparse.Namespace) -> None:
             shown = {"": f"{bench.shown(table)}\n\n{bench.summary(table)}", "_summary": bench.summary(table)}
         if options.save:
             with writing(options.save.with_suffix(".json")) as temporary:
-                table.to_json(temporary, orient="records", indent=2)
+                lines = table.astype(object).where(table.notna(), None).to_dict("records")
+                temporary.write_text(json.dumps(lines, indent=2) + "\n")  # pandas' own would round 1e-15 to 0
             for kind, text in shown.items():
                 with writing(options.save.with_name(f"{options.save.name}{kind}.md")) as temporary:
                     temporary.write_text(text + "\n")

@@ -151,6 +151,7 @@ def test_without_a_word_it_is_a_step_and_a_round_for_every_setting(monkeypatch, 
         [],
         {"machine": "a machine", "peak, GFLOP/s": 1.0, "clients": 10, "steps": 25, **dict.fromkeys(bench.COLUMNS, 2.0)},
     )
+    line |= {"feature difference": 3.25e-16, "first call, s": None}
 
     def table(model, classes, batch, **named):
         asked.append((model, classes, batch, named["steps"], named["repeats"], named["measure_round"]))
@@ -159,7 +160,8 @@ def test_without_a_word_it_is_a_step_and_a_round_for_every_setting(monkeypatch, 
     monkeypatch.setattr(bench, "table", table)
     assert printed()["way"].tolist() == list(bench.WAYS)
     several = printed("step", "--classes", 10, 37, "--batch", 16, 32, "--model", "RN50", "--steps", 50, "--measure-round")
-    assert len(several) == 4 * len(bench.WAYS)
+    assert len(several) == 4 * len(bench.WAYS) and (several["feature difference"] == 3.25e-16).all()
+    assert several["first call, s"].isna().all()
     assert asked == [
         ("ViT-B-16-quickgelu", 102, 16, 25, 3, False),
         *(("RN50", classes, batch, 50, 3, True) for classes in (10, 37) for batch in (16, 32)),
