@@ -119,9 +119,7 @@ def smaller(settings):
         own.setdefault("partition", {})
         if name in clients:
             own["partition"] = own["partition"] | {"clients": clients[name], "min_size": 1}
-    for row in ("pfedmoap_released", "pfedmoap_oneword"):
-        small["methods"][row] = {"n_experts": 2}
-    for row, own in small["tables"]["ledger"]["rows"].items():
+    for row, own in [*small["methods"].items(), *small["tables"]["ledger"]["rows"].items()]:
         if "n_experts" in {field.name for field in dataclasses.fields(config.ROWS[own.get("method", row)])}:
             own["n_experts"] = 2
     for name, table in small["tables"].items():

@@ -149,9 +149,9 @@ def test_the_shapes_are_those_of_the_towers(tower, name):
 def test_without_a_word_it_is_a_step_and_a_round_for_every_setting(monkeypatch, capsys):
     asked, line = (
         [],
-        {"machine": "a machine", "peak, GFLOP/s": 1.0, "clients": 10, "steps": 25, **dict.fromkeys(bench.COLUMNS, 2.0)},
+        {"machine": "a machine", "peak, GFLOP/s": 1.0, "clients": 10, "steps": 25, **dict.fromkeys(bench.COLUMNS, 2.0)}
+        | {"feature difference": 3.25e-16, "first call, s": None},
     )
-    line |= {"feature difference": 3.25e-16, "first call, s": None}
 
     def table(model, classes, batch, **named):
         asked.append((model, classes, batch, named["steps"], named["repeats"], named["measure_round"]))

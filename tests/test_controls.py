@@ -5,7 +5,8 @@ import pytest
 import torch
 from conftest import SMALL
 
-from fpl.controls import Majority, RidgeAll, RidgeOwn, ZeroShotOwn
+from fpl import tables
+from fpl.controls import CONTROLS, Majority, RidgeAll, RidgeOwn, ZeroShotOwn
 from fpl.rounds import Clients, Run, Seeds, run
 
 EVERYBODY = torch.arange(6)
@@ -87,3 +88,7 @@ def test_ridge_on_everybodys_images_among_own_classes(text, clients, alpha):
         mine = own(clients, i).numpy()
         guesses.append(mine[(clients.feats[test].numpy() @ w + b)[:, mine].argmax(-1)])
     assert same(correct(RidgeAll(alpha=alpha), text, clients), guesses, clients)
+
+
+def test_tables_know_them_by_name():
+    assert [*CONTROLS] == tables.CONTROLS
