@@ -14,6 +14,7 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from jaxtyping import Float
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.pretrained import hf_hub_download
 from open_clip.transform import Compose, InterpolationMode, Normalize, Resize, ToTensor
-from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -35,6 +36,7 @@ from fpl.files import sha256
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"  # of a model in a hub's repository or in a folder
 PICKLED = "open_clip_pytorch_model.bin"  # in older repositories
 PRECISIONS = {"single": torch.float32, "bfloat16": torch.bfloat16, "half": torch.float16}  # of a text tower's matrix products
+BUDGET = {"cpu": 2048, "cuda": 8192}  # nodes encoded at once: on a CPU more are not faster, a GPU wants more work
 GROUP = 48  # nodes between which attention is computed, besides the shared ones: few waste little, many make fewer matrices
 RELEASED = {  # mean and deviation of colours by which pFedMoAP's released code normalises CIFAR's images (D22)
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
@@ -202,9 +204,8 @@ class Text(nn.Module):
     each block is run once (`layer`); a feature is read where its class ends. Features and gradients are those of the 77-token
     prompts, up to rounding.
 
-    Names are divided into trees of at most `budget` nodes. More than `budget` nodes in all (clients times trees) are encoded in
-    pieces of at most that many, whose activations are computed again in the backward pass, so memory is bounded whatever the
-    number of classes and clients.
+    Clients are encoded at most `budget` nodes at a time, or one by one. Where one call has more nodes than that, only what goes
+    from block to block is kept for the backward pass, which computes the rest again, a block at a time.
 
     `tail` follows the name ("." in CoOp's prompts). With a `precision` of PRECISIONS other than "single" the transformer computes
     its matrix products in it; prompts, the sums between blocks, norms, features and their gradients stay in single. Raises
@@ -217,7 +218,7 @@ class Text(nn.Module):
         names: Sequence[str],
         n_ctx: int = 16,
         tail: str = ".",
-        budget: int = 4096,
+        budget: int | None = None,
         precision: str = "single",
     ):
         super().__init__()
@@ -227,7 +228,8 @@ class Text(nn.Module):
         if not usual or not all(type(block) is ResidualAttentionBlock for block in tower.transformer.resblocks):
             what = "is not causal, not read at EOS, or has blocks of another kind than CLIP's"
             raise ValueError(f"this text tower {what}: the prompt tree needs one of CLIP's kind")
-        self.names, self.n_ctx, self.budget, self.precision = list(names), n_ctx, budget, precision
+        self.names, self.n_ctx, self.precision = list(names), n_ctx, precision
+        self.budget = budget or BUDGET[tower.token_embedding.weight.device.type]
         prompts = [f"{'X ' * n_ctx}{name.replace('_', ' ')}{tail}" for name in names]  # the X are places for the context
         rows = [[clip.tokenizer.sot_token_id, *clip.tokenizer.encode(p), clip.tokenizer.eot_token_id] for p in prompts]
         for name, row in zip(names, rows, strict=True):
@@ -242,18 +244,12 @@ class Text(nn.Module):
             int(tower.token_embedding.weight.shape[1]),
             width_of(tower.text_projection),
         )
-        groups: list[list[list[int]]] = [[]]
-        for row in rows:
-            nodes = sum(len(r) - 1 - n_ctx for r in [*groups[-1], row])  # before what names have in common is found
-            if groups[-1] and 1 + n_ctx + nodes > budget:
-                groups.append([])
-            groups[-1].append(row)
-        self.trees = nn.ModuleList(Tree(tower, group, 1 + n_ctx) for group in groups)
+        self.tree = Tree(tower, rows, 1 + n_ctx)
 
     @property
     def n_nodes(self) -> int:
         """Tokens in one encoding of all classes; the usual way takes 77 c."""
-        return sum(len(tree.pos) for tree in self.trees)
+        return len(self.tree.pos)
 
     @property
     def at_once(self) -> int:
@@ -273,25 +269,19 @@ class Text(nn.Module):
 
     def forward(self, ctx: Float[Tensor, "*n m w"]) -> Float[Tensor, "*n c d"]:
         flat = ctx.reshape(ctx.shape[:-2].numel(), *ctx.shape[-2:])
-        recompute = len(flat) * self.n_nodes > self.budget and torch.is_grad_enabled() and ctx.requires_grad
-        features = torch.cat([self._in_parts(tree, flat, recompute) for tree in self.trees], dim=-2)
+        again = len(flat) * self.n_nodes > self.budget and torch.is_grad_enabled() and ctx.requires_grad
+        features = torch.cat([self._encode(part, again) for part in flat.split(self.at_once)])
         return features.reshape(*ctx.shape[:-2], *features.shape[1:])
 
-    def _in_parts(self, tree: Tree, ctx: Float[Tensor, "n m w"], recompute: bool) -> Float[Tensor, "n c d"]:
-        parts = ctx.split(max(1, self.budget // len(tree.pos)))
-        if recompute:
-            return torch.cat([checkpoint(self._encode, tree, part, use_reentrant=False) for part in parts])
-        return torch.cat([self._encode(tree, part) for part in parts])
-
-    def _encode(self, tree: Tree, ctx: Float[Tensor, "n m w"]) -> Float[Tensor, "n c d"]:
-        (tower,) = self._tower
-        n = len(ctx)
+    def _encode(self, ctx: Float[Tensor, "n m w"], again: bool) -> Float[Tensor, "n c d"]:
+        (tower,), tree, n = self._tower, self.tree, len(ctx)
         x = torch.cat([tree.sos.expand(n, -1, -1), ctx, tree.suffix.expand(n, -1, -1)], dim=1) + tree.pos
         mask, *before, last = tree.mask.repeat(n, 1, 1, 1), *tower.transformer.resblocks
+        through = partial(checkpoint, self.layer, use_reentrant=False) if again else self.layer
         with torch.autocast(x.device.type, PRECISIONS[self.precision], enabled=self.precision != "single"):
             for block in before:
-                x = self.layer(block, x, tree, mask, slice(None))
-            x = self.layer(last, x, tree, mask, tree.leaf)  # what it would make of the other nodes is read by nobody
+                x = through(block, x, tree, mask, slice(None))
+            x = through(last, x, tree, mask, tree.leaf)  # what it would make of the other nodes is read by nobody
         x = tower.ln_final(x.to(tree.pos.dtype))
         project = tower.text_projection
         return F.normalize(project(x) if isinstance(project, nn.Module) else x @ project, dim=-1)
@@ -354,7 +344,15 @@ def layer(
     z = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
     z = z.unflatten(0, (len(x), -1)).flatten(1, 2)[:, tree.place[nodes]]
     x = x[:, nodes] + block.ls_1(attn.out_proj(z))
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
+    return x + block.ls_2(mlp(block.mlp, block.ln_2(x)))
+
+
+def mlp(parts: nn.Sequential, x: Float[Tensor, "n t w"]) -> Float[Tensor, "n t w"]:
+    """QuickGELU, x sigmoid(1.702 x), is silu(1.702 x) / 1.702, which keeps one tensor for the backward pass instead of two."""
+    up, activation, down = parts
+    if isinstance(activation, QuickGELU):
+        return down(F.silu(1.702 * up(x)) / 1.702)
+    return down(activation(up(x)))
 
 
 def width_of(projection: Tensor | nn.Linear) -> int:

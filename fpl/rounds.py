@@ -283,14 +283,16 @@ def evaluate(
     method: PromptFL, text, p: Params, frozen: Params, clients: Clients, who: list[int], rows: int = 512
 ) -> list[Tensor]:
     """For each client whether each of its test images is classified correctly; text features are computed once per client."""
-    t, images, right = method.encode(text, p), getattr(clients, method.inputs), []
-    for n, i in enumerate(who):
-        mine = lambda tensors: {k: v[n : n + 1] for k, v in tensors.items()}  # noqa: B023, E731
-        t_i, p_i, f_i = None if t is None else t[n : n + 1], mine(p), mine(frozen)
-        parts = [
-            method.logits(text, t_i, p_i, f_i, images[part].unsqueeze(0))[0].argmax(-1) for part in clients.test[i].split(rows)
-        ]
-        right.append(torch.cat(parts) == clients.labels[clients.test[i]])
+    images, right = getattr(clients, method.inputs), []
+    for first in range(0, len(who), text.at_once):  # all clients' text features at once would be too much
+        encoded = method.encode(text, rows_of(p, slice(first, first + text.at_once)))
+        for n, i in enumerate(who[first : first + text.at_once]):
+            one = slice(first + n, first + n + 1)
+            t, p_i, f_i = None if encoded is None else encoded[n : n + 1], rows_of(p, one), rows_of(frozen, one)
+            parts = [
+                method.logits(text, t, p_i, f_i, images[part].unsqueeze(0))[0].argmax(-1) for part in clients.test[i].split(rows)
+            ]
+            right.append(torch.cat(parts) == clients.labels[clients.test[i]])
     return right
 
 
@@ -384,7 +386,7 @@ def run(
         )
 
 
-def rows_of(tensors: Params, at: Int[Tensor, " n"]) -> Params:
+def rows_of(tensors: Params, at: Int[Tensor, " n"] | slice) -> Params:
     """The tensors of some clients."""
     return {k: v[at] for k, v in tensors.items()}
 

@@ -104,7 +104,7 @@ def test_arithmetic_is_that_of_the_shapes(tiny):
         n = len(parts.who)
         assert n == (3 if way.startswith("e") else 1)
         if isinstance(parts.text, clip.Text):
-            expected = tree_flops(32, 2, 32, 427, 101, *parts.text.trees[0].groups.shape)
+            expected = tree_flops(32, 2, 32, 427, 101, *parts.text.tree.groups.shape)
         else:
             expected = forward_flops(32, 2, 32, 101, parts.text.n_nodes // 101, 101)
         assert done[way]["encode"] == n * expected

@@ -101,36 +101,39 @@ def test_stacked_clients_equal_single_ones(text):
     assert error(*(torch.autograd.grad((r * t).sum(), ctx)[0] for t in (stacked, alone))) < 1e-4
 
 
-def test_a_thousand_classes_are_encoded_in_pieces_within_the_budget(clip):
+def passes_of(clip, text, ctx, r):
+    """Features, gradient, and the nodes of every pass through the first block's perceptron, forward and backward."""
+    seen, leaf = [], ctx.clone().requires_grad_()
+    up = clip.model.transformer.resblocks[0].mlp.c_fc
+    with up.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:2].numel())):
+        features = text(leaf)
+        (r * features).sum().backward()
+    return features.detach(), leaf.grad, seen
+
+
+def test_a_thousand_classes_are_encoded_client_by_client_and_block_by_block(clip):
     foods = food101()
-    names, budget = [f"{a} {b}" for a in foods[:40] for b in foods[40:65]], 1024
-    pieces, whole = Text(clip, names, 4, budget=budget), Text(clip, names, 4, budget=10**9)
+    names = [f"{a} {b}" for a in foods[:40] for b in foods[40:65]]
     gen = torch.Generator().manual_seed(1)
     ctx, r = torch.randn(3, 4, 32, generator=gen), torch.randn(3, len(names), 32, generator=gen)
-    found, nodes = [], {}
-    for text in (pieces, whole):
-        seen = nodes[text] = []
-        count = lambda module, args, seen=seen: seen.append(args[0].shape[:2].numel())  # noqa: E731
-        with clip.model.transformer.resblocks[0].mlp.register_forward_pre_hook(count):
-            with torch.no_grad():
-                text(ctx)
-            leaf = ctx.clone().requires_grad_()
-            features = text(leaf)
-            (r * features).sum().backward()
-        found += [features.detach(), leaf.grad]
-    assert max(nodes[pieces]) <= budget < max(nodes[whole]) == 3 * whole.n_nodes
-    assert error(found[0], found[2]) < 1e-5 and error(found[1], found[3]) < 1e-4
+    kept, saved = {}, {}
+    for budget in (1024, 10**9):
+        text, sizes = Text(clip, names, 4, budget=budget), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: (sizes.append(x.numel()), x)[1], lambda x: x):
+            kept[budget] = passes_of(clip, text, ctx, r)
+        saved[budget] = sum(sizes)
+        assert kept[budget][2] == ([text.n_nodes] * 6 if budget == 1024 else [3 * text.n_nodes])
+    for one, other in zip(kept[1024][:2], kept[10**9][:2], strict=True):
+        assert error(one, other) < 1e-5
+    assert saved[1024] < saved[10**9] / 3
 
 
 def test_for_as_many_clients_as_train_at_once_nothing_is_computed_twice(clip):
-    text, passes = Text(clip, NAMES, 16, budget=3 * Text(clip, NAMES, 16).n_nodes + 1), []
-    hook = clip.model.transformer.resblocks[0].mlp.register_forward_hook(lambda *_: passes.append(1))
+    text = Text(clip, NAMES, 16, budget=3 * Text(clip, NAMES, 16).n_nodes + 1)
     assert text.at_once == 3 and Text(clip, NAMES, 16, budget=1).at_once == 1
     for n, expected in ((3, 1), (4, 4)):  # four: two pieces, each once more in the backward pass
-        passes.clear()
-        text(torch.zeros(n, 16, text.width, requires_grad=True)).sum().backward()
-        assert len(passes) == expected
-    hook.remove()
+        _, _, seen = passes_of(clip, text, torch.zeros(n, 16, text.width), torch.ones(()))
+        assert len(seen) == expected
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
