@@ -274,7 +274,7 @@ def table(
         forward, both = encodings(kind, n, ready.method.n_experts, steps)
         often = ready.in_round(forward - n, steps)
         try:
-            flops[way], first = arithmetic(ready, counted=encoder is not compiled)
+            flops[way], used, first = first_calls(ready, encoder is not compiled, device)
         except Exception as error:
             if encoder is not compiled:
                 raise
@@ -288,8 +288,8 @@ def table(
             "encodings forward and backward": both,
             "GFLOP per step": flops[way]["step"] / len(ready.who) / 1e9,
             "TFLOP per round": sum(often[part] * flops[way][part] for part in often) / 1e12,
-            "MB at peak of a step": memory(ready.step, device) / 1e6,
-            "first call, s": first if encoder is compiled else None,
+            "MB at peak of a step": used / 1e6,
+            "first call, s": first,
             **off.get(way, {}),
         }
     seconds = turns({(way, part): getattr(ready, part) for way, ready in parts.items() for part in flops[way]}, repeats, device)
@@ -355,18 +355,21 @@ def turns(calls: dict[tuple[str, str], Callable[[], object]], repeats: int, devi
     return pd.DataFrame(lines)
 
 
-def arithmetic(parts: Parts, counted: bool) -> tuple[dict[str, int], float]:
-    """Floating-point operations (a multiplication with its addition is two) of each part, and the seconds of these calls."""
-    done, begin = {}, time.perf_counter()
-    for part in ("step", "encode", "evaluate"):
-        if counted:
-            attention = {torch.ops.aten._native_multi_head_attention: native_attention}
-            with FlopCounterMode(display=False, custom_mapping=attention) as counter:
-                getattr(parts, part)()
-            done[part] = counter.get_total_flops()
-        else:
-            getattr(parts, part)()
-    return done, time.perf_counter() - begin
+def first_calls(parts: Parts, counted: bool, device: str) -> tuple[dict[str, int], float, float | None]:
+    """Floating-point operations (a multiplication with its addition is two) of each part, and bytes at the peak of a step.
+
+    What is compiled cannot be counted: of it, the seconds of the first calls.
+    """
+    done = {}
+    if not counted:
+        seconds = timed(lambda: [getattr(parts, part)() for part in ("step", "encode", "evaluate")])
+        return done, memory(parts.step, device), seconds
+    attention = {torch.ops.aten._native_multi_head_attention: native_attention}
+    for part in ("evaluate", "encode", "step"):
+        with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+            used = memory(getattr(parts, part), device)
+        done[part] = counter.get_total_flops()
+    return done, used, None
 
 
 def native_attention(query, key, value, width, *rest, out_shape=None, **named) -> int:
