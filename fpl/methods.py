@@ -475,8 +475,8 @@ class PFedMoAP(PromptFL):
             return {}
         n, k = down["experts"].shape[:2]
         prompts, place = down["experts"].flatten(0, 1).unique(dim=0, return_inverse=True)  # encoded once, whoever gets them
-        experts = torch.cat([self.pool(text(part)) for part in prompts.split(text.at_once)])  # never all of them at width d
-        return {"experts": experts[place].unflatten(0, (n, k))}  # (n, k, c, g)
+        parts = [self.pool(text(part)).contiguous() for part in prompts.split(text.at_once)]  # never all of them at width d
+        return {"experts": torch.cat(parts)[place].unflatten(0, (n, k))}  # (n, k, c, g)
 
     def pool(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n g"]:
         return gate.POOLINGS[self.pooling](x, self.d_gate)

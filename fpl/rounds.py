@@ -341,7 +341,7 @@ def run(
     for number in range(rounds):
         drawn = select(n, cfg, seeds.order, number).to(device)
         server, picked = replace(server, round=number), drawn.sort().values
-        cohorts, losses = [], torch.full((n,), torch.nan, device=device)
+        cohorts, frozen, losses = [], {}, torch.full((n,), torch.nan, device=device)  # the last round's experts are let go
         up, down = (torch.zeros(n, dtype=torch.long) for _ in range(2))
         train = partial(train_cohort, method, text, clients, seeds.order, number, tick)
         for who in filter(len, method.cohorts(server, drawn)):
@@ -350,7 +350,8 @@ def run(
             cohorts.append((who, received, frozen))
             at = torch.isin(who, picked).nonzero()[:, 0]
             begin = method.start(rows_of(own, who), received)
-            ended, losses[who[at]] = train(who[at], rows_of(begin, at), rows_of(frozen, at), cfg, "order", shared)
+            reads = frozen if len(at) == len(who) else rows_of(frozen, at)  # without a copy where all take part
+            ended, losses[who[at]] = train(who[at], rows_of(begin, at), reads, cfg, "order", shared)
             own = {k: v.index_copy(0, who[at], ended[k]) for k, v in own.items()}
             up[who.cpu()], down[who.cpu()] = numbers({k: own[k] for k in method.shared}), numbers(received)
             server = method.between(server, who[at], own)

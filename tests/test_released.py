@@ -121,7 +121,7 @@ def test_d6_d7_d8_experts_pool_and_gate_flow_as_released(name, monkeypatch):
 
     class Marks:
         width = dim = 2
-        scale = 1.0
+        scale, at_once = 1.0, 1
 
         def __call__(self, ctx):
             return ctx  # one class, whose feature is the prompt
