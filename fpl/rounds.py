@@ -251,14 +251,15 @@ def train_cohort(
     shared: Optimiser | None = None,
 ) -> tuple[Params, Float[Tensor, " n"]]:
     """What the clients `who` make of `begin` on their own images, and their losses; `stream` names the order of the images."""
-    ended, losses = begin, torch.full((len(who),), torch.nan, device=clients.feats.device)
+    ended, losses = {k: v.clone() for k, v in begin.items()}, torch.full((len(who),), torch.nan, device=clients.feats.device)
     for at, order in together(who, clients, run, seed, number, stream, text.at_once) if begin else []:
         begins, reads, first = rows_of(begin, at), rows_of(frozen, at), number * run.local_epochs
         trained, losses[at] = train_locally(method, text, begins, reads, order, clients, run, tick, shared, first)
         if not torch.isfinite(losses[at]).all():
             where = who[at][~torch.isfinite(losses[at])].tolist()
             raise FloatingPointError(f"the loss of clients {where} is not finite in round {number}: lower lr or gate_lr")
-        ended = {k: v.index_copy(0, at, trained[k]) for k, v in ended.items()}
+        for k, v in trained.items():
+            ended[k][at] = v  # in place: a copy of everybody's for every group would grow with the square of the clients
     return ended, losses
 
 
