@@ -360,16 +360,17 @@ def first_calls(parts: Parts, counted: bool, device: str) -> tuple[dict[str, int
 
     What is compiled cannot be counted: of it, the seconds of the first calls.
     """
-    done = {}
+    calls = {part: getattr(parts, part) for part in ("step", "encode", "evaluate")}
     if not counted:
-        seconds = timed(lambda: [getattr(parts, part)() for part in ("step", "encode", "evaluate")])
-        return done, memory(parts.step, device), seconds
-    attention = {torch.ops.aten._native_multi_head_attention: native_attention}
-    for part in ("evaluate", "encode", "step"):
+        seconds = timed(lambda: [call() for call in calls.values()])
+        return {}, memory(parts.step, device), seconds
+    done, used = {}, {}
+    for part, call in calls.items():
+        attention = {torch.ops.aten._native_multi_head_attention: native_attention}
         with FlopCounterMode(display=False, custom_mapping=attention) as counter:
-            used = memory(getattr(parts, part), device)
+            used[part] = memory(call, device)
         done[part] = counter.get_total_flops()
-    return done, used, None
+    return done, used["step"], None
 
 
 def native_attention(query, key, value, width, *rest, out_shape=None, **named) -> int:

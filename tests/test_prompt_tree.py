@@ -1,5 +1,7 @@
 """Promise: the prompt tree gives features and gradients of open_clip's own 77-token prompts, from a fraction of the tokens."""
 
+from contextlib import contextmanager
+
 import open_clip
 import pytest
 import torch
@@ -101,14 +103,13 @@ def test_stacked_clients_equal_single_ones(text):
     assert error(*(torch.autograd.grad((r * t).sum(), ctx)[0] for t in (stacked, alone))) < 1e-4
 
 
-def passes_of(clip, text, ctx, r):
-    """Features, gradient, and the nodes of every pass through the first block's perceptron, forward and backward."""
-    seen, leaf = [], ctx.clone().requires_grad_()
+@contextmanager
+def passes(clip):
+    """The nodes of every pass through the first block's perceptron, forward and backward."""
+    seen = []
     up = clip.model.transformer.resblocks[0].mlp.c_fc
     with up.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:2].numel())):
-        features = text(leaf)
-        (r * features).sum().backward()
-    return features.detach(), leaf.grad, seen
+        yield seen
 
 
 def test_a_thousand_classes_are_encoded_client_by_client_and_block_by_block(clip):
@@ -116,14 +117,19 @@ def test_a_thousand_classes_are_encoded_client_by_client_and_block_by_block(clip
     names = [f"{a} {b}" for a in foods[:40] for b in foods[40:65]]
     gen = torch.Generator().manual_seed(1)
     ctx, r = torch.randn(3, 4, 32, generator=gen), torch.randn(3, len(names), 32, generator=gen)
-    kept, saved = {}, {}
+    found, saved = {}, {}
     for budget in (1024, 10**9):
-        text, sizes = Text(clip, names, 4, budget=budget), []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: (sizes.append(x.numel()), x)[1], lambda x: x):
-            kept[budget] = passes_of(clip, text, ctx, r)
-        saved[budget] = sum(sizes)
-        assert kept[budget][2] == ([text.n_nodes] * 6 if budget == 1024 else [3 * text.n_nodes])
-    for one, other in zip(kept[1024][:2], kept[10**9][:2], strict=True):
+        text, sizes, leaf = Text(clip, names, 4, budget=budget), [], ctx.clone().requires_grad_()
+        keep = lambda x, sizes=sizes: (sizes.append(x.numel()), x)[1]  # noqa: E731
+        with passes(clip) as seen, torch.no_grad():
+            text(ctx)
+        assert seen == ([text.n_nodes] * 3 if budget == 1024 else [3 * text.n_nodes])
+        with passes(clip) as seen, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            features = text(leaf)
+            (r * features).sum().backward()
+        assert seen == ([text.n_nodes] * 6 if budget == 1024 else [3 * text.n_nodes])
+        found[budget], saved[budget] = (features.detach(), leaf.grad), sum(sizes)
+    for one, other in zip(found[1024], found[10**9], strict=True):
         assert error(one, other) < 1e-5
     assert saved[1024] < saved[10**9] / 3
 
@@ -132,7 +138,8 @@ def test_for_as_many_clients_as_train_at_once_nothing_is_computed_twice(clip):
     text = Text(clip, NAMES, 16, budget=3 * Text(clip, NAMES, 16).n_nodes + 1)
     assert text.at_once == 3 and Text(clip, NAMES, 16, budget=1).at_once == 1
     for n, expected in ((3, 1), (4, 4)):  # four: two pieces, each once more in the backward pass
-        _, _, seen = passes_of(clip, text, torch.zeros(n, 16, text.width), torch.ones(()))
+        with passes(clip) as seen:
+            text(torch.zeros(n, 16, text.width, requires_grad=True)).sum().backward()
         assert len(seen) == expected
 
 
