@@ -400,7 +400,7 @@ def all_gradients(way: str, clip: Clip, names: list[str], world: World) -> tuple
     found = []
     for who in parts.groups:
         down = parts.method.download(world.server, who, world.clients)
-        reads = parts.method.frozen(parts.text, down, who, world.clients)
+        reads = rows_of(parts.method.frozen(parts.text, down, who, world.clients), slice(None))
         images = getattr(world.clients, parts.method.inputs)
         index = torch.stack([world.clients.train[i] for i in who.tolist()])
         y = world.clients.labels[index]

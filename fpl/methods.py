@@ -10,7 +10,7 @@ Symbols are the papers'; s = exp(logit_scale); features of images (x) and texts 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fpl import gate, transport
 
 Params = dict[str, Tensor]  # what clients learn, or may read, by name; every tensor has the client axis in front
+Frozen = Mapping[str, "Tensor | Lookup"]  # what clients may read and not change; rows of it are tensors
 Tune = Callable[[Params, int], Params]  # everybody's tensors, epochs -> the same, trained on each one's own images
 Encoder = Callable[[Tensor], Tensor]  # fpl.clip.Text, seen as a function: ctx (n, m, w) -> unit features (n, c, d)
 
@@ -44,6 +45,20 @@ class Server:
         """The server with the uploads of the clients `who` in its pool."""
         pool = self.pool | {k: self.pool[k].index_copy(0, who, v) for k, v in uploads.items()}
         return replace(self, pool=pool, seen=self.seen.index_fill(0, who, True))
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """What several clients read, each row held once: client n reads `rows[place[n]]`, copied only for those who are asked for.
+
+    Experts of N clients are N K C g numbers where everybody has copies, and at most N C g here.
+    """
+
+    rows: Float[Tensor, "u *of"]
+    place: Int[Tensor, "n k"]
+
+    def __getitem__(self, at: Any) -> Float[Tensor, "*at k *of"]:
+        return self.rows[self.place[at]]
 
 
 @dataclass(frozen=True)
@@ -80,7 +95,7 @@ class PromptFL:
         """Where local training begins: the client's own tensors, replaced where the download has them."""
         return {k: down.get(k, v) for k, v in own.items()}
 
-    def frozen(self, text, down: Params, who: Int[Tensor, " n"], clients) -> Params:
+    def frozen(self, text, down: Params, who: Int[Tensor, " n"], clients) -> Frozen:
         """What the clients `who` may read in this round but not change, from their download and their own images."""
         return {}
 
@@ -476,7 +491,7 @@ class PFedMoAP(PromptFL):
         n, k = down["experts"].shape[:2]
         prompts, place = down["experts"].flatten(0, 1).unique(dim=0, return_inverse=True)  # encoded once, whoever gets them
         parts = [self.pool(text(part)).contiguous() for part in prompts.split(text.at_once)]  # never all of them at width d
-        return {"experts": torch.cat(parts)[place].unflatten(0, (n, k))}  # (n, k, c, g)
+        return {"experts": Lookup(torch.cat(parts), place.view(n, k))}  # (n, k, c, g)
 
     def pool(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n g"]:
         return gate.POOLINGS[self.pooling](x, self.d_gate)

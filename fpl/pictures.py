@@ -105,7 +105,7 @@ def attention(learnt: Learnt) -> pd.DataFrame:
     down = method.download(server, who, learnt.clients)
     if "experts" not in down:
         raise ValueError("no client has experts in the last round: use more rounds, or n_experts above 0")
-    read = method.frozen(learnt.text, down, who, learnt.clients)["experts"]
+    read = method.frozen(learnt.text, down, who, learnt.clients)["experts"][:]
     p = rows_of(learnt.deployed, who)
     pooled = torch.cat([method.pool(method.encode(learnt.text, p)).unsqueeze(1), read], dim=1)  # (n, k + 1, c, g)
     chosen = method.neighbours(server, who, learnt.clients).tolist()

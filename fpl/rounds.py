@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fpl import privacy
-from fpl.methods import Params, PromptFL, Server
+from fpl.methods import Frozen, Params, PromptFL, Server
 
 CHOICES = {
     "schedule": ("constant", "cosine", "zigzag"),
@@ -194,7 +194,7 @@ def train_locally(
     method: PromptFL,
     text,
     start: Params,
-    frozen: Params,
+    frozen: Frozen,
     order: Sequence[Int[Tensor, "_steps b"]],
     clients: Clients,
     run: Run,
@@ -245,21 +245,25 @@ def train_cohort(
     tick: Callable[[int], object],
     who: Int[Tensor, " n"],
     begin: Params,
-    frozen: Params,
+    frozen: Frozen,
+    at: Int[Tensor, " n"],
     run: Run,
     stream: str,
     shared: Optimiser | None = None,
 ) -> tuple[Params, Float[Tensor, " n"]]:
-    """What the clients `who` make of `begin` on their own images, and their losses; `stream` names the order of the images."""
+    """What the clients `who` make of `begin` on their own images, and their losses.
+
+    `at` are their rows of `frozen`, which is a whole cohort's; `stream` names the order of the images.
+    """
     ended, losses = {k: v.clone() for k, v in begin.items()}, torch.full((len(who),), torch.nan, device=clients.feats.device)
-    for at, order in together(who, clients, run, seed, number, stream, text.at_once) if begin else []:
-        begins, reads, first = rows_of(begin, at), rows_of(frozen, at), number * run.local_epochs
-        trained, losses[at] = train_locally(method, text, begins, reads, order, clients, run, tick, shared, first)
-        if not torch.isfinite(losses[at]).all():
-            where = who[at][~torch.isfinite(losses[at])].tolist()
+    for part, order in together(who, clients, run, seed, number, stream, text.at_once) if begin else []:
+        begins, reads, first = rows_of(begin, part), rows_of(frozen, at[part]), number * run.local_epochs
+        trained, losses[part] = train_locally(method, text, begins, reads, order, clients, run, tick, shared, first)
+        if not torch.isfinite(losses[part]).all():
+            where = who[part][~torch.isfinite(losses[part])].tolist()
             raise FloatingPointError(f"the loss of clients {where} is not finite in round {number}: lower lr or gate_lr")
         for k, v in trained.items():
-            ended[k][at] = v  # in place: a copy of everybody's for every group would grow with the square of the clients
+            ended[k][part] = v  # in place: a copy of everybody's for every group would grow with the square of the clients
     return ended, losses
 
 
@@ -281,7 +285,7 @@ def together(
 
 @torch.no_grad()
 def evaluate(
-    method: PromptFL, text, p: Params, frozen: Params, clients: Clients, who: list[int], rows: int = 512
+    method: PromptFL, text, p: Params, frozen: Frozen, clients: Clients, who: list[int], rows: int = 512
 ) -> list[Tensor]:
     """For each client whether each of its test images is classified correctly; text features are computed once per client."""
     images, right = getattr(clients, method.inputs), []
@@ -342,7 +346,7 @@ def run(
     for number in range(rounds):
         drawn = select(n, cfg, seeds.order, number).to(device)
         server, picked = replace(server, round=number), drawn.sort().values
-        cohorts, frozen, losses = [], {}, torch.full((n,), torch.nan, device=device)  # the last round's experts are let go
+        cohorts, losses = [], torch.full((n,), torch.nan, device=device)
         up, down = (torch.zeros(n, dtype=torch.long) for _ in range(2))
         train = partial(train_cohort, method, text, clients, seeds.order, number, tick)
         for who in filter(len, method.cohorts(server, drawn)):
@@ -350,9 +354,8 @@ def run(
             frozen = method.frozen(text, received, who, clients)
             cohorts.append((who, received, frozen))
             at = torch.isin(who, picked).nonzero()[:, 0]
-            begin = method.start(rows_of(own, who), received)
-            reads = frozen if len(at) == len(who) else rows_of(frozen, at)  # without a copy where all take part
-            ended, losses[who[at]] = train(who[at], rows_of(begin, at), reads, cfg, "order", shared)
+            begin = rows_of(method.start(rows_of(own, who), received), at)
+            ended, losses[who[at]] = train(who[at], begin, frozen, at, cfg, "order", shared)
             own = {k: v.index_copy(0, who[at], ended[k]) for k, v in own.items()}
             up[who.cpu()], down[who.cpu()] = numbers({k: own[k] for k in method.shared}), numbers(received)
             server = method.between(server, who[at], own)
@@ -365,7 +368,7 @@ def run(
         def tune(p: Params, epochs: int) -> Params:
             longer = replace(cfg, local_epochs=epochs)
             for who, _, frozen in cohorts:  # noqa: B023
-                ended, _ = train(who, rows_of(p, who), frozen, longer, "tune")  # noqa: B023
+                ended, _ = train(who, rows_of(p, who), frozen, torch.arange(len(who), device=device), longer, "tune")  # noqa: B023
                 p = {k: v.index_copy(0, who, ended[k]) for k, v in p.items()}
             return p
 
@@ -388,7 +391,7 @@ def run(
         )
 
 
-def rows_of(tensors: Params, at: Int[Tensor, " n"] | slice) -> Params:
+def rows_of(tensors: Frozen, at: Int[Tensor, " n"] | slice) -> Params:
     """The tensors of some clients."""
     return {k: v[at] for k, v in tensors.items()}
 

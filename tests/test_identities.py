@@ -27,7 +27,7 @@ from fpl.methods import (
     PromptFL,
     Server,
 )
-from fpl.rounds import Clients, Run, Seeds
+from fpl.rounds import Clients, Run, Seeds, rows_of
 
 LEARNING = {name: kind for name, kind in METHODS.items() if make(kind).init(SimpleNamespace(width=8), torch.Generator())}
 RUN = Run(rounds=3, local_epochs=2, batch_size=4, lr=0.02, gate_lr=0.05)
@@ -100,7 +100,7 @@ def always(same, a, b):
 
 def read(method, text, server, who, clients):
     """What the clients `who` may read, by way of what they download."""
-    return method.frozen(text, method.download(server, who, clients), who, clients)
+    return rows_of(method.frozen(text, method.download(server, who, clients), who, clients), slice(None))
 
 
 def images(clients, x):

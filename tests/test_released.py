@@ -126,7 +126,7 @@ def test_d6_d7_d8_experts_pool_and_gate_flow_as_released(name, monkeypatch):
         def __call__(self, ctx):
             return ctx  # one class, whose feature is the prompt
 
-    def mark(method, text, clients, seed, number, tick, who, begin, frozen, run, stream, shared=None):
+    def mark(method, text, clients, seed, number, tick, who, begin, frozen, at, run, stream, shared=None):
         if len(who):
             log.append((number, int(who), begin, frozen))
             stamp = torch.tensor([float(who), float(number)])
@@ -145,7 +145,7 @@ def test_d6_d7_d8_experts_pool_and_gate_flow_as_released(name, monkeypatch):
     for (t, _, begin, frozen), experts, trained, gate in zip(
         log, *(z[k].flatten(0, 1) for k in ("experts", "expert_round", "gate_start")), strict=True
     ):
-        prompts = sorted(frozen["experts"][0, :, 0].int().tolist()) if frozen else []
+        prompts = sorted(frozen["experts"][0][:, 0].int().tolist()) if frozen else []
         stored = sorted([i, r] for i, r in zip(experts.tolist(), trained.tolist(), strict=True) if i >= 0)
         assert prompts == stored
         assert torch.equal(begin["gate_bq"][0], init["gate_bq"] if gate[0] < 0 else gate.float())

@@ -9,7 +9,7 @@ from conftest import error, golden, stored_clip
 
 from fpl.clip import Text
 from fpl.methods import PFedMoAP, PromptFL, Server
-from fpl.rounds import Clients, Run, Seeds, evaluate, train_locally
+from fpl.rounds import Clients, Run, Seeds, evaluate, rows_of, train_locally
 from fpl.rounds import run as run_rounds
 
 LIMIT, MOVED, MOVED_BY_NOISE = 3e-4, 3e-3, 1e-2  # golden/README.md; the gradient of b_k, b_v, b_o is rounding noise
@@ -41,7 +41,8 @@ def train(name):
     server = Server({"ctx": pool[0]}, {"ctx": pool}, torch.ones(k + 1, dtype=torch.bool))
     text = Text(stored_clip(z), z["classnames"], method.n_ctx)
     who = torch.tensor([0])
-    frozen, order = method.frozen(text, method.download(server, who, clients), who, clients), [z["batch_index"]]
+    frozen = rows_of(method.frozen(text, method.download(server, who, clients), who, clients), who)
+    order = [z["batch_index"]]
     last, _ = train_locally(method, text, start, frozen, order, clients, run, lambda n: None)
     path = {name: torch.stack([w[name] for w in [*before, {k: v[0] for k, v in last.items()}]]) for name in last}
     return z, method, text, path, torch.stack(losses).detach()[:, 0], frozen, clients
