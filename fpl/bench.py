@@ -365,8 +365,8 @@ def first_calls(parts: Parts, counted: bool, device: str) -> tuple[dict[str, int
         seconds = timed(lambda: [call() for call in calls.values()])
         return {}, memory(parts.step, device), seconds
     done, used = {}, {}
+    attention = {torch.ops.aten._native_multi_head_attention: native_attention}
     for part, call in calls.items():
-        attention = {torch.ops.aten._native_multi_head_attention: native_attention}
         with FlopCounterMode(display=False, custom_mapping=attention) as counter:
             used[part] = memory(call, device)
         done[part] = counter.get_total_flops()

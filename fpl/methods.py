@@ -23,7 +23,6 @@ from torch.nn.utils.rnn import pad_sequence
 from fpl import gate, transport
 
 Params = dict[str, Tensor]  # what clients learn, or may read, by name; every tensor has the client axis in front
-Frozen = Mapping[str, "Tensor | Lookup"]  # what clients may read and not change; rows of it are tensors
 Tune = Callable[[Params, int], Params]  # everybody's tensors, epochs -> the same, trained on each one's own images
 Encoder = Callable[[Tensor], Tensor]  # fpl.clip.Text, seen as a function: ctx (n, m, w) -> unit features (n, c, d)
 
@@ -49,16 +48,19 @@ class Server:
 
 @dataclass(frozen=True)
 class Lookup:
-    """What several clients read, each row held once: client n reads `rows[place[n]]`, copied only for those who are asked for.
+    """Experts' text features, held once however many clients read them: client n's are `rows[place[n]]`.
 
-    Experts of N clients are N K C g numbers where everybody has copies, and at most N C g here.
+    Indexing by clients makes copies for those alone. Copies for all N would be N K C g numbers; `rows` has at most N C g.
     """
 
-    rows: Float[Tensor, "u *of"]
+    rows: Float[Tensor, "u c g"]  # of u different prompts
     place: Int[Tensor, "n k"]
 
-    def __getitem__(self, at: Any) -> Float[Tensor, "*at k *of"]:
+    def __getitem__(self, at: Any) -> Float[Tensor, "*at k c g"]:
         return self.rows[self.place[at]]
+
+
+Frozen = Mapping[str, Tensor | Lookup]  # what clients may read and not change; `rounds.rows_of` makes Params of it
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,7 @@ def train_locally(
     method: PromptFL,
     text,
     start: Params,
-    frozen: Frozen,
+    frozen: Params,
     order: Sequence[Int[Tensor, "_steps b"]],
     clients: Clients,
     run: Run,
@@ -224,7 +224,7 @@ def train_locally(
             n = sum(own > step for own in steps)  # who has no gradient is left alone by SGD
             index = torch.stack([own[epoch * many + step] for own, many in zip(order[:n], steps[:n], strict=True)])
             x = clients.shown(method.inputs, index, first + epoch)
-            params, reads = {k: torch.stack(v[:n]) for k, v in leaves.items()}, {k: v[:n] for k, v in frozen.items()}
+            params, reads = {k: torch.stack(v[:n]) for k, v in leaves.items()}, rows_of(frozen, slice(n))
             loss = method.loss(text, params, reads, x, clients.labels[index])
             sgd.zero_grad()
             loss.sum().backward()
@@ -253,7 +253,8 @@ def train_cohort(
 ) -> tuple[Params, Float[Tensor, " n"]]:
     """What the clients `who` make of `begin` on their own images, and their losses.
 
-    `at` are their rows of `frozen`, which is a whole cohort's; `stream` names the order of the images.
+    `who` and `begin` are of those who train; `frozen` is of their whole cohort, in which they are the rows `at`: it is indexed
+    for one group of them at a time, since rows for all would be copies. `stream` names the order of the images.
     """
     ended, losses = {k: v.clone() for k, v in begin.items()}, torch.full((len(who),), torch.nan, device=clients.feats.device)
     for part, order in together(who, clients, run, seed, number, stream, text.at_once) if begin else []:
@@ -347,6 +348,7 @@ def run(
         drawn = select(n, cfg, seeds.order, number).to(device)
         server, picked = replace(server, round=number), drawn.sort().values
         cohorts, losses = [], torch.full((n,), torch.nan, device=device)
+        frozen: Frozen = {}  # the last round's experts are let go
         up, down = (torch.zeros(n, dtype=torch.long) for _ in range(2))
         train = partial(train_cohort, method, text, clients, seeds.order, number, tick)
         for who in filter(len, method.cohorts(server, drawn)):
@@ -392,7 +394,7 @@ def run(
 
 
 def rows_of(tensors: Frozen, at: Int[Tensor, " n"] | slice) -> Params:
-    """The tensors of some clients."""
+    """What some clients have; copied out of a `Lookup`."""
     return {k: v[at] for k, v in tensors.items()}
 
 

@@ -1,17 +1,18 @@
 """Promise: whichever way experts are chosen, mixed and kept, it is what its name says."""
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import NAMES, error, make, tiny_model
-from test_identities import HALF, RUN, always, equal, near, play, read
+from test_identities import HALF, RUN, SEEDS, always, equal, near, play, read
 
 from fpl import gate, rounds
 from fpl.clip import Clip, Text
 from fpl.controls import TEMPLATES, GateAlone
-from fpl.methods import CHOICES, PFedMoAP, Server
+from fpl.methods import CHOICES, Lookup, PFedMoAP, Server
 from fpl.rounds import Clients
 
 SEEN = torch.tensor([True, True, True, False, True, True])
@@ -137,6 +138,36 @@ def test_alone_nothing_travels_and_the_templates_are_the_experts(text, clients):
     f = method.frozen(text, {}, torch.tensor([3, 1]), clients)["experts"]
     assert f.shape == (2, method.n_experts, len(NAMES), method.d_gate) and torch.equal(f[0], f[1])
     assert torch.equal(f[0, 0], method.pool(text.zero_shot(TEMPLATES[0])))
+
+
+def test_features_are_held_once_and_copied_only_for_those_who_train_together(text, clients, monkeypatch):
+    taken, take = [], Lookup.__getitem__
+
+    def counted(self, at):
+        found = take(self, at)
+        taken.append((len(self.rows), len(found)))
+        return found
+
+    monkeypatch.setattr(Lookup, "__getitem__", counted)
+    monkeypatch.setattr(type(text), "at_once", 2)
+    play(dataclasses.replace(make(PFedMoAP), n_experts=len(clients) - 1), text, clients)
+    held, copied = (max(numbers) for numbers in zip(*taken, strict=True))
+    assert held <= len(clients) and copied == 2
+
+
+def test_the_last_rounds_features_are_let_go_before_the_next_are_made(text, clients):
+    made, held = [], []
+
+    class Watched(PFedMoAP):
+        def frozen(self, text, down, who, clients):
+            held.append(sum(ref() is not None for ref in made))
+            found = super().frozen(text, down, who, clients)
+            made.extend(weakref.ref(v) for v in found.values())
+            return found
+
+    for _ in rounds.run(make(Watched), text, clients, RUN, SEEDS):
+        pass
+    assert len(made) == RUN.rounds - 1 and not any(held)
 
 
 def test_tested_after_aggregation_all_have_the_average_prompt(text, clients):

@@ -41,7 +41,7 @@ def train(name):
     server = Server({"ctx": pool[0]}, {"ctx": pool}, torch.ones(k + 1, dtype=torch.bool))
     text = Text(stored_clip(z), z["classnames"], method.n_ctx)
     who = torch.tensor([0])
-    frozen = rows_of(method.frozen(text, method.download(server, who, clients), who, clients), who)
+    frozen = rows_of(method.frozen(text, method.download(server, who, clients), who, clients), slice(None))
     order = [z["batch_index"]]
     last, _ = train_locally(method, text, start, frozen, order, clients, run, lambda n: None)
     path = {name: torch.stack([w[name] for w in [*before, {k: v[0] for k, v in last.items()}]]) for name in last}
