@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import error, golden, stored_clip
+from test_identities import read
 
 from fpl.clip import Text
 from fpl.methods import PFedMoAP, PromptFL, Server
-from fpl.rounds import Clients, Run, Seeds, evaluate, rows_of, train_locally
+from fpl.rounds import Clients, Run, Seeds, evaluate, train_locally
 from fpl.rounds import run as run_rounds
 
 LIMIT, MOVED, MOVED_BY_NOISE = 3e-4, 3e-3, 1e-2  # golden/README.md; the gradient of b_k, b_v, b_o is rounding noise
@@ -40,9 +41,7 @@ def train(name):
     pool = torch.cat([start["ctx"], z["expert_ctx"]]) if k else start["ctx"]
     server = Server({"ctx": pool[0]}, {"ctx": pool}, torch.ones(k + 1, dtype=torch.bool))
     text = Text(stored_clip(z), z["classnames"], method.n_ctx)
-    who = torch.tensor([0])
-    frozen = rows_of(method.frozen(text, method.download(server, who, clients), who, clients), slice(None))
-    order = [z["batch_index"]]
+    frozen, order = read(method, text, server, torch.tensor([0]), clients), [z["batch_index"]]
     last, _ = train_locally(method, text, start, frozen, order, clients, run, lambda n: None)
     path = {name: torch.stack([w[name] for w in [*before, {k: v[0] for k, v in last.items()}]]) for name in last}
     return z, method, text, path, torch.stack(losses).detach()[:, 0], frozen, clients
