@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from fpl.files import ROOT, alone, writing
+from fpl.data.files import ROOT, atomic_write, file_lock
 
 
 def features(options: argparse.Namespace) -> None:
@@ -27,9 +27,9 @@ def features(options: argparse.Namespace) -> None:
 
 def extract(options: argparse.Namespace) -> None:
     """Draw the demo images if needed, and make the features files that are asked for and not there."""
-    from fpl import config
+    from fpl.experiments import settings
 
-    params = config.read(options.params, options.set)
+    params = settings.read(options.params, options.set)
     if options.all:
         for name, contents in params.contents().items():
             extract_of(params.source(name), options, contents)
@@ -40,18 +40,20 @@ def extract(options: argparse.Namespace) -> None:
 def extract_of(source, options: argparse.Namespace, contents: set[str]) -> None:
     import torch
 
-    from fpl import clip, datasets, given, shapes, sweep
-    from fpl import features as cache
+    from fpl.data import datasets, encoders, world
+    from fpl.data import features as cache
+    from fpl.experiments import values
+    from fpl.experiments.cache import device
 
     data = source.data
-    given.known(data.name, [*shapes.WORLDS, "own", *datasets.DATASETS], "data set")
-    if data.name in shapes.WORLDS:
-        listed = shapes.make(data.folder, data.seed, data.train_per_class, data.test_per_class, data.name)
+    values.check_choice(data.name, [*world.WORLDS, "own", *datasets.DATASETS], "data set")
+    if data.name in world.WORLDS:
+        listed = world.make(data.folder, data.seed, data.train_per_class, data.test_per_class, data.name)
     else:
         listed = datasets.prepare(data.name, Path(data.root), data.layout or None, data.manifest)
     manifest = cache.read_manifest(listed)
-    loaded = clip.load(
-        source.backbone.name, source.backbone.weights or None, sweep.device(), preprocessing=source.backbone.preprocessing
+    loaded = encoders.load(
+        source.backbone.name, source.backbone.weights or None, device(), preprocessing=source.backbone.preprocessing
     )
     gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
     workers = min(cores if gpus else cores // 4, 8) if options.workers is None else options.workers
@@ -72,22 +74,22 @@ def extract_of(source, options: argparse.Namespace, contents: set[str]) -> None:
 
 def files_of(options: argparse.Namespace):
     """The settings, and content -> where they look for it."""
-    from fpl import config
-    from fpl import features as cache
+    from fpl.data import features as cache
+    from fpl.experiments import settings
 
-    params = config.read(options.params, options.set)
+    params = settings.read(options.params, options.set)
     return params, {content: cache.file_of(params.data.features, content) for content in cache.CONTENT}
 
 
 def export(options: argparse.Namespace) -> None:
-    from fpl import pack
+    from fpl.data import pack
 
     params, files = files_of(options)
     described(pack.export(files, params.data.name, options.file))
 
 
 def unpack(options: argparse.Namespace) -> None:
-    from fpl import pack
+    from fpl.data import pack
 
     params, files = files_of(options)
     for path, written in pack.unpack(options.file, files, params.data.name, params.backbone.name, options.force).items():
@@ -95,7 +97,7 @@ def unpack(options: argparse.Namespace) -> None:
 
 
 def verify(options: argparse.Namespace) -> None:
-    from fpl import pack
+    from fpl.data import pack
 
     described(pack.verify(options.file))
 
@@ -107,7 +109,7 @@ def described(words: dict[str, str]) -> None:
 
 def data(options: argparse.Namespace) -> None:
     """List the data sets, fetch one, or check what is there and what is missing."""
-    from fpl import datasets, fetch
+    from fpl.data import datasets, fetch
 
     if options.what == "list":
         print(datasets.overview(options.root).to_markdown(index=False))
@@ -124,12 +126,12 @@ def data(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Make one run (or find its record) and print the accuracy after the last round."""
-    from fpl import config, given, records, stats
-    from fpl import sweep as runs
+    from fpl.experiments import records, settings, stats, values
+    from fpl.experiments import runner as runs
 
-    params = config.read(options.params, options.set)
-    changes = {key: given.plain(value, key) for key, value in assignments(options.changes).items()}
-    seed = given.number(changes.pop("seed", params.seeds[0]), "int", "seed")
+    params = settings.read(options.params, options.set)
+    changes = {key: values.plain(value, key) for key, value in assignments(options.changes).items()}
+    seed = values.number(changes.pop("seed", params.seeds[0]), "int", "seed")
     experiment = params.experiment(options.method, int(seed), options.on, **changes)
     (path,) = runs.sweep([experiment], fresh=options.fresh)
     accuracy = stats.by_seed(records.frame([path])).iloc[0]
@@ -149,17 +151,17 @@ def sweep(options: argparse.Namespace) -> None:
     """Make the missing runs of tables (all of params.yaml), or of a method with every combination of some values."""
     import itertools
 
-    from fpl import config, given, records, tables
-    from fpl import sweep as runs
+    from fpl.experiments import records, settings, tables, values
+    from fpl.experiments import runner as runs
 
-    params = config.read(options.params, options.set)
+    params = settings.read(options.params, options.set)
     method, *changes = options.what or [""]
-    if method not in config.ROWS:
-        names = [given.known(name, params.tables, "table or method") for name in options.what] or list(params.tables)
+    if method not in settings.ROWS:
+        names = [values.check_choice(name, params.tables, "table or method") for name in options.what] or list(params.tables)
         runs.tables(params, names, options.jobs, options.fresh)
         return
-    lists = {key: given.several(value, key) for key, value in assignments(changes).items()}
-    seeds = [int(given.number(seed, "int", "seed")) for seed in lists.pop("seed", params.seeds)]
+    lists = {key: values.several(value, key) for key, value in assignments(changes).items()}
+    seeds = [int(values.number(seed, "int", "seed")) for seed in lists.pop("seed", params.seeds)]
     grid = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
     experiments = [params.experiment(method, seed, options.on, **values) for values in grid for seed in seeds]
     paths = runs.sweep(experiments, options.jobs, options.fresh)
@@ -171,25 +173,25 @@ def sweep(options: argparse.Namespace) -> None:
 
 def notebook(options: argparse.Namespace) -> None:
     """Execute a notebook with papermill and keep the executed copy under results/notebooks."""
-    from fpl import given
-    from fpl import notebook as books
+    from fpl.experiments import notebook as books
+    from fpl.experiments import values
 
-    values = {name: given.plain(value, name) for name, value in options.parameter or []}
+    values = {name: values.plain(value, name) for name, value in options.parameter or []}
     for source in options.source:
         books.execute(source, books.EXECUTED / source.name, values)
 
 
 def report(options: argparse.Namespace) -> None:
     """Build the pages of results/report from the executed notebooks."""
-    from fpl import report as pages
+    from fpl.experiments import report as pages
 
     print(f"report: {pages.build()}")
 
 
 def compare(options: argparse.Namespace) -> None:
     """Compare the fresh tables with results/expected and fail when a cell is outside its tolerance."""
-    from fpl import compare as check
-    from fpl import tables
+    from fpl.experiments import expected as check
+    from fpl.experiments import tables
 
     cells = check.all_cells(tables.TABLES)
     print(cells.round(2).to_markdown(index=False))
@@ -205,13 +207,13 @@ def accept(options: argparse.Namespace) -> None:
     """Take over the fresh tables and figures as the expected ones (for a change that is meant to move numbers)."""
     import shutil
 
-    from fpl import compare as check
+    from fpl.experiments import expected as check
 
     for source in [*Path("results/tables").glob("*.*"), *Path("results/figures").glob("*.png")]:
-        with writing(check.EXPECTED / source.name) as temporary:
+        with atomic_write(check.EXPECTED / source.name) as temporary:
             shutil.copyfile(source, temporary)
     text = check.with_tables(Path("README.md").read_text())
-    with writing("README.md") as temporary:
+    with atomic_write("README.md") as temporary:
         temporary.write_text(text)
 
 
@@ -219,30 +221,34 @@ def bench(options: argparse.Namespace) -> None:
     """Time a local step and a round of pFedMoAP in six ways, how it grows, an evaluation, features, or list sizes of files."""
     import json
 
-    from fpl import bench, bench_features, bench_scaling, clip, plots, sweep
+    from fpl.bench import features as bench_features
+    from fpl.bench import scaling as growth_of
+    from fpl.bench import step
+    from fpl.data import encoders
+    from fpl.experiments import cache, plots
 
-    device, models = sweep.device(), options.model or ["ViT-B-16-quickgelu"]
+    device, models = cache.device(), options.model or ["ViT-B-16-quickgelu"]
     classes, batches, steps = options.classes or [102], options.batch or [16], options.steps or [25]
     if options.what not in ("step", "scaling") and max(map(len, (models, classes, batches, steps))) > 1:
         raise ValueError(f"`fpl bench {options.what}` takes one value of each option")
 
     def scaling():
-        growth = {what: getattr(options, what) or values for what, values in bench_scaling.GROWTH.items()}
-        demo = f"{clip.LOCAL}{ROOT / 'data' / 'demo_clip'}"
+        growth = {what: getattr(options, what) or values for what, values in growth_of.GROWTH.items()}
+        demo = f"{encoders.LOCAL}{ROOT / 'data' / 'demo_clip'}"
         (model,) = options.model or [demo]
-        loaded = bench.loaded(model, device)
+        loaded = step.loaded(model, device)
         loaded.model.visual = None  # a round does not need the image tower
-        return bench_scaling.table(loaded, growth, batches[0], device)
+        return growth_of.table(loaded, growth, batches[0], device)
 
     def evaluation():
-        loaded, experts = bench.loaded(models[0], device), (options.experts or [9])[0]
-        return bench_scaling.evaluation(loaded, options.images or 30_000, (options.classes or [101])[0], experts, device)
+        loaded, experts = step.loaded(models[0], device), (options.experts or [9])[0]
+        return growth_of.evaluation(loaded, options.images or 30_000, (options.classes or [101])[0], experts, device)
 
     made = {
-        "step": lambda: bench.tables(
+        "step": lambda: step.tables(
             models, classes, batches, steps=steps[0], repeats=options.repeats, device=device, measure_round=options.measure_round
         ),
-        "profile": lambda: bench.profile(models[0], classes[0], batches[0], device),
+        "profile": lambda: step.profile(models[0], classes[0], batches[0], device),
         "scaling": scaling,
         "evaluation": evaluation,
         "extraction": lambda: bench_features.extraction(
@@ -260,13 +266,13 @@ def bench(options: argparse.Namespace) -> None:
     for table in made if options.what == "step" else [made]:
         shown = {"": table.to_markdown(index=False, floatfmt=".6g" if options.what in ("sizes", "scaling") else ".4g")}
         if options.what == "step":
-            shown = {"": f"{bench.shown(table)}\n\n{bench.summary(table)}", "_summary": bench.summary(table)}
+            shown = {"": f"{step.shown(table)}\n\n{step.summary(table)}", "_summary": step.summary(table)}
         if options.save:
-            with writing(options.save.with_suffix(".json")) as temporary:
+            with atomic_write(options.save.with_suffix(".json")) as temporary:
                 lines = table.astype(object).where(table.notna(), None).to_dict("records")
                 temporary.write_text(json.dumps(lines, indent=2) + "\n")  # pandas' own would round 1e-15 to 0
             for kind, text in shown.items():
-                with writing(options.save.with_name(f"{options.save.name}{kind}.md")) as temporary:
+                with atomic_write(options.save.with_name(f"{options.save.name}{kind}.md")) as temporary:
                     temporary.write_text(text + "\n")
     print(shown[""])
     if options.save and options.what == "scaling" and len(table) > 1:
@@ -278,14 +284,14 @@ def plan(options: argparse.Namespace) -> None:
 
     With --check weights are downloaded where they are missing, and the exit status is 1 if anything else is.
     """
-    from fpl import config, sweep
-    from fpl import plan as plans
+    from fpl.bench import plan as plans
+    from fpl.experiments import cache, settings
 
-    params = config.read(options.params, options.set)
+    params = settings.read(options.params, options.set)
     needs = plans.needs(params, fetch=options.check)
     for table in (needs.drop(columns="todo"), plans.disk(params)):
         print(table.to_markdown(index=False, floatfmt=".3g"), end="\n\n")
-    device = sweep.device()
+    device = cache.device()
     stages = plans.stages(params, plans.calibrate(params, device) if options.calibration else None)
     shown = stages if options.calibration else stages.drop(columns="hours")
     print(shown.astype(object).where(shown.notna(), None).to_markdown(index=False, floatfmt=".3g", missingval="-"))
@@ -307,7 +313,7 @@ def repro(options: argparse.Namespace) -> None:
     """
     import subprocess
 
-    with alone("results/.repro.lock", waiting) as lock:
+    with file_lock("results/.repro.lock", waiting) as lock:
         for path in (Path(".dvc/tmp/rwlock"), Path("dvc.lock")):  # DVC empties them before it writes
             if path.exists() and not readable(path):
                 path.unlink()
@@ -436,7 +442,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     try:
         stage = options.command in (features, sweep, notebook, report)  # an orphan of a killed pipeline may still be at one
-        with alone("results/.stage.lock", waiting) if stage else nullcontext():
+        with file_lock("results/.stage.lock", waiting) if stage else nullcontext():
             options.command(options)
     except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
         sys.exit(f"fpl {options.command.__name__}: {error}")

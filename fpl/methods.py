@@ -7,60 +7,19 @@ Every function works on a stack of clients: the leading axis n. Numbers are 4 by
 Shapes: n clients, b batch, c classes, m context length, w text width, d joint width, k experts, g gate width, h heads, M patches.
 Symbols are the papers'; s = exp(logit_scale); features of images (x) and texts (t) have unit length.
 """
-
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fpl import gate, transport
-
-Params = dict[str, Tensor]  # what clients learn, or may read, by name; every tensor has the client axis in front
-Tune = Callable[[Params, int], Params]  # everybody's tensors, epochs -> the same, trained on each one's own images
-Encoder = Callable[[Tensor], Tensor]  # fpl.clip.Text, seen as a function: ctx (n, m, w) -> unit features (n, c, d)
-
-
-@dataclass(frozen=True)
-class Server:
-    """What the server holds: `params` the aggregate (no client axis), `pool` every client's last upload, `seen` who has one.
-
-    `round` is the number of the round; `draw("experts", 3)` is a generator of the run, named by a stream and numbers.
-    """
-
-    params: Params
-    pool: Params
-    seen: Bool[Tensor, " n"]
-    round: int = 0
-    draw: Any = None
-
-    def store(self, who: Int[Tensor, " n"], uploads: Params) -> Server:
-        """The server with the uploads of the clients `who` in its pool."""
-        pool = self.pool | {k: self.pool[k].index_copy(0, who, v) for k, v in uploads.items()}
-        return replace(self, pool=pool, seen=self.seen.index_fill(0, who, True))
-
-
-@dataclass(frozen=True)
-class Lookup:
-    """Experts' text features, held once however many clients read them: client n's are `rows[place[n]]`.
-
-    Indexing by clients makes copies for those alone. Copies for all N would be N K C g numbers; `rows` has at most N C g.
-    """
-
-    rows: Float[Tensor, "u c g"]  # of u different prompts
-    place: Int[Tensor, "n k"]
-
-    def __getitem__(self, at: Any) -> Float[Tensor, "*at k c g"]:
-        return self.rows[self.place[at]]
-
-
-Frozen = Mapping[str, Tensor | Lookup]  # what clients may read and not change; `rounds.rows_of` makes Params of it
+from fpl.state import Context, Encoder, Lookup, Server, Tensors, Tune
 
 
 @dataclass(frozen=True)
@@ -78,7 +37,7 @@ class PromptFL:
         if self.n_ctx < 1:
             raise ValueError(f"n_ctx {self.n_ctx} must be at least 1: a prompt needs a vector to learn")
 
-    def init(self, text, gen: torch.Generator) -> Params:
+    def init(self, text, gen: torch.Generator) -> Tensors:
         """What one client learns, before training (no client axis); the same for every client."""
         return {"ctx": 0.02 * torch.randn(self.n_ctx, text.width, generator=gen)}
 
@@ -89,44 +48,44 @@ class PromptFL:
         """
         return [torch.arange(len(server.seen), device=server.seen.device)]
 
-    def download(self, server: Server, who: Int[Tensor, " n"], clients) -> Params:
+    def download(self, server: Server, who: Int[Tensor, " n"], clients) -> Tensors:
         """What the server sends to the clients `who`."""
         return {k: v.expand(len(who), *v.shape) for k, v in server.params.items()}
 
-    def start(self, own: Params, down: Params) -> Params:
+    def start(self, own: Tensors, down: Tensors) -> Tensors:
         """Where local training begins: the client's own tensors, replaced where the download has them."""
         return {k: down.get(k, v) for k, v in own.items()}
 
-    def frozen(self, text, down: Params, who: Int[Tensor, " n"], clients) -> Frozen:
+    def frozen(self, text, down: Tensors, who: Int[Tensor, " n"], clients) -> Context:
         """What the clients `who` may read in this round but not change, from their download and their own images."""
         return {}
 
-    def ctx(self, p: Params) -> Float[Tensor, "n *k m w"]:
+    def ctx(self, p: Tensors) -> Float[Tensor, "n *k m w"]:
         """The prompt that these tensors stand for."""
         return p["ctx"]
 
-    def encode(self, text: Encoder, p: Params) -> Float[Tensor, "n *k c d"]:
+    def encode(self, text: Encoder, p: Tensors) -> Float[Tensor, "n *k c d"]:
         return text(self.ctx(p))
 
-    def logits(self, text, t: Float[Tensor, "n c d"], p: Params, f: Params, x: Float[Tensor, "n b d"]) -> Float[Tensor, "n b c"]:
+    def logits(self, text, t: Float[Tensor, "n c d"], p: Tensors, f: Tensors, x: Float[Tensor, "n b d"]) -> Float[Tensor, "n b c"]:
         """s <x, t_c>."""
         return text.scale * x @ t.mT
 
-    def loss(self, text, p: Params, f: Params, x: Float[Tensor, "n b *M d"], y: Int[Tensor, "n b"]) -> Float[Tensor, " n"]:
+    def loss(self, text, p: Tensors, f: Tensors, x: Float[Tensor, "n b *M d"], y: Int[Tensor, "n b"]) -> Float[Tensor, " n"]:
         """Mean cross-entropy of each client's batch."""
         return cross_entropy(self.logits(text, self.encode(text, p), p, f, x), y)
 
-    def between(self, server: Server, who: Int[Tensor, " n"], own: Params) -> Server:
+    def between(self, server: Server, who: Int[Tensor, " n"], own: Tensors) -> Server:
         """The server that the next cohort finds, after the clients `who` of this one trained: as it was, nobody sees them yet."""
         return server
 
-    def aggregate(self, server: Server, who: Int[Tensor, " n"], uploads: Params, sizes: Int[Tensor, " n"]) -> Server:
+    def aggregate(self, server: Server, who: Int[Tensor, " n"], uploads: Tensors, sizes: Int[Tensor, " n"]) -> Server:
         """sum_i (n_i / sum_j n_j) upload_i over the participants; n_i is the client's number of training images."""
         share = sizes / sizes.sum()
         mean = {k: torch.tensordot(share.to(v.dtype), v, dims=1) for k, v in uploads.items()}
         return replace(server.store(who, uploads), params=server.params | mean)
 
-    def deploy(self, server: Server, own: Params, tune: Tune) -> Params:
+    def deploy(self, server: Server, own: Tensors, tune: Tune) -> Tensors:
         """What every client is evaluated with after the round, `own` being its tensors as training left them.
 
         `tune` trains tensors further on every client's own images; nobody else sees what comes of it.
@@ -134,9 +93,13 @@ class PromptFL:
         return {k: server.params[k].expand_as(v) if k in server.params else v for k, v in own.items()}
 
 
+
+
 def cross_entropy(z: Float[Tensor, "n b c"], y: Int[Tensor, "n b"]) -> Float[Tensor, " n"]:
     """Of each client, the mean over its batch."""
     return F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="none").view(y.shape).mean(-1)
+
+
 
 
 @dataclass(frozen=True)
@@ -163,11 +126,15 @@ class ZeroShot(PromptFL):
         return super().logits(text, f["text"], p, f, x)
 
 
+
+
 @dataclass(frozen=True)
 class CoOp(PromptFL):
     """Prompt learning on each client alone (Zhou et al., 2022). Sends nothing."""
 
     shared = ()
+
+
 
 
 @dataclass(frozen=True)
@@ -188,6 +155,8 @@ class FineTuned(PromptFL):
     def deploy(self, server, own, tune):
         received = super().deploy(server, own, tune)
         return tune(received, self.tune_epochs) if self.tune_epochs else received
+
+
 
 
 @dataclass(frozen=True)
@@ -214,6 +183,8 @@ class FedPer(PromptFL):
         return torch.cat([p["base"], p["head"]], dim=-2)
 
 
+
+
 @dataclass(frozen=True)
 class FedProx(PromptFL):
     """Adds mu/2 |P - P_g|^2 to the loss, P_g being the download (Li et al., 2020, Eq. 2). Sends what PromptFL sends."""
@@ -226,8 +197,10 @@ class FedProx(PromptFL):
     def loss(self, text, p, f, x, y):
         return super().loss(text, p, f, x, y) + self.term(p, f)
 
-    def term(self, p: Params, f: Params) -> Float[Tensor, " n"]:
+    def term(self, p: Tensors, f: Tensors) -> Float[Tensor, " n"]:
         return self.mu / 2 * (p["ctx"] - f["download"]).square().sum((1, 2))
+
+
 
 
 @dataclass(frozen=True)
@@ -274,6 +247,8 @@ class FedAMP(PromptFL):
         return own
 
 
+
+
 @dataclass(frozen=True)
 class PFedPrompt(PromptFL):
     """pFedPrompt (Guo et al., WWW 2023): reconstruction, not the authors' algorithm, of which there is no public code.
@@ -309,6 +284,8 @@ class PFedPrompt(PromptFL):
 
     def loss(self, text, p, f, x, y):
         return super().loss(text, p, f if self.memory == "always" else {}, x, y)
+
+
 
 
 @dataclass(frozen=True)
@@ -349,6 +326,8 @@ class FedOTP(PromptFL):
 
     def plan(self, sim: Float[Tensor, "n b c M k"]) -> tuple[Float[Tensor, "n b c M k"], Int[Tensor, " n"]]:
         return transport.plan(sim, self.eps, self.gamma, self.transport == "balanced")
+
+
 
 
 @dataclass(frozen=True)
@@ -396,7 +375,7 @@ class FedPGP(PromptFL):
         contrast = self.contrast(f["anchor"], common, personal)
         return cross_entropy(self.logits(text, personal, p, f, x), y) + self.mu * contrast
 
-    def pair(self, text: Encoder, p: Params) -> Float[Tensor, "2 n *k c d"]:
+    def pair(self, text: Encoder, p: Tensors) -> Float[Tensor, "2 n *k c d"]:
         """T_g and T_p."""
         return text(torch.stack([p["ctx"], self.ctx(p)]))
 
@@ -406,6 +385,8 @@ class FedPGP(PromptFL):
         """-log e^a / (e^a + e^b) = log(1 + e^(b - a)), features having unit length."""
         like, unlike = (anchor * common).sum(-1), (common * personal).sum(-1)
         return F.softplus((unlike - like) / self.tau).mean(-1)
+
+
 
 
 @dataclass(frozen=True)
@@ -520,9 +501,13 @@ def l2(server: Server, clients) -> Distance:
     return torch.cdist(prompts, prompts, compute_mode="donot_use_mm_for_euclid_dist")
 
 
+
+
 def cosine(server: Server, clients) -> Distance:
     prompts = F.normalize(server.pool["ctx"].flatten(1), dim=-1)
     return 1 - prompts @ prompts.T
+
+
 
 
 def random(server: Server, clients) -> Distance:
@@ -530,14 +515,20 @@ def random(server: Server, clients) -> Distance:
     return torch.rand(n, n, generator=server.draw("experts", server.round)).to(server.seen.device)
 
 
+
+
 def same(server: Server, clients) -> Distance:
     return random(server, clients)[:1].repeat(len(server.seen), 1)
+
+
 
 
 def fixed(server: Server, clients) -> Distance:
     n = len(server.seen)
     places = torch.randperm(n, generator=server.draw("experts")).argsort()  # of each client in the one permutation
     return places.float().repeat(n, 1).to(server.seen.device)
+
+
 
 
 def oracle(server: Server, clients) -> Distance:
@@ -547,8 +538,6 @@ def oracle(server: Server, clients) -> Distance:
 
 
 CHOICES = {"knn": l2, "cosine": cosine, "random": random, "same": same, "fixed": fixed, "oracle": oracle}
-
-
 METHODS: dict[str, type[PromptFL]] = {
     "zeroshot": ZeroShot,
     "coop": CoOp,

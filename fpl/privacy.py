@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fpl.methods import Params
+from fpl.state import Tensors
 
 LARGEST = 500.0  # epsilon up to which the accountant's exp(epsilon) times a normal tail stays within double precision
 
@@ -87,7 +87,7 @@ def accountant():
     return gdp
 
 
-def release(uploads: Params, begin: Params, clip: float, z: float, gens: Sequence[torch.Generator]) -> Params:
+def release(uploads: Tensors, begin: Tensors, clip: float, z: float, gens: Sequence[torch.Generator]) -> Tensors:
     """What leaves the clients: begin + clipped (uploads - begin) + N(0, (z clip)^2), all tensors of a client as one vector.
 
     `uploads` have the client axis in front, `begin` is what the server knows already, with that axis or without it. Each client

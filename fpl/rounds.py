@@ -5,7 +5,6 @@ and SGD works element by element. Who has fewer steps in an epoch than others re
 clients.
 (`fpl.released` has rows whose clients train one after the other and leave each other things, as in the released code.)
 """
-
 from __future__ import annotations
 
 import math
@@ -20,7 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fpl import privacy
-from fpl.methods import Frozen, Params, PromptFL, Server
+from fpl.methods import PromptFL
+from fpl.state import Clients, Context, Server, Tensors, count_numbers, take
 
 CHOICES = {
     "schedule": ("constant", "cosine", "zigzag"),
@@ -30,52 +30,7 @@ CHOICES = {
 
 
 @dataclass(frozen=True)
-class Clients:
-    """Cached image features (all images, d), labels, and which images each client trains on and is tested on.
-
-    `patches`, the features of the M patches of each image, not normalised, is for methods that ask for them. `views` are features
-    of V random crops of each training image, of which an epoch sees one after the other; `place` is where an image has them.
-    """
-
-    feats: Float[Tensor, "images d"]
-    labels: Int[Tensor, " images"]
-    train: Sequence[Int[Tensor, " _own"]]
-    test: Sequence[Int[Tensor, " _own"]]
-    n_cls: int
-    patches: Float[Tensor, "images M d"] | None = None
-    views: Float[Tensor, "rows V d"] | None = None
-    place: Int[Tensor, " images"] | None = None
-
-    def __post_init__(self):
-        for i, (train, test) in enumerate(zip(self.train, self.test, strict=True)):
-            for kind, index in (("training", train), ("test", test)):
-                if not len(index):
-                    who = f"client {i} of {len(self.train)}"
-                    raise ValueError(f"{who} has no {kind} images: use fewer clients, more shots or another partition")
-        if not torch.isfinite(self.feats).all():
-            bad = (~torch.isfinite(self.feats)).any(1).nonzero()[:, 0]
-            found = f"features of {len(bad)} images are not finite, the first is image {bad[0]}"
-            raise ValueError(f"{found}: extract them again with `fpl features`")
-
-    def __len__(self) -> int:
-        return len(self.train)
-
-    def shown(self, inputs: str, index: Int[Tensor, "n b"], epoch: int) -> Float[Tensor, "n b *M d"]:
-        """What training sees of some images in local epoch `epoch`, counted from the beginning of the run."""
-        if self.views is None or self.place is None or inputs != "feats":
-            return getattr(self, inputs)[index]
-        return self.views[self.place[index], epoch % self.views.shape[1]]
-
-    def training(self, i: int) -> tuple[Float[Tensor, "own d"], Int[Tensor, " own"]]:
-        return self.feats[self.train[i]], self.labels[self.train[i]]
-
-    def counts(self, i: int) -> Int[Tensor, " c"]:
-        """Training images of client i by class."""
-        return torch.bincount(self.labels[self.train[i]], minlength=self.n_cls)
-
-
-@dataclass(frozen=True)
-class Run:
+class Training:
     """How clients train. The defaults are the paper's (pFedMoAP, section 4.1) and, where it is silent, its code's."""
 
     rounds: int = 10
@@ -129,12 +84,16 @@ class Run:
         return base * (1 + math.cos(math.pi * (at - 1) / self.local_epochs)) / 2 if at else 1e-5
 
 
+
+
 @dataclass
 class Optimiser:
     """What SGD keeps from one training to the next where it is shared: velocities (one client's) and local epochs so far."""
 
-    velocity: Params = field(default_factory=dict)
+    velocity: Tensors = field(default_factory=dict)
     epochs: int = 0
+
+
 
 
 @dataclass(frozen=True)
@@ -143,6 +102,8 @@ class Seeds:
 
     init: int = 1
     order: int = 1
+
+
 
 
 @dataclass(frozen=True)
@@ -162,8 +123,10 @@ class Round:
     down: Int[Tensor, " picked"]
     correct: list[Tensor] = field(repr=False, default_factory=list)
     elsewhere: dict[str, Float[Tensor, " n"]] = field(default_factory=dict)
-    deployed: Params = field(repr=False, default_factory=dict)
+    deployed: Tensors = field(repr=False, default_factory=dict)
     server: Server | None = field(repr=False, default=None)
+
+
 
 
 def generator(seed: int, stream: str, *key: int) -> torch.Generator:
@@ -172,36 +135,42 @@ def generator(seed: int, stream: str, *key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
 
 
-def select(n: int, run: Run, seed: int, number: int) -> Int[Tensor, " picked"]:
+
+
+def select(n: int, run_rounds: Training, seed: int, number: int) -> Int[Tensor, " picked"]:
     """The clients of a round, as drawn, without replacement."""
-    return torch.randperm(n, generator=generator(seed, "select", number))[: run.participants(n)]
+    return torch.randperm(n, generator=generator(seed, "select", number))[: run_rounds.participants(n)]
+
+
 
 
 def batches(
-    index: Int[Tensor, " own"], run: Run, seed: int, number: int, client: int, stream: str = "order"
+    index: Int[Tensor, " own"], run_rounds: Training, seed: int, number: int, client: int, stream: str = "order"
 ) -> Int[Tensor, "steps b"]:
     """Image numbers of each local step; the last incomplete batch of an epoch is dropped unless it is the only one."""
-    gen, b = generator(seed, stream, number, client), min(run.batch_size, len(index))
+    gen, b = generator(seed, stream, number, client), min(run_rounds.batch_size, len(index))
     steps = len(index) // b
     epochs = [
         index[torch.randperm(len(index), generator=gen)[: steps * b].to(index.device)].view(steps, b)
-        for _ in range(run.local_epochs)
+        for _ in range(run_rounds.local_epochs)
     ]
     return torch.cat(epochs)
+
+
 
 
 def train_locally(
     method: PromptFL,
     text,
-    start: Params,
-    frozen: Params,
+    start: Tensors,
+    frozen: Tensors,
     order: Sequence[Int[Tensor, "_steps b"]],
     clients: Clients,
-    run: Run,
+    run_rounds: Training,
     tick: Callable[[int], object],
     shared: Optimiser | None = None,
     first: int = 0,
-) -> tuple[Params, Float[Tensor, " n"]]:
+) -> tuple[Tensors, Float[Tensor, " n"]]:
     """SGD from a copy of `start`; what was learnt, and each client's mean loss in the last epoch.
 
     `order` has the image numbers of each client's steps, clients with more steps first: in the later steps of an epoch those
@@ -212,19 +181,19 @@ def train_locally(
         raise ValueError("a shared optimiser is for clients that train one after the other: take a row of fpl.released, or fresh")
     shared = shared or Optimiser()
     leaves = {k: [own.clone().requires_grad_() for own in v] for k, v in start.items()}
-    sgd = torch.optim.SGD([{"params": v} for v in leaves.values()], 0.0, run.momentum, weight_decay=run.weight_decay)
+    sgd = torch.optim.SGD([{"params": v} for v in leaves.values()], 0.0, run_rounds.momentum, weight_decay=run_rounds.weight_decay)
     for k in leaves.keys() & shared.velocity.keys():
         sgd.state[leaves[k][0]]["momentum_buffer"] = shared.velocity[k]
-    steps = [len(own) // run.local_epochs for own in order]  # of an epoch
-    for epoch in range(run.local_epochs):
+    steps = [len(own) // run_rounds.local_epochs for own in order]  # of an epoch
+    for epoch in range(run_rounds.local_epochs):
         losses = torch.zeros(len(order), device=clients.feats.device)
         for k, group in zip(leaves, sgd.param_groups, strict=True):
-            group["lr"] = run.rate(k, epoch, shared.epochs)
+            group["lr"] = run_rounds.rate(k, epoch, shared.epochs)
         for step in range(steps[0]):
             n = sum(own > step for own in steps)  # who has no gradient is left alone by SGD
             index = torch.stack([own[epoch * many + step] for own, many in zip(order[:n], steps[:n], strict=True)])
             x = clients.shown(method.inputs, index, first + epoch)
-            params, reads = {k: torch.stack(v[:n]) for k, v in leaves.items()}, rows_of(frozen, slice(n))
+            params, reads = {k: torch.stack(v[:n]) for k, v in leaves.items()}, take(frozen, slice(n))
             loss = method.loss(text, params, reads, x, clients.labels[index])
             sgd.zero_grad()
             loss.sum().backward()
@@ -232,8 +201,10 @@ def train_locally(
             losses[:n] += loss.detach()
             tick(1)
     shared.velocity = {k: sgd.state[v[0]]["momentum_buffer"] for k, v in leaves.items() if v[0] in sgd.state}
-    shared.epochs += run.local_epochs
+    shared.epochs += run_rounds.local_epochs
     return {k: torch.stack(v).detach() for k, v in leaves.items()}, losses / torch.tensor(steps, device=losses.device)
+
+
 
 
 def train_cohort(
@@ -244,22 +215,22 @@ def train_cohort(
     number: int,
     tick: Callable[[int], object],
     who: Int[Tensor, " n"],
-    begin: Params,
-    frozen: Frozen,
+    begin: Tensors,
+    frozen: Context,
     at: Int[Tensor, " n"],
-    run: Run,
+    run_rounds: Training,
     stream: str,
     shared: Optimiser | None = None,
-) -> tuple[Params, Float[Tensor, " n"]]:
+) -> tuple[Tensors, Float[Tensor, " n"]]:
     """What the clients `who` make of `begin` on their own images, and their losses.
 
     `who` and `begin` are of those who train; `frozen` is of their whole cohort, in which they are the rows `at`: it is indexed
     for one group of them at a time, since rows for all would be copies. `stream` names the order of the images.
     """
     ended, losses = {k: v.clone() for k, v in begin.items()}, torch.full((len(who),), torch.nan, device=clients.feats.device)
-    for part, order in together(who, clients, run, seed, number, stream, text.at_once) if begin else []:
-        begins, reads, first = rows_of(begin, part), rows_of(frozen, at[part]), number * run.local_epochs
-        trained, losses[part] = train_locally(method, text, begins, reads, order, clients, run, tick, shared, first)
+    for part, order in group_by_batch_size(who, clients, run_rounds, seed, number, stream, text.at_once) if begin else []:
+        begins, reads, first = take(begin, part), take(frozen, at[part]), number * run_rounds.local_epochs
+        trained, losses[part] = train_locally(method, text, begins, reads, order, clients, run_rounds, tick, shared, first)
         if not torch.isfinite(losses[part]).all():
             where = who[part][~torch.isfinite(losses[part])].tolist()
             raise FloatingPointError(f"the loss of clients {where} is not finite in round {number}: lower lr or gate_lr")
@@ -268,14 +239,16 @@ def train_cohort(
     return ended, losses
 
 
-def together(
-    who: Int[Tensor, " n"], clients: Clients, run: Run, seed: int, number: int, stream: str, most: int
+
+
+def group_by_batch_size(
+    who: Int[Tensor, " n"], clients: Clients, run_rounds: Training, seed: int, number: int, stream: str, most: int
 ) -> list[tuple[Tensor, list[Tensor]]]:
     """Clients in groups of at most `most` whose batches have one size: places in `who`, and the image numbers of each one's steps
     (steps, b), most steps first."""
     groups: dict[int, list[tuple[int, Tensor]]] = {}
     for at, i in enumerate(who.tolist()):
-        order = batches(clients.train[i], run, seed, number, i, stream)
+        order = batches(clients.train[i], run_rounds, seed, number, i, stream)
         groups.setdefault(order.shape[1], []).append((at, order))
     parts = []
     for group in groups.values():
@@ -284,17 +257,19 @@ def together(
     return [(torch.tensor([at for at, _ in part], device=who.device), [order for _, order in part]) for part in parts]
 
 
+
+
 @torch.no_grad()
 def evaluate(
-    method: PromptFL, text, p: Params, frozen: Frozen, clients: Clients, who: list[int], rows: int = 512
+    method: PromptFL, text, p: Tensors, frozen: Context, clients: Clients, who: list[int], rows: int = 512
 ) -> list[Tensor]:
     """For each client whether each of its test images is classified correctly; text features are computed once per client."""
     images, right = getattr(clients, method.inputs), []
     for first in range(0, len(who), text.at_once):  # all clients' text features at once would be too much
-        encoded = method.encode(text, rows_of(p, slice(first, first + text.at_once)))
+        encoded = method.encode(text, take(p, slice(first, first + text.at_once)))
         for n, i in enumerate(who[first : first + text.at_once]):
             one = slice(first + n, first + n + 1)
-            t, p_i, f_i = None if encoded is None else encoded[n : n + 1], rows_of(p, one), rows_of(frozen, one)
+            t, p_i, f_i = None if encoded is None else encoded[n : n + 1], take(p, one), take(frozen, one)
             parts = [
                 method.logits(text, t, p_i, f_i, images[part].unsqueeze(0))[0].argmax(-1) for part in clients.test[i].split(rows)
             ]
@@ -302,15 +277,19 @@ def evaluate(
     return right
 
 
+
+
 def mean_correct(correct: list[Tensor]) -> Float[Tensor, " n"]:
     return torch.stack([right.float().mean() for right in correct]).cpu()
 
 
-def run(
+
+
+def run_rounds(
     method: PromptFL,
     text,
     clients: Clients,
-    cfg: Run,
+    cfg: Training,
     seeds: Seeds,
     tick: Callable[[int], object] = lambda n: None,
     elsewhere: Mapping[str, tuple[Any, Clients]] = {},
@@ -348,7 +327,7 @@ def run(
         drawn = select(n, cfg, seeds.order, number).to(device)
         server, picked = replace(server, round=number), drawn.sort().values
         cohorts, losses = [], torch.full((n,), torch.nan, device=device)
-        frozen: Frozen = {}  # the last round's experts are let go
+        frozen: Context = {}  # the last round's experts are let go
         up, down = (torch.zeros(n, dtype=torch.long) for _ in range(2))
         train = partial(train_cohort, method, text, clients, seeds.order, number, tick)
         for who in filter(len, method.cohorts(server, drawn)):
@@ -356,10 +335,10 @@ def run(
             frozen = method.frozen(text, received, who, clients)
             cohorts.append((who, received, frozen))
             at = torch.isin(who, picked).nonzero()[:, 0]
-            begin = rows_of(method.start(rows_of(own, who), received), at)
+            begin = take(method.start(take(own, who), received), at)
             ended, losses[who[at]] = train(who[at], begin, frozen, at, cfg, "order", shared)
             own = {k: v.index_copy(0, who[at], ended[k]) for k, v in own.items()}
-            up[who.cpu()], down[who.cpu()] = numbers({k: own[k] for k in method.shared}), numbers(received)
+            up[who.cpu()], down[who.cpu()] = count_numbers({k: own[k] for k in method.shared}), count_numbers(received)
             server = method.between(server, who[at], own)
         uploads = {k: own[k][picked] for k in method.shared}
         if z:
@@ -367,10 +346,10 @@ def run(
             uploads = privacy.release(uploads, server.params, cfg.clip, z, gens)
         server = method.aggregate(server, picked, uploads, sizes[picked])
 
-        def tune(p: Params, epochs: int) -> Params:
+        def tune(p: Tensors, epochs: int) -> Tensors:
             longer = replace(cfg, local_epochs=epochs)
             for who, _, frozen in cohorts:  # noqa: B023
-                ended, _ = train(who, rows_of(p, who), frozen, torch.arange(len(who), device=device), longer, "tune")  # noqa: B023
+                ended, _ = train(who, take(p, who), frozen, torch.arange(len(who), device=device), longer, "tune")  # noqa: B023
                 p = {k: v.index_copy(0, who, ended[k]) for k, v in p.items()}
             return p
 
@@ -380,7 +359,7 @@ def run(
             correct = [torch.empty(0)] * n
             for who, received, frozen in cohorts:  # noqa: B023
                 reads = frozen if on is text else method.frozen(on, received, who, images)
-                found = evaluate(method, on, rows_of(deployed, who), reads, images, who.tolist())  # noqa: B023
+                found = evaluate(method, on, take(deployed, who), reads, images, who.tolist())  # noqa: B023
                 for i, right in zip(who.tolist(), found, strict=True):
                     correct[i] = right
             return correct
@@ -393,11 +372,3 @@ def run(
         )
 
 
-def rows_of(tensors: Frozen, at: Int[Tensor, " n"] | slice) -> Params:
-    """What some clients have; copied out of a `Lookup`."""
-    return {k: v[at] for k, v in tensors.items()}
-
-
-def numbers(tensors: Params) -> int:
-    """How many numbers one client's part of the tensors has."""
-    return sum(v[0].numel() for v in tensors.values())

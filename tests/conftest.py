@@ -11,15 +11,18 @@ import torch
 import torch.nn.functional as F
 
 # The annotated shapes of these modules are checked at every call; outside the tests they cost nothing.
-CHECKED = [f"fpl.{name}" for name in ("clip", "gate", "methods", "rounds", "controls", "transport", "released", "privacy")]
+CHECKED = [
+    *(f"fpl.{name}" for name in ("prompts", "gate", "state", "methods", "rounds", "controls", "transport", "privacy")),
+    "fpl.released.methods",
+]
 with jaxtyping.install_import_hook(CHECKED, "beartype.beartype"):
     from helpers import Here, build, standing_in
 
-    from fpl import sweep
-    from fpl.clip import Clip, Text
     from fpl.controls import CONTROLS
+    from fpl.experiments import runner
     from fpl.methods import METHODS
-    from fpl.rounds import Clients
+    from fpl.prompts import Clip, PromptTree
+    from fpl.state import Clients
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
@@ -71,7 +74,7 @@ def clip():
 
 @pytest.fixture(scope="session")
 def text(clip):
-    return Text(clip, NAMES, n_ctx=SMALL["n_ctx"])
+    return PromptTree(clip, NAMES, n_ctx=SMALL["n_ctx"])
 
 
 @pytest.fixture(scope="session")
@@ -107,6 +110,6 @@ def world(tmp_path_factory):
 @pytest.fixture
 def here(world, monkeypatch):
     """Standing in the world, with the workers' work done in this process."""
-    monkeypatch.setattr(sweep, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", Here)
     with standing_in(world):
         yield world

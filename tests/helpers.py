@@ -13,22 +13,23 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fpl import clip, config, features, shapes
+from fpl.data import encoders, features, world
+from fpl.experiments import settings
 
 ROOT = Path(__file__).parents[1]
-DATA = config.Data(train_per_class=2, test_per_class=1)
-BACKBONE = config.Backbone("local-dir:clip")
+DATA = settings.Data(train_per_class=2, test_per_class=1)
+BACKBONE = settings.Backbone("local-dir:clip")
 MODEL = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 32, "patch_size": 16, "layers": 1, "width": 32, "head_width": 16},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
 }
 PREPROCESS = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
-PARAMS = config.Params(
+PARAMS = settings.Settings(
     data=DATA,
     backbone=BACKBONE,
-    partition=config.Partition(clients=4, shots=2),
-    run=config.Run(rounds=2, local_epochs=1, batch_size=8),
+    partition=settings.Partition(clients=4, shots=2),
+    run=settings.Training(rounds=2, local_epochs=1, batch_size=8),
     methods={"promptfl": {"n_ctx": 2}, "pfedmoap": {"n_ctx": 2, "n_experts": 2, "d_gate": 16, "heads": 4}},
 )
 
@@ -77,8 +78,8 @@ def build(folder):
     """Images, model and features under `folder`, where the settings above look for them."""
     with standing_in(folder):
         store_clip(Path("clip"))
-        shapes.make(DATA.folder, DATA.seed, DATA.train_per_class, DATA.test_per_class)
-        features.extract(features.read_manifest(DATA.folder / "manifest.csv"), clip.load(BACKBONE.name), DATA.features)
+        world.make(DATA.folder, DATA.seed, DATA.train_per_class, DATA.test_per_class)
+        features.extract(features.read_manifest(DATA.folder / "manifest.csv"), encoders.load(BACKBONE.name), DATA.features)
     return folder
 
 

@@ -68,7 +68,7 @@ def cifar(root, name, classes, train=60, test=40):
 
 def domainnet(root):
     """FedBN's lists, one training and one test image of each class and domain."""
-    from fpl import datasets
+    from fpl.data import datasets
 
     for domain in datasets.SIX:
         for split in ("train", "test"):
@@ -81,7 +81,7 @@ def domainnet(root):
 
 def office(root, photos=None, number=4):
     """Some images of each class and domain, real ones if there are any."""
-    from fpl import datasets
+    from fpl.data import datasets
 
     for domain in datasets.DATASETS["office_caltech10"].domains:
         for k, name in enumerate(datasets.OFFICE):
@@ -100,7 +100,7 @@ def smaller(settings):
 
     Tables other than the first have two data sets.
     """
-    from fpl import config
+    from fpl.experiments import settings
 
     def shrink(key, value):
         if isinstance(value, dict):
@@ -120,7 +120,7 @@ def smaller(settings):
         if name in clients:
             own["partition"] = own["partition"] | {"clients": clients[name], "min_size": 1}
     for row, own in [*small["methods"].items(), *small["tables"]["ledger"]["rows"].items()]:
-        if "n_experts" in {field.name for field in dataclasses.fields(config.ROWS[own.get("method", row)])}:
+        if "n_experts" in {field.name for field in dataclasses.fields(settings.ROWS[own.get("method", row)])}:
             own["n_experts"] = 2
     for name, table in small["tables"].items():
         if "data" in table and name != "table1":

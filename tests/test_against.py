@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fpl import against, stats, tables
+from fpl.audit import published
+from fpl.experiments import stats, tables
 
-EMPTY = pd.DataFrame(columns=against.OURS)
+EMPTY = pd.DataFrame(columns=published.OURS)
 VERDICTS = {"inside", "outside", "not run", "not comparable"}
 NAME = ["table", "setting", "dataset", "domain_or_split", "method", "variant", "metric"]
 MAIN = {"table": "Table 1", "dataset": "Flowers102", "method": "pFedMoAP", "variant": "lambda=0.5"}
@@ -17,8 +18,8 @@ COOP = MAIN | {"method": "CoOp", "variant": "local"}
 
 def theirs():
     """The pFedMoAP paper's accuracies, as if they were ours."""
-    lines = against.candidates()
-    return lines[(lines["paper"] == tables.PAPER) & lines["mean"].notna() & lines["std"].notna()].assign(seeds=3)[against.OURS]
+    lines = published.candidates()
+    return lines[(lines["paper"] == tables.PAPER) & lines["mean"].notna() & lines["std"].notna()].assign(seeds=3)[published.OURS]
 
 
 def ours(*lines):
@@ -34,13 +35,13 @@ def line(compared, **where):
 
 @pytest.fixture(scope="module")
 def of_their_own():
-    return against.compare(theirs(), comparable=True)
+    return published.compare(theirs(), comparable=True)
 
 
 @pytest.mark.parametrize("numbers", [lambda: EMPTY, theirs], ids=["none", "theirs"])
 @pytest.mark.parametrize("comparable", [True, False])
 def test_every_number_of_the_paper_has_one_verdict(numbers, comparable):
-    compared = against.compare(numbers(), comparable)
+    compared = published.compare(numbers(), comparable)
     paper = compared[compared["paper"] == tables.PAPER]
     source = tables.published().query("paper == @tables.PAPER")
     assert len(paper) == len(source) == 280 and not paper.duplicated(NAME).any()
@@ -50,7 +51,7 @@ def test_every_number_of_the_paper_has_one_verdict(numbers, comparable):
 
 def test_what_the_verdicts_are():
     """160 numbers can be judged; without ours they are not run, and on other data not comparable."""
-    counts = lambda *args: against.compare(*args).query("paper == @tables.PAPER")["verdict"].value_counts().to_dict()  # noqa: E731
+    counts = lambda *args: published.compare(*args).query("paper == @tables.PAPER")["verdict"].value_counts().to_dict()  # noqa: E731
     assert counts(EMPTY, True) == counts(EMPTY, False) == {"not run": 160, "not comparable": 120}
     assert counts(theirs(), True) == {"inside": 160, "not comparable": 120}
     assert counts(theirs(), False) == {"not comparable": 280}
@@ -59,14 +60,14 @@ def test_what_the_verdicts_are():
 def test_other_papers_are_listed_with_the_reason_that_keeps_them_apart(of_their_own):
     others = of_their_own[of_their_own["paper"] != tables.PAPER]
     assert len(others) == 515 and set(others["verdict"]) == {"not comparable"} and others["ours_mean"].isna().all()
-    assert set(others["method"]) <= {method for method, _ in against.TABLE1.values()}
+    assert set(others["method"]) <= {method for method, _ in published.TABLE1.values()}
 
 
-@pytest.mark.parametrize("query", [*against.NEVER, *against.CAVEATS])
+@pytest.mark.parametrize("query", [*published.NEVER, *published.CAVEATS])
 def test_every_rule_holds_for_some_line(query):
-    lines, why = against.candidates(), (against.NEVER | against.CAVEATS)[query]
-    alone = against.NEVER if query in against.NEVER else {query: why}
-    reasons = [found[0] for found in against._why(lines, alone) if found]
+    lines, why = published.candidates(), (published.NEVER | published.CAVEATS)[query]
+    alone = published.NEVER if query in published.NEVER else {query: why}
+    reasons = [found[0] for found in published._why(lines, alone) if found]
     assert why in reasons
 
 
@@ -86,7 +87,7 @@ def test_reasons_why_not(of_their_own, where, part):
 
 def test_a_difference_is_given_where_both_numbers_exist_though_not_judged(of_their_own):
     assert line(of_their_own, table="Table 4", domain_or_split="Average", method="pFedMoAP")["difference"] == 0
-    plot = against.compare(ours({"table": "Figure 5", "dataset": "CIFAR10", "variant": "K+1=5 experts", "mean": 84.0}), True)
+    plot = published.compare(ours({"table": "Figure 5", "dataset": "CIFAR10", "variant": "K+1=5 experts", "mean": 84.0}), True)
     found = line(plot, table="Figure 5", variant="K+1=5 experts")
     assert found["difference"] == pytest.approx(0.8) and found["verdict"] == "not comparable"
 
@@ -95,7 +96,7 @@ def test_a_difference_is_given_where_both_numbers_exist_though_not_judged(of_the
 def test_a_number_that_is_off_changes_the_verdict_of_its_line_and_of_no_other(of_their_own, mean, verdict):
     numbers = theirs()
     numbers.loc[(numbers[[*MAIN]] == pd.Series(MAIN)).all(axis=1), ["mean", "std"]] = mean, 0.01
-    compared = against.compare(numbers, comparable=True)
+    compared = published.compare(numbers, comparable=True)
     found = line(compared, **MAIN)
     assert (found["verdict"], found["difference"]) == (verdict, pytest.approx(mean - 98.41))
     interval = stats.joint(mean, 0.01, 3, 98.41, 0.04, 3)  # published: mean and std of three seeds
@@ -106,7 +107,7 @@ def test_a_number_that_is_off_changes_the_verdict_of_its_line_and_of_no_other(of
 
 
 def test_missing_cells_and_single_seeds():
-    compared = against.compare(ours({"std": np.nan, "seeds": 1}, {"dataset": "DTD", "mean": 89.0}), comparable=True)
+    compared = published.compare(ours({"std": np.nan, "seeds": 1}, {"dataset": "DTD", "mean": 89.0}), comparable=True)
     assert line(compared, **MAIN)["verdict"] == "not comparable" and "one seed" in line(compared, **MAIN)["why"]
     assert line(compared, **MAIN | {"dataset": "DTD"})["verdict"] == "inside"
     missing = line(compared, **COOP)
@@ -117,18 +118,18 @@ def test_ours_are_rounded_as_the_paper_prints():
     """A row without any spread, such as zero-shot on one split, must not fail by digits that are not printed."""
     zero = {"table": "Table 2", "dataset": "CIFAR100", "method": "ZS-CLIP", "variant": "", "std": 0.0}
     for mean, verdict in ((32.6849, "inside"), (32.69, "outside")):
-        found = line(against.compare(ours(zero | {"mean": mean}), True), table="Table 2", dataset="CIFAR100", method="ZS-CLIP")
+        found = line(published.compare(ours(zero | {"mean": mean}), True), table="Table 2", dataset="CIFAR100", method="ZS-CLIP")
         assert found["verdict"] == verdict
 
 
 def test_a_number_printed_again_is_the_same_run():
     lines = theirs().set_index(["table", "method", "variant"])[["dataset", "domain", "mean", "std"]].sort_index()
-    for again, first in against.SAME_RUN.items():
+    for again, first in published.SAME_RUN.items():
         assert lines.loc[[again]].values.tolist() == lines.loc[[first]].values.tolist()
-    compared = against.compare(ours({}), comparable=True)
+    compared = published.compare(ours({}), comparable=True)
     again = {"table": "Table 7", "dataset": "Flowers102", "variant": "attention gating, kept local (default)"}
     assert line(compared, **again)["verdict"] == "inside"
-    own = against.compare(ours({}, again | {"mean": 90.0}), comparable=True)
+    own = published.compare(ours({}, again | {"mean": 90.0}), comparable=True)
     assert line(own, **again)["verdict"] == "outside" and line(own, **MAIN)["verdict"] == "inside"
 
 
@@ -145,12 +146,12 @@ REFUSED = {
 @pytest.mark.parametrize("message", REFUSED)
 def test_numbers_of_ours_that_say_nothing_are_refused(message):
     with pytest.raises(ValueError, match=message):
-        against.compare(REFUSED[message], comparable=True)
+        published.compare(REFUSED[message], comparable=True)
 
 
 def test_a_method_that_a_table_does_not_print_is_left_out():
     extra = [{"method": "FedPGP", "variant": ""}, {"table": "Table 2", "dataset": "CIFAR10", "method": "FedOTP", "variant": ""}]
-    pd.testing.assert_frame_equal(against.compare(ours({}, *extra), True), against.compare(ours({}), True))
+    pd.testing.assert_frame_equal(published.compare(ours({}, *extra), True), published.compare(ours({}), True))
 
 
 def test_runs_become_lines():
@@ -159,13 +160,13 @@ def test_runs_become_lines():
         [(row, s, 0, i, a + 0.1 * i) for row, each in accuracy.items() for s, a in enumerate(each) for i in (0, 1)],
         columns=["method", "seed", "round", "client", "accuracy"],
     )
-    made = against.lines(runs, "Table 1", "DTD")
-    assert list(made) == against.OURS
+    made = published.lines(runs, "Table 1", "DTD")
+    assert list(made) == published.OURS
     assert made[["method", "variant"]].values.tolist() == [["CoOp", "local"], ["pFedMoAP", "lambda=0.5"]]
     assert made["mean"].tolist() == pytest.approx([70.0, 96.0]) and made["std"].tolist() == pytest.approx([50**0.5, 2**0.5])
-    found = line(against.compare(made, True), table="Table 1", dataset="DTD", method="CoOp")
+    found = line(published.compare(made, True), table="Table 1", dataset="DTD", method="CoOp")
     assert found["ours_mean"] == pytest.approx(70.0) and found["seeds"] == 2
-    by_lam = against.lines(runs.assign(lam=0.5), "Table 1", "DTD", {0.5: ("pFedMoAP", "lambda=0.5")}, key="lam")
+    by_lam = published.lines(runs.assign(lam=0.5), "Table 1", "DTD", {0.5: ("pFedMoAP", "lambda=0.5")}, key="lam")
     assert by_lam["variant"].tolist() == ["lambda=0.5"]
 
 
@@ -183,9 +184,9 @@ def of_table(*means, std=0.1, table="Table 1", datasets=("one",), domain="", met
 
 def test_orders_of_a_made_up_table():
     """a < b < c published; ours turn b and c round, too little to tell."""
-    pairs, summary = against.orders(of_table(50, 60, 70), of_table(50, 60, 70))
+    pairs, summary = published.orders(of_table(50, 60, 70), of_table(50, 60, 70))
     assert summary == {"pairs": 3, "agree": 3, "clear": 3, "clear_agree": 3, "tau": 1.0}
-    pairs, summary = against.orders(of_table(80, 90.1, 90, datasets=["demo"]), of_table(50, 60, 70))
+    pairs, summary = published.orders(of_table(80, 90.1, 90, datasets=["demo"]), of_table(50, 60, 70))
     assert pairs[["first", "second"]].values.tolist() == [["a", "b"], ["a", "c"], ["b", "c"]]
     assert pairs["published_difference"].tolist() == [-10, -20, -10] and pairs["published_apart"].all()
     assert pairs["ours_difference"].tolist() == pytest.approx([-10.1, -10, 0.1])
@@ -195,39 +196,39 @@ def test_orders_of_a_made_up_table():
 
 def test_orders_take_the_means_over_the_data_sets_that_both_have():
     published = pd.concat([of_table(50, 60, datasets=["one", "two"]), of_table(90, 10, datasets=["three"])])
-    pairs, _ = against.orders(of_table(50, 60, datasets=["one"]), published)
+    pairs, _ = published.orders(of_table(50, 60, datasets=["one"]), published)
     assert pairs["published_difference"].tolist() == [-10]
-    pairs, _ = against.orders(of_table(50, 60, datasets=["demo"]), published)  # none in common: all of them
+    pairs, _ = published.orders(of_table(50, 60, datasets=["demo"]), published)  # none in common: all of them
     assert pairs["published_difference"].tolist() == [20]
     gap = published[~((published["dataset"] == "two") & (published["method"] == "b"))]
     with pytest.raises(ValueError, match="fewer than two methods"):
-        against.orders(of_table(50, 60, datasets=["demo"]), gap)
+        published.orders(of_table(50, 60, datasets=["demo"]), gap)
 
 
 def test_a_mean_over_data_sets_is_surer_than_one():
     """Two of the same spread on four data sets: half the standard error."""
     apart = [
-        against.orders(of_table(50, 50.15, std=0.1, datasets=list(d)), of_table(1, 2, datasets=list(d)))[0] for d in ("w", "wxyz")
+        published.orders(of_table(50, 50.15, std=0.1, datasets=list(d)), of_table(1, 2, datasets=list(d)))[0] for d in ("w", "wxyz")
     ]
     assert [bool(pairs["ours_apart"].iloc[0]) for pairs in apart] == [False, True]
 
 
 def test_domain_tables_count_by_their_average():
     published = pd.concat([of_table(50, 60, domain="Average"), of_table(90, 10, domain="Sketch")])
-    assert against.orders(of_table(1.5, 2), published)[0]["published_difference"].tolist() == [-10]
+    assert published.orders(of_table(1.5, 2), published)[0]["published_difference"].tolist() == [-10]
 
 
 def test_orders_are_those_of_one_table():
     two = pd.concat([of_table(1, 2), of_table(1, 2, table="Table 2")])
     with pytest.raises(ValueError, match="one paper and table"):
-        against.orders(of_table(10, 20), two)
-    assert against.orders(two, of_table(1, 2))[1]["pairs"] == 1  # of ours, those of that table
+        published.orders(of_table(10, 20), two)
+    assert published.orders(two, of_table(1, 2))[1]["pairs"] == 1  # of ours, those of that table
 
 
 def test_files_for_people_and_machines(tmp_path, of_their_own):
-    pairs, _ = against.orders(of_table(50, 60), of_table(50, 60))
-    compared = against.compare(ours({}), comparable=True)
-    against.save(compared, pairs, tmp_path)
+    pairs, _ = published.orders(of_table(50, 60), of_table(50, 60))
+    compared = published.compare(ours({}), comparable=True)
+    published.save(compared, pairs, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "against_paper.csv",
         "against_paper.json",

@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import error, golden
 
-from fpl.methods import PromptFL, Server
+from fpl.methods import PromptFL
+from fpl.state import Server
 
 LIMITS = {"fedavg_all": 5e-7, "fedavg_subset_order": 5e-7, "fedavg_half": 2e-3}  # theirs in half precision, ours always in single
 

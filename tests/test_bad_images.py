@@ -10,8 +10,9 @@ import yaml
 from helpers import DATA, build, standing_in, store_clip
 from test_features import PER_IMAGE, Counting, extract, stepping
 
-from fpl import cli, features
-from fpl import clip as clips
+from fpl import cli
+from fpl.data import encoders as clips
+from fpl.data import features
 
 N, BAD = 22, [1, 2, 9, 17, 21]  # in batches of 4, or of 2 images with two views
 

@@ -10,9 +10,12 @@ import torch
 import yaml
 from helpers import BACKBONE, DATA, PARAMS, Here, build, python, standing_in, store_clip
 
-from fpl import cli, config, features, sweep
-from fpl import clip as clips
+from fpl import cli
+from fpl.data import encoders as clips
+from fpl.data import features
+from fpl.experiments import assemble, cache, runner, settings
 from fpl.methods import FedOTP
+from fpl.prompts import PromptTree
 
 HEADER = "path,label,class,split,domain\n"
 FILE = {
@@ -34,7 +37,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def here(world, monkeypatch):
-    monkeypatch.setattr(sweep, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", Here)
     with standing_in(world):
         yield monkeypatch
 
@@ -42,7 +45,7 @@ def here(world, monkeypatch):
 def run(row="promptfl", backbone=BACKBONE, **changes):
     """A whole experiment; what is refused must be refused before its first round is over."""
     params = dataclasses.replace(PARAMS, backbone=backbone)
-    return lambda monkeypatch: next(iter(sweep.rounds_of(params.experiment(row, 1, **changes))))
+    return lambda monkeypatch: next(iter(assemble.rounds_of(params.experiment(row, 1, **changes))))
 
 
 def check(method):
@@ -53,9 +56,9 @@ def with_features(change, row="promptfl", **changes):
     """The same with features that are not what they were."""
 
     def call(monkeypatch):
-        loaded, feats = sweep.opened(DATA, BACKBONE, sweep.device())
+        loaded, feats = cache.load_cached(DATA, BACKBONE, cache.device())
         with monkeypatch.context() as patch:
-            patch.setattr(sweep, "opened", lambda *args: (loaded, change(feats)))
+            patch.setattr(cache, "load_cached", lambda *args: (loaded, change(feats)))
             return run(row, **changes)(patch)
 
     return call
@@ -96,16 +99,16 @@ def manifest(text):
     return call
 
 
-def settings(text):
+def settings_file(text):
     def call(monkeypatch):
         Path("bad.yaml").write_text(text)
-        config.read(Path("bad.yaml"))
+        settings.read(Path("bad.yaml"))
 
     return call
 
 
 def names(words):
-    return lambda monkeypatch: clips.Text(clips.load(BACKBONE.name), [words], n_ctx=16)
+    return lambda monkeypatch: PromptTree(clips.load(BACKBONE.name), [words], n_ctx=16)
 
 
 CASES = {  # what is wrong -> who notices, and what the sentence must contain
@@ -151,7 +154,7 @@ CASES = {  # what is wrong -> who notices, and what the sentence must contain
     "features in the file are not finite": (stored_features(spoil), "changed.h5", "1 images are not finite", ".png"),
     "features are not finite": (with_features(with_a_nan), "features of 1 images are not finite", "image 5", "fpl features"),
     "features of another model": (
-        run(backbone=config.Backbone("local-dir:other")),
+        run(backbone=settings.Backbone("local-dir:other")),
         str(DATA.features),
         "local-dir:clip",
         "local-dir:other",
@@ -163,11 +166,11 @@ CASES = {  # what is wrong -> who notices, and what the sentence must contain
     "no batch": (run(batch_size=0), "batch_size", "at least 1"),
     "a loss that is not finite": (run(lr=1e30), "loss", "clients [", "round 0", "lower lr"),
     "missing weights": (
-        run(backbone=config.Backbone("local-dir:nowhere")),
+        run(backbone=settings.Backbone("local-dir:nowhere")),
         "nowhere/open_clip_model.safetensors",
         "local-dir:nowhere",
     ),
-    "missing checkpoint": (run(backbone=config.Backbone("RN50", "nowhere.pt")), "no weights at nowhere.pt", "RN50"),
+    "missing checkpoint": (run(backbone=settings.Backbone("RN50", "nowhere.pt")), "no weights at nowhere.pt", "RN50"),
     "missing features": (lambda monkeypatch: features.load(Path("nowhere.h5")), "no features at nowhere.h5", "fpl features"),
     "missing column": (manifest("path,label,class\na.png,0,cat\n"), "manifest.csv", "column(s) domain, split"),
     "empty manifest": (manifest(""), "manifest.csv", "column(s) class, domain, label, path, split"),
@@ -183,17 +186,17 @@ CASES = {  # what is wrong -> who notices, and what the sentence must contain
     "a label is no number": (manifest(HEADER + "a.png,cat,cat,train,x\n"), "manifest.csv, line 2", "'cat'"),
     "a line is too short": (manifest(HEADER + "a.png,0,cat,train,x\nb.png,0\n"), "manifest.csv, line 3", "split, domain"),
     "a comma in a name": (manifest(HEADER + "a.png,0,cat, wild,train,x\n"), "manifest.csv, line 2", "split, domain", "' wild'"),
-    "settings: unknown section": (settings("runs: {rounds: 3}"), "unknown section of bad.yaml 'runs'", "did you mean 'run'?"),
-    "settings: unknown table setting": (settings("tables: {t: {vary: {lamb: [1]}}}"), "'lamb'", "did you mean 'lam'?"),
-    "settings: unknown part of a table": (settings("tables: {t: {row: [coop]}}"), "part of tables.t 'row'", "mean 'rows'?"),
-    "settings: unknown row of a table": (settings("tables: {t: {rows: [promptf]}}"), "'promptf'", "mean 'promptfl'?"),
+    "settings: unknown section": (settings_file("runs: {rounds: 3}"), "unknown section of bad.yaml 'runs'", "did you mean 'run'?"),
+    "settings: unknown table setting": (settings_file("tables: {t: {vary: {lamb: [1]}}}"), "'lamb'", "did you mean 'lam'?"),
+    "settings: unknown part of a table": (settings_file("tables: {t: {row: [coop]}}"), "part of tables.t 'row'", "mean 'rows'?"),
+    "settings: unknown row of a table": (settings_file("tables: {t: {rows: [promptf]}}"), "'promptf'", "mean 'promptfl'?"),
     "settings: unknown data set of a table": (
-        settings("tables: {t: {rows: [coop], data: [shape]}}"),
+        settings_file("tables: {t: {rows: [coop], data: [shape]}}"),
         "data set 'shape'",
         "'shapes'",
     ),
-    "settings: unknown section of a data set": (settings("datasets: {d: {runs: {}}}"), "datasets.d 'runs'", "mean 'run'?"),
-    "settings: wrong type": (settings("run: {rounds: many}"), "run.rounds", "int", "'many'"),
+    "settings: unknown section of a data set": (settings_file("datasets: {d: {runs: {}}}"), "datasets.d 'runs'", "mean 'run'?"),
+    "settings: wrong type": (settings_file("run: {rounds: many}"), "run.rounds", "int", "'many'"),
 }
 
 

@@ -11,8 +11,12 @@ import pytest
 import torch
 from helpers import BACKBONE, standing_in, store_clip
 
-from fpl import bench, bench_features, cli, features
-from fpl import clip as clips
+from fpl import cli
+from fpl.bench import features as bench_features
+from fpl.bench import step as bench
+from fpl.data import encoders as clips
+from fpl.data import features
+from fpl.prompts import Clip
 
 RATES = ["way", "images", "seconds", "images/s"]
 
@@ -142,7 +146,7 @@ def test_sizes_are_those_of_the_shapes(name, tower, pooled, patches, views):
 def test_the_shapes_are_those_of_the_towers(tower, name):
     with torch.device("meta"):
         model = open_clip.CLIP(**open_clip.get_model_config(name)).eval()
-        pooled, patches = clips.tokens(clips.Clip(model), torch.zeros(1, 3, 224, 224))
+        pooled, patches = clips.tokens(Clip(model), torch.zeros(1, 3, 224, 224))
     assert bench_features.TOWERS[tower] == (pooled.shape[1], patches.shape[1])
 
 

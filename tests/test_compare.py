@@ -5,7 +5,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from fpl import cli, compare, config, tables
+from fpl import cli
+from fpl.experiments import expected, settings, tables
 
 TABLE1 = pd.DataFrame(
     {"mean": [21.33, 66.46, 91.15], "std": [0.0, 0.1, 1.2]}, index=pd.Index(["majority", "zeroshot", "coop"], name="method")
@@ -23,7 +24,7 @@ def project(tmp_path, monkeypatch):
     """A folder with expected tables and equal fresh ones."""
     monkeypatch.chdir(tmp_path)
     for name, table in ALL.items():
-        tables.save(table, name, compare.EXPECTED)
+        tables.save(table, name, expected.EXPECTED)
         tables.save(table, name)
     return tmp_path
 
@@ -41,7 +42,7 @@ def fails(capsys):
 
 
 def test_equal_tables_pass(project, capsys):
-    cells = compare.all_cells(tables.TABLES)
+    cells = expected.all_cells(tables.TABLES)
     assert verdicts(cells) == {(n, row): "same" for n, t in ALL.items() for row in t.index if row != "clipart: pFedMoAP"}
     assert (cells["difference"] == 0).all() and (cells["fresh"] == cells["expected"]).all()
     cli.main(["compare"])
@@ -51,10 +52,10 @@ def test_equal_tables_pass(project, capsys):
 
 
 MOVES = [
-    ("table1", "zeroshot", compare.USUAL, 0.01),
-    ("table1", "coop", compare.USUAL, 0.01),
-    ("ablation_lam", 0.5, compare.USUAL, 0.01),
-    ("label_prior", "clipart: majority", compare.TOLERANCE["label_prior"], 0.001),
+    ("table1", "zeroshot", expected.USUAL, 0.01),
+    ("table1", "coop", expected.USUAL, 0.01),
+    ("ablation_lam", 0.5, expected.USUAL, 0.01),
+    ("label_prior", "clipart: majority", expected.TOLERANCE["label_prior"], 0.001),
 ]
 
 
@@ -65,7 +66,7 @@ def test_a_cell_may_move_as_far_as_its_tolerance(name, row, tolerance, step, sig
         moved = ALL[name].copy()
         moved.loc[row, "mean"] += sign * move
         tables.save(moved, name)
-        cells = compare.all_cells(tables.TABLES)
+        cells = expected.all_cells(tables.TABLES)
         assert verdicts(cells) == {key: verdict if key == (name, row) else "same" for key in verdicts(cells)}
         (difference,) = cells[(cells["table"] == name) & (cells["row"] == row)]["difference"]
         assert difference == pytest.approx(sign * move)
@@ -76,7 +77,7 @@ def test_a_cell_may_move_as_far_as_its_tolerance(name, row, tolerance, step, sig
 @pytest.mark.parametrize("name", ALL)
 def test_a_missing_table_fails_in_each_of_its_cells(name, project, capsys):
     (tables.TABLES / f"{name}.csv").unlink()
-    found = verdicts(compare.all_cells(tables.TABLES))
+    found = verdicts(expected.all_cells(tables.TABLES))
     assert len(found) == 8 and {key for key, verdict in found.items() if verdict != "same"} == {
         key for key in found if key[0] == name
     }
@@ -88,7 +89,7 @@ def test_a_missing_table_fails_in_each_of_its_cells(name, project, capsys):
 )
 def test_a_missing_row_or_number_fails(change, project, capsys):
     tables.save(change(TABLE1), "table1")
-    found = verdicts(compare.all_cells(tables.TABLES))
+    found = verdicts(expected.all_cells(tables.TABLES))
     assert [key for key, verdict in found.items() if verdict == "missing"] == [("table1", "coop")]
     assert fails(capsys).count("missing") == 1
 
@@ -97,17 +98,17 @@ def test_published_numbers_are_not_ours_to_compare(project):
     moved = PRIOR.copy()
     moved.loc["clipart: pFedMoAP", "mean"] += 50
     tables.save(moved, "label_prior")
-    assert set(verdicts(compare.all_cells(tables.TABLES)).values()) == {"same"}
+    assert set(verdicts(expected.all_cells(tables.TABLES)).values()) == {"same"}
 
 
 def test_rows_are_told_apart_by_all_that_stands_before_the_mean_also_where_it_is_missing(tmp_path):
     table = pd.DataFrame({"row": ["a", "b", "b"], "label": [None, "x", "x"], "k": [None, 1, 2], "mean": [1.0, 2.0, 3.0]})
     table.to_csv(tmp_path / "t.csv", index=False)
-    assert compare.means(tmp_path / "t.csv").to_dict() == {"a, , ": 1, "b, x, 1.0": 2, "b, x, 2.0": 3}
+    assert expected.means(tmp_path / "t.csv").to_dict() == {"a, , ": 1, "b, x, 1.0": 2, "b, x, 2.0": 3}
 
 
 def test_nothing_to_compare_with_is_no_success(project):
-    for path in compare.EXPECTED.glob("*.csv"):
+    for path in expected.EXPECTED.glob("*.csv"):
         path.unlink()
     with pytest.raises(SystemExit, match="no expected tables in results/expected"):
         cli.main(["compare"])
@@ -116,5 +117,5 @@ def test_nothing_to_compare_with_is_no_success(project):
 def test_the_repository_knows_every_tolerance():
     """No tolerance for a table or a row that does not exist, and none so wide that it would hide a change of rank."""
     stages = (Path(__file__).parents[1] / "dvc.yaml").read_text()
-    assert all(f"results/tables/{name}.csv" in stages or name in config.ROWS for name in compare.TOLERANCE)
-    assert all(0 < tolerance <= 3 for tolerance in [*compare.TOLERANCE.values(), compare.USUAL])
+    assert all(f"results/tables/{name}.csv" in stages or name in settings.ROWS for name in expected.TOLERANCE)
+    assert all(0 < tolerance <= 3 for tolerance in [*expected.TOLERANCE.values(), expected.USUAL])

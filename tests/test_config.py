@@ -7,12 +7,12 @@ import pytest
 import yaml
 from helpers import OTHER, ROOT
 
-from fpl import config, given
 from fpl.controls import CONTROLS
+from fpl.experiments import settings, values
 from fpl.methods import METHODS
 
 CONTENT = yaml.safe_load((ROOT / "params.yaml").read_text())
-PARAMS = config.Params(methods={"coop": {"rounds": 1, "n_ctx": 4}, "pfedmoap": {"lam": 0.5}})
+PARAMS = settings.Settings(methods={"coop": {"rounds": 1, "n_ctx": 4}, "pfedmoap": {"lam": 0.5}})
 ROWS = [*METHODS, *CONTROLS]
 
 
@@ -25,11 +25,11 @@ def read(tmp_path, change):
         at = at[key]
     at[last] = change[1]
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
-    return config.read(tmp_path / "params.yaml")
+    return settings.read(tmp_path / "params.yaml")
 
 
 def test_params_yaml_reads():
-    params = config.read(ROOT / "params.yaml")
+    params = settings.read(ROOT / "params.yaml")
     for section in ("data", "backbone", "partition", "run"):
         assert dataclasses.asdict(getattr(params, section)).items() >= CONTENT[section].items()
     assert params.seeds == tuple(CONTENT["seeds"]) and params.methods == CONTENT["methods"]
@@ -61,7 +61,7 @@ tables:
 
 def test_a_table_is_a_grid_of_rows_data_sets_values_and_seeds(tmp_path):
     (tmp_path / "params.yaml").write_text(WORLDS)
-    params = config.read(tmp_path / "params.yaml")
+    params = settings.read(tmp_path / "params.yaml")
     assert [label for label, _ in params.runs("all")[::2]] == ["coop", "promptfl", "pfedmoap", *CONTROLS]
     runs = params.runs("two")
     wanted = [
@@ -81,7 +81,7 @@ def test_a_table_is_a_grid_of_rows_data_sets_values_and_seeds(tmp_path):
 
 def test_a_data_set_differs_from_the_file_where_it_says_so(tmp_path):
     (tmp_path / "params.yaml").write_text(WORLDS)
-    params = config.read(tmp_path / "params.yaml")
+    params = settings.read(tmp_path / "params.yaml")
     first, other = params.source(), params.source("other")
     assert first == params.source("shapes") and first.run == params.run and first.data == params.data
     assert (other.run.rounds, other.run.lr, other.partition.shots) == (7, 0.1, 5)
@@ -94,18 +94,18 @@ def test_a_data_set_differs_from_the_file_where_it_says_so(tmp_path):
     [("3", [3]), ("0,1,.5", [0, 1, 0.5]), ("knn,random", ["knn", "random"]), ("1:3", [1, 2, 3]), ("0:1:0.5", [0, 0.5, 1])],
 )  # fmt: skip
 def test_lists_and_ranges(text, values):
-    assert given.several(text, "x") == values
+    assert values.several(text, "x") == values
 
 
 @pytest.mark.parametrize("text", ["3:1", "1:2:0", "a:b", "1:3:-1"])
 def test_a_range_without_values_is_refused(text):
     with pytest.raises(ValueError, match="^x"):
-        given.several(text, "x")
+        values.several(text, "x")
 
 
 def test_what_the_file_does_not_say_is_the_default(tmp_path):
     (tmp_path / "params.yaml").write_text("seeds: [4]\n")
-    assert config.read(tmp_path / "params.yaml") == config.Params(seeds=(4,))
+    assert settings.read(tmp_path / "params.yaml") == settings.Settings(seeds=(4,))
 
 
 UNKNOWN = {
@@ -178,21 +178,21 @@ def test_a_file_that_is_no_mapping_is_refused_by_name(text, tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text(text)
     with pytest.raises(ValueError) as error:
-        config.read(path)
+        settings.read(path)
     assert str(path) in str(error.value)
 
 
 @pytest.mark.parametrize(("given", "read_as"), [("1e-3", 0.001), ("0.5", 0.5), (1, 1.0), (0.002, 0.002)])
 def test_numbers_may_come_as_text(given, read_as, tmp_path):
-    found = read(tmp_path, (["run", "lr"], given)).run.lr
+    found = read(tmp_path, (["run", "lr"], values)).run.lr
     assert found == read_as and type(found) is float
-    found = read(tmp_path, (["methods", "pfedmoap", "lam"], given)).experiment("pfedmoap", 1).method.lam
+    found = read(tmp_path, (["methods", "pfedmoap", "lam"], values)).experiment("pfedmoap", 1).method.lam
     assert found == read_as and type(found) is float
 
 
 @pytest.mark.parametrize(("given", "read_as"), [("8", 8), (8.0, 8), (8, 8)])
 def test_whole_numbers_too(given, read_as, tmp_path):
-    found = read(tmp_path, (["run", "rounds"], given)).run.rounds
+    found = read(tmp_path, (["run", "rounds"], values)).run.rounds
     assert found == read_as and type(found) is int
 
 

@@ -5,16 +5,17 @@ import pytest
 import torch
 from conftest import SMALL
 
-from fpl import tables
 from fpl.controls import CONTROLS, Majority, RidgeAll, RidgeOwn, ZeroShotOwn
-from fpl.rounds import Clients, Run, Seeds, run
+from fpl.experiments import tables
+from fpl.rounds import Seeds, Training, run_rounds
+from fpl.state import Clients
 
 EVERYBODY = torch.arange(6)
 
 
 def correct(method, text, clients):
     """Which test images of each client are classified correctly, through the one loop."""
-    (only,) = run(method, text, clients, Run(rounds=3), Seeds())
+    (only,) = run_rounds(method, text, clients, Training(rounds=3), Seeds())
     return only.correct
 
 

@@ -9,11 +9,12 @@ from conftest import NAMES, make
 from test_identities import HALF, play
 
 from fpl import rounds
-from fpl.clip import Text
 from fpl.controls import CONTROLS
 from fpl.methods import METHODS, FedOTP, FedPGP, PFedMoAP
-from fpl.released import RELEASED, OneWord, ReleasedFedPGP
-from fpl.rounds import Clients, Run, Seeds
+from fpl.prompts import PromptTree
+from fpl.released.methods import RELEASED, OneWord, ReleasedFedPGP
+from fpl.rounds import Seeds, Training
+from fpl.state import Clients
 
 P, GATE = 16 * 512, 4 * (128 * 128 + 128)
 # method: up, down in the first round, down in a later one (K experts are there), kept by the client
@@ -59,7 +60,7 @@ def measured(method, n=20):
     parts = torch.arange(2 * n).split(2)
     patches = torch.randn(2 * n, 3, 512)
     clients = Clients(F.normalize(patches[:, 0], dim=-1), torch.arange(2 * n) % 2, parts, parts, 2, patches)
-    results = list(rounds.run(method, Tower(), clients, Run(rounds=2, local_epochs=1, **method.run), Seeds()))
+    results = list(rounds.run_rounds(method, Tower(), clients, Training(rounds=2, local_epochs=1, **method.run), Seeds()))
     init = method.init(Tower(), torch.Generator())
     kept = sum(v.numel() for k, v in init.items() if k not in method.shared)
     for r in results:
@@ -82,7 +83,7 @@ def test_variants_cost_what_the_model_says(method, up, first, later, kept):
 def test_what_goes_up_is_counted_tensor_by_tensor(name, clip, clients):
     kind = {**METHODS, **CONTROLS, **RELEASED}[name]
     method = OneWord(n_experts=2, d_gate=16, heads=4) if kind is OneWord else make(kind)
-    log = play(method, Text(clip, NAMES, method.n_ctx), clients, dataclasses.replace(HALF, **method.run))
+    log = play(method, PromptTree(clip, NAMES, method.n_ctx), clients, dataclasses.replace(HALF, **method.run))
     for r, uploads in zip(log.rounds, log.uploads, strict=True):
         assert r.up.tolist() == [sum(v[0].numel() for v in uploads.values())] * len(r.participants)
 

@@ -7,17 +7,20 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from fpl import bench, bench_scaling, clip, gate, plots
+from fpl import gate
+from fpl.bench import scaling, step
+from fpl.experiments import plots
 from fpl.methods import PFedMoAP
+from fpl.prompts import Clip, PromptTree
 
 SETTINGS = {"n_ctx": 4, "n_experts": 2, "d_gate": 16, "heads": 4}
-KINDS = {way: kind for way, (kind, _) in bench.WAYS.items()}
-LAST = list(bench.WAYS)[-1]
+KINDS = {way: kind for way, (kind, _) in step.WAYS.items()}
+LAST = list(step.WAYS)[-1]
 
 
 @pytest.fixture
 def tiny():
-    return clip.Clip(tiny_model())
+    return Clip(tiny_model())
 
 
 @pytest.fixture
@@ -28,10 +31,10 @@ def no_compiler(monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 def test_all_ways_have_the_features_and_gradients_of_the_first(tiny, no_compiler, dtype, tolerance):
-    world = bench.World.make(clip.Clip(tiny.model.to(dtype)), 6, 3, 5, 1, SETTINGS)
-    names, found = bench.names(10)[:6], {}
-    for way in bench.WAYS:
-        t, learnt = bench.all_gradients(way, tiny, names, world)
+    world = step.World.make(Clip(tiny.model.to(dtype)), 6, 3, 5, 1, SETTINGS)
+    names, found = step.names(10)[:6], {}
+    for way in step.WAYS:
+        t, learnt = step.all_gradients(way, tiny, names, world)
         found[way] = {"features": t, **learnt}
         assert t.shape == (3, 6, 32) and all(len(v) == 3 for v in learnt.values())
     first = found[next(iter(found))]
@@ -42,37 +45,37 @@ def test_all_ways_have_the_features_and_gradients_of_the_first(tiny, no_compiler
 
 
 def test_the_differences_in_the_table_are_those_in_double_precision(tiny, no_compiler):
-    found = pd.DataFrame(bench.differences(tiny, bench.names(10)[:4], SETTINGS)).T
-    assert list(found.index) == list(bench.WAYS) and (found < 1e-9).all(axis=None) and (found.iloc[0] == 0).all()
+    found = pd.DataFrame(step.differences(tiny, step.names(10)[:4], SETTINGS)).T
+    assert list(found.index) == list(step.WAYS) and (found < 1e-9).all(axis=None) and (found.iloc[0] == 0).all()
     assert (found.loc["d prompt tree"] > 0).all() and tiny.model.logit_scale.dtype == torch.float32
 
 
 @pytest.mark.parametrize("way", KINDS)
 def test_a_round_encodes_experts_for_each_receiver_or_once(way):
     experts = 10 if KINDS[way] is PFedMoAP else 90
-    assert bench.encodings(KINDS[way], n=10, k=9, steps=25) == (experts + 10, 250)
+    assert step.encodings(KINDS[way], n=10, k=9, steps=25) == (experts + 10, 250)
 
 
 @pytest.mark.parametrize(("n", "steps"), [(10, 1), (20, 1), (40, 1), (10, 2), (10, 4)])
 def test_encodings_grow_with_clients_and_steps(n, steps):
-    assert bench.encodings(bench.Alone, n, 9, steps) == (n * 9 + n, n * steps)
-    forward, both = bench.encodings(PFedMoAP, n, n - 1, steps)
+    assert step.encodings(step.Alone, n, 9, steps) == (n * 9 + n, n * steps)
+    forward, both = step.encodings(PFedMoAP, n, n - 1, steps)
     assert (forward, both) == (2 * n, n * steps)
 
 
 @pytest.mark.parametrize("k", [1, 3, 6, 11])
 def test_encodings_do_not_grow_with_receivers(k):
-    forward, both = bench.encodings(PFedMoAP, 12, k, 2)
+    forward, both = step.encodings(PFedMoAP, 12, k, 2)
     assert 12 < forward <= 12 + 12 and both == 24
-    assert bench.encodings(bench.Alone, 12, k, 2)[0] == 12 * k + 12
+    assert step.encodings(step.Alone, 12, k, 2)[0] == 12 * k + 12
 
 
 @pytest.mark.parametrize(
     ("classes", "cut", "tree"), [(10, 20, 47), (37, 23, 169), (47, 22, 203), (100, 22, 336), (101, 25, 427), (102, 25, 475)]
 )
 def test_tokens_of_known_class_names(tiny, classes, cut, tree):
-    listed = bench.names(classes)
-    found = {way: encoder(tiny, listed, 16).n_nodes for way, (_, encoder) in bench.WAYS.items() if way != LAST}
+    listed = step.names(classes)
+    found = {way: encoder(tiny, listed, 16).n_nodes for way, (_, encoder) in step.WAYS.items() if way != LAST}
     assert list(found.values()) == [77 * classes, 77 * classes, cut * classes, tree, tree]
     rows = [tuple(row[:cut]) for row in tiny.tokenizer([f"{'X ' * 16}{name.replace('_', ' ')}." for name in listed]).tolist()]
     begun = {row[:j] for row in rows for j in range(1, 1 + row.index(tiny.tokenizer.eot_token_id) + 1)}
@@ -80,7 +83,7 @@ def test_tokens_of_known_class_names(tiny, classes, cut, tree):
 
 
 def test_tokens_grow_with_classes(tiny):
-    nodes = [clip.Text(tiny, bench.names(c)).n_nodes / c for c in (200, 400, 800)]
+    nodes = [PromptTree(tiny, step.names(c)).n_nodes / c for c in (200, 400, 800)]
     assert max(nodes) < 1.1 * min(nodes) < 6
 
 
@@ -96,14 +99,14 @@ def tree_flops(width, layers, dim, tokens, classes, groups, size):
 
 
 def test_arithmetic_is_that_of_the_shapes(tiny):
-    names, world = bench.names(101), bench.World.make(tiny, 101, 3, 4, 1, SETTINGS | {"n_ctx": 16})
+    names, world = step.names(101), step.World.make(tiny, 101, 3, 4, 1, SETTINGS | {"n_ctx": 16})
     done = {}
-    for way in list(bench.WAYS)[:-1]:
-        parts = bench.Parts(way, tiny, names, world)
-        done[way], _, _ = bench.first_calls(parts, True, "cpu")
+    for way in list(step.WAYS)[:-1]:
+        parts = step.Parts(way, tiny, names, world)
+        done[way], _, _ = step.first_calls(parts, True, "cpu")
         n = len(parts.who)
         assert n == (3 if way.startswith("e") else 1)
-        if isinstance(parts.text, clip.Text):
+        if isinstance(parts.text, PromptTree):
             expected = tree_flops(32, 2, 32, 427, 101, *parts.text.tree.groups.shape)
         else:
             expected = forward_flops(32, 2, 32, 101, parts.text.n_nodes // 101, 101)
@@ -120,12 +123,12 @@ def test_the_cost_model_of_vit_b_16():
 
 
 def table(tiny, **named):
-    return bench.table("tiny", 10, 4, steps=3, repeats=1, clip=tiny, n=3, settings=SETTINGS, **named)
+    return step.table("tiny", 10, 4, steps=3, repeats=1, clip=tiny, n=3, settings=SETTINGS, **named)
 
 
 def test_a_round_is_the_sum_of_its_parts(tiny, no_compiler, monkeypatch):
     """Every call takes a second: 3 clients with 2 experts, 3 steps each."""
-    monkeypatch.setattr(bench, "timed", lambda call: (call(), 1.0)[1])
+    monkeypatch.setattr(step, "timed", lambda call: (call(), 1.0)[1])
     found = table(tiny, measure_round=True).set_index("way")
     alone, stacked = 3 * 2 + 3 * (3 + 1), 1 + 3 + 1
     assert found["round of parts, s"].tolist() == [alone] * 4 + [stacked] * 2
@@ -144,7 +147,7 @@ def test_setting_after_setting_is_compiled(tiny, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda graph, _: made.append(graph) or graph.forward))
     for classes in range(2, 8):  # each needs two versions of a function of which Dynamo keeps eight
         before = len(made)
-        bench.compiled(tiny, bench.names(100)[:classes], 4)(torch.zeros(1, 4, 32))
+        step.compiled(tiny, step.names(100)[:classes], 4)(torch.zeros(1, 4, 32))
         assert len(made) > before
 
 
@@ -154,40 +157,40 @@ def test_where_nothing_can_be_compiled_a_line_says_so(tiny, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda model, **named: broken)
     found = table(tiny)
-    assert found["way"].tolist() == [*list(bench.WAYS)[:-1], "f compiled: not here, RuntimeError no C++ compiler"]
+    assert found["way"].tolist() == [*list(step.WAYS)[:-1], "f compiled: not here, RuntimeError no C++ compiler"]
     assert found.iloc[-1]["ms per step":"gate gradient difference"].isna().all() and found["ms per step"][:-1].gt(0).all()
-    assert bench.shown(found).endswith("f compiled: not here, RuntimeError no C++ compiler")
-    assert bench.ratios(found)["steps, a / f"].isna().all()
+    assert step.shown(found).endswith("f compiled: not here, RuntimeError no C++ compiler")
+    assert step.ratios(found)["steps, a / f"].isna().all()
 
 
 def test_profile_names_what_takes_the_time(tiny, no_compiler):
-    found = bench.profile("tiny", 10, 2, "cpu", kinds=5, clip=tiny, n=3, settings=SETTINGS)
-    for way in list(bench.WAYS)[-2:]:
+    found = step.profile("tiny", 10, 2, "cpu", kinds=5, clip=tiny, n=3, settings=SETTINGS)
+    for way in list(step.WAYS)[-2:]:
         part = found[found["way"] == way]
         assert len(part) == 5 and part["ms"].is_monotonic_decreasing and 0 < part["share"].sum() <= 1
 
 
 def test_memory_is_what_a_call_takes():
     block = 64 * 2**20
-    bench.memory(lambda: torch.ones(block // 4).sum(), "cpu")
-    taken = bench.memory(lambda: torch.ones(block // 4).sum(), "cpu")
+    step.memory(lambda: torch.ones(block // 4).sum(), "cpu")
+    taken = step.memory(lambda: torch.ones(block // 4).sum(), "cpu")
     assert taken != taken or 0.9 * block < taken < 2 * block
 
 
-@pytest.mark.parametrize("classes", bench.LISTS)
+@pytest.mark.parametrize("classes", step.LISTS)
 def test_every_list_has_its_classes(classes):
-    assert len(set(bench.names(classes))) == classes
+    assert len(set(step.names(classes))) == classes
 
 
 def test_names_end_at_a_thousand():
-    assert len(set(bench.names(1000)) - set(bench.names(999))) == 1
+    assert len(set(step.names(1000)) - set(step.names(999))) == 1
     with pytest.raises(ValueError, match="--classes 1001: there are names for 1 to 1000 classes"):
-        bench.names(1001)
+        step.names(1001)
 
 
 def test_scaling_has_a_line_for_each_value_and_a_figure(tiny, tmp_path):
     growth = {"clients": (4, 6), "classes": (3, 10), "steps": (2, 1), "experts": (2, 5)}
-    found = bench_scaling.table(tiny, growth, 2, "cpu", d_gate=16, heads=4)
+    found = scaling.table(tiny, growth, 2, "cpu", d_gate=16, heads=4)
     grown = found.set_index("grows")
     assert grown.loc["clients", "clients"].tolist() == [4, 6] and (grown.loc["clients", "steps"] == 2).all()
     assert grown.loc["steps", "encoded with gradients"].tolist() == [4, 8]
@@ -202,13 +205,13 @@ def test_scaling_has_a_line_for_each_value_and_a_figure(tiny, tmp_path):
 def test_many_images_go_through_the_gate_in_chunks(tiny, monkeypatch):
     sizes, mix = [], gate.mix
     monkeypatch.setattr(gate, "mix", lambda p, x, *rest: [sizes.append(x.shape[1]), mix(p, x, *rest)][1])
-    (line,) = bench_scaling.evaluation(tiny, 1100, 101, 9, "cpu", d_gate=16, heads=4).to_dict("records")
+    (line,) = scaling.evaluation(tiny, 1100, 101, 9, "cpu", d_gate=16, heads=4).to_dict("records")
     assert line["images"] == 1100 and line["seconds"] > 0
     assert sizes == 3 * [512, 512, 76]  # once to warm up, for the time, for the memory
 
 
 def test_scaling_of_one_value_each_is_one_line(tiny):
-    found = bench_scaling.table(
+    found = scaling.table(
         tiny, {"clients": (4,), "classes": (3,), "steps": (1,), "experts": (2,)}, 2, "cpu", d_gate=16, heads=4
     )
     assert len(found) == 1 and found["clients"].tolist() == [4]

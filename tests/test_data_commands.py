@@ -9,7 +9,9 @@ import yaml
 from helpers import BACKBONE, PARAMS, standing_in, store_clip
 from PIL import Image
 
-from fpl import cli, config, datasets, features, records, sweep
+from fpl import cli
+from fpl.data import datasets, features
+from fpl.experiments import assemble, records, settings
 
 SETTINGS = {
     "backbone": {"name": BACKBONE.name},
@@ -38,7 +40,7 @@ def here(tmp_path):
 
 def test_a_folder_becomes_features_and_a_run(here, capsys):
     cli.main(["features", *OWN])
-    data = config.Data(name="own", root="photos")
+    data = settings.Data(name="own", root="photos")
     found = features.load(data.features)
     assert found.classes == [f"class {i}" for i in range(4)] and set(found.domain) == {"site_0", "site_1"}
     assert len(found.labels) == 40 and set(found.split) == {"train", "test"}
@@ -57,11 +59,11 @@ def test_the_column_client_of_a_csv_decides_who_has_what(here):
     (here / "own.csv").write_text("\n".join(lines))
     own = ["--set", "data.name=own", "--set", "data.root=own.csv"]
     cli.main(["features", *own])
-    data = config.Data(name="own", root="own.csv")
-    experiment = dataclasses.replace(PARAMS, data=data, partition=config.Partition()).experiment(
+    data = settings.Data(name="own", root="own.csv")
+    experiment = dataclasses.replace(PARAMS, data=data, partition=settings.Partition()).experiment(
         "majority", 1, kind="column", clients=2
     )
-    clients = sweep.make_clients(experiment, "cpu")
+    clients = assemble.make_clients(experiment, "cpu")
     images = [row["path"] for row in features.read_manifest(data.manifest).rows]
     for i in range(2):
         assert all(f"site_{i}/" in images[k] for part in (clients.train, clients.test) for k in part[i].tolist())
@@ -114,6 +116,6 @@ def test_what_cannot_be_is_one_sentence(here, name):
 
 
 def test_settings_of_the_command_line_replace_those_of_the_file(here):
-    params = config.read(changes=["run.rounds=7", "seeds=[4, 5]", "backbone.weights=openai", "methods={coop: {n_ctx: 3}}"])
+    params = settings.read(changes=["run.rounds=7", "seeds=[4, 5]", "backbone.weights=openai", "methods={coop: {n_ctx: 3}}"])
     assert (params.run.rounds, params.run.local_epochs, params.seeds) == (7, 1, (4, 5))
-    assert params.backbone == config.Backbone(BACKBONE.name, "openai") and params.methods == {"coop": {"n_ctx": 3}}
+    assert params.backbone == settings.Backbone(BACKBONE.name, "openai") and params.methods == {"coop": {"n_ctx": 3}}

@@ -14,7 +14,8 @@ import torchvision.datasets as tv
 from PIL import Image
 from scipy.io import savemat
 
-from fpl import datasets, features, label_prior, pickled
+from fpl.audit import label_prior
+from fpl.data import datasets, features, pickled
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,7 +14,8 @@ import safetensors
 import torch
 from helpers import ROOT, python, standing_in
 
-from fpl import clip, config, features, shapes, sweep
+from fpl.data import encoders, features, world
+from fpl.experiments import assemble, settings
 
 SIZE = {"train_per_class": 1, "test_per_class": 1}
 DEMO_CLIP = ROOT / "data/demo_clip"
@@ -27,19 +28,19 @@ def content(folder):
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     folder = tmp_path_factory.mktemp("drawn")
-    shapes.make(folder, seed=1, **SIZE)
+    world.make(folder, seed=1, **SIZE)
     return content(folder)
 
 
 @pytest.mark.parametrize("part", ["first half", "last half", "every third", "nothing"])
 def test_the_same_seed_gives_the_same_bytes_whatever_was_drawn_first(part, drawn, tmp_path):
-    shapes.make(tmp_path, seed=1, **SIZE)
+    world.make(tmp_path, seed=1, **SIZE)
     images = sorted((tmp_path / "images").rglob("*.png"), key=lambda path: path.name)
     keep = {"first half": images[:48], "last half": images[48:], "every third": images[::3], "nothing": []}[part]
     for path in {*images, tmp_path / "manifest.csv"} - set(keep):
         path.unlink()
     before = {path: path.stat().st_mtime_ns for path in keep}
-    shapes.make(tmp_path, seed=1, **SIZE)
+    world.make(tmp_path, seed=1, **SIZE)
     assert content(tmp_path) == drawn
     assert {path: path.stat().st_mtime_ns for path in keep} == before, "what was there was drawn again"
 
@@ -49,15 +50,15 @@ def test_one_image_needs_none_of_the_others(drawn):
     random.Random(0).shuffle(numbers)
     stored = {int(name[-9:-4]): raw for name, raw in drawn.items() if name.endswith(".png")}
     for number in numbers[:24]:
-        rng = shapes.rng_of(1, number)
-        pixels = shapes.render(shapes.Attributes.draw(rng, number // 2), rng)
+        rng = world.rng_of(1, number)
+        pixels = world.render(world.Attributes.draw(rng, number // 2), rng)
         assert pixels.shape == (64, 64, 3)
         with PIL.Image.open(io.BytesIO(stored[number])) as image:
             assert np.array_equal(np.asarray(image), pixels)
 
 
 def test_another_seed_gives_other_images(drawn, tmp_path):
-    shapes.make(tmp_path, seed=2, **SIZE)
+    world.make(tmp_path, seed=2, **SIZE)
     other = content(tmp_path)
     assert other["manifest.csv"] != drawn["manifest.csv"]
     assert {raw for name, raw in other.items() if name.endswith(".png")}.isdisjoint(drawn.values())
@@ -68,17 +69,17 @@ def test_another_seed_gives_other_images(drawn, tmp_path):
     "before", [{"seed": 2, **SIZE}, {"seed": 1, **SIZE, "train_per_class": 2}, {"seed": 1, **SIZE, "test_per_class": 2}]
 )
 def test_the_images_of_another_request_do_not_stay(before, finished, drawn, tmp_path):
-    manifest = shapes.make(tmp_path, **before)
+    manifest = world.make(tmp_path, **before)
     if not finished:
         manifest.unlink()
-    shapes.make(tmp_path, seed=1, **SIZE)
+    world.make(tmp_path, seed=1, **SIZE)
     assert content(tmp_path) == drawn
 
 
 def test_a_finished_folder_is_left_alone(tmp_path):
-    shapes.make(tmp_path, seed=1, **SIZE)
+    world.make(tmp_path, seed=1, **SIZE)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    shapes.make(tmp_path, seed=1, **SIZE)
+    world.make(tmp_path, seed=1, **SIZE)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
@@ -107,15 +108,15 @@ def test_a_killed_drawing_goes_on(files, drawn, tmp_path):
     assert process.returncode == -signal.SIGKILL
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
     assert len(kept) == max(0, files - 1)  # the first file says what is being drawn
-    shapes.make(tmp_path, seed=1, **SIZE)
+    world.make(tmp_path, seed=1, **SIZE)
     assert content(tmp_path) == drawn
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
 
 
 def test_manifest(tmp_path):
-    manifest = features.read_manifest(shapes.make(tmp_path, seed=1, train_per_class=3, test_per_class=2))
-    assert manifest.classes == shapes.CLASSES and len(set(shapes.CLASSES)) == 48
-    assert {row["domain"] for row in manifest.rows} == set(shapes.STYLES) and len(shapes.STYLES) == 6
+    manifest = features.read_manifest(world.make(tmp_path, seed=1, train_per_class=3, test_per_class=2))
+    assert manifest.classes == world.CLASSES and len(set(world.CLASSES)) == 48
+    assert {row["domain"] for row in manifest.rows} == set(world.STYLES) and len(world.STYLES) == 6
     counts = {(label, split): 0 for label in range(48) for split in ("train", "test")}
     for row in manifest.rows:
         counts[int(row["label"]), row["split"]] += 1
@@ -139,14 +140,14 @@ def test_the_demo_clip_says_how_it_was_made_and_was_not_trained_on_the_data():
     with safetensors.safe_open(DEMO_CLIP / "open_clip_model.safetensors", "pt") as f:
         made = json.loads(f.metadata()["made_by"])
     assert {"draws", "epochs", "seed", "seconds"} <= set(made)
-    assert made["seed"] != config.read(ROOT / "params.yaml").data.seed
+    assert made["seed"] != settings.read(ROOT / "params.yaml").data.seed
 
 
 def cached(data, loaded, monkeypatch, tmp_path):
     """Whether the repository's features file is that of `data` and of today's drawing code, without drawing everything."""
     with monkeypatch.context() as patch:
-        patch.setattr(shapes, "render", lambda what, rng: np.zeros((1, 1, 3), np.uint8))
-        manifest = features.read_manifest(shapes.make(tmp_path / "blank", data.seed, data.train_per_class, data.test_per_class))
+        patch.setattr(world, "render", lambda what, rng: np.zeros((1, 1, 3), np.uint8))
+        manifest = features.read_manifest(world.make(tmp_path / "blank", data.seed, data.train_per_class, data.test_per_class))
     try:
         stored = features.load(ROOT / data.features, {**loaded.provenance, "manifest": manifest.sha256})
     except (FileNotFoundError, ValueError):
@@ -154,8 +155,8 @@ def cached(data, loaded, monkeypatch, tmp_path):
     per_class, pixels = data.train_per_class + data.test_per_class, []
     numbers = range(0, len(manifest.rows), len(manifest.rows) // 40)
     for number in numbers:
-        rng = shapes.rng_of(data.seed, number)
-        pixels.append(loaded.transform(PIL.Image.fromarray(shapes.render(shapes.Attributes.draw(rng, number // per_class), rng))))
+        rng = world.rng_of(data.seed, number)
+        pixels.append(loaded.transform(PIL.Image.fromarray(world.render(world.Attributes.draw(rng, number // per_class), rng))))
     return torch.allclose(
         loaded.model.encode_image(torch.stack(pixels), normalize=True), stored.feats[list(numbers)], rtol=2**-10, atol=1e-5
     )
@@ -164,9 +165,9 @@ def cached(data, loaded, monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def quality(tmp_path_factory):
     """Row of the table -> its accuracy by (seed, client) in the world and with the model of params.yaml."""
-    tmp_path, params = tmp_path_factory.mktemp("quality"), config.read(ROOT / "params.yaml")
+    tmp_path, params = tmp_path_factory.mktemp("quality"), settings.read(ROOT / "params.yaml")
     with standing_in(ROOT):
-        loaded = clip.load(params.backbone.name, params.backbone.weights or None)
+        loaded = encoders.load(params.backbone.name, params.backbone.weights or None)
         with pytest.MonkeyPatch.context() as monkeypatch:
             ready = cached(params.data, loaded, monkeypatch, tmp_path)
     if not ready:
@@ -174,10 +175,10 @@ def quality(tmp_path_factory):
         (tmp_path / "data/demo_clip").symlink_to(DEMO_CLIP)
     with standing_in(ROOT if ready else tmp_path):
         if not ready:
-            manifest = shapes.make(params.data.folder, params.data.seed, params.data.train_per_class, params.data.test_per_class)
+            manifest = world.make(params.data.folder, params.data.seed, params.data.train_per_class, params.data.test_per_class)
             features.extract(features.read_manifest(manifest), loaded, params.data.features)
         yield {
-            row: [r for seed in params.seeds for r in sweep.rounds_of(params.experiment(row, seed))]
+            row: [r for seed in params.seeds for r in assemble.rounds_of(params.experiment(row, seed))]
             for row in ("zeroshot", "ridge_own")
         }
 
@@ -195,5 +196,5 @@ def test_features_suffice_for_a_clients_own_classes(quality):
 
 
 def test_the_quality_is_measured_with_the_published_partition():
-    params = config.read(ROOT / "params.yaml")
-    assert params.partition == config.Partition("pathological", clients=10, shots=16)
+    params = settings.read(ROOT / "params.yaml")
+    assert params.partition == settings.Partition("pathological", clients=10, shots=16)

@@ -12,14 +12,17 @@ import torch.nn.functional as F
 from conftest import NAMES, make
 from helpers import BACKBONE, DATA, PARAMS, refuses
 
-from fpl import partitions, records, rounds, stats, sweep, tables
-from fpl.clip import Text
-from fpl.config import ROWS
-from fpl.partitions import Partition
-from fpl.rounds import Clients, Run, Seeds
+from fpl import rounds
+from fpl.data import partitions
+from fpl.data.partitions import Partition
+from fpl.experiments import assemble, cache, records, runner, stats, tables
+from fpl.experiments.settings import ROWS
+from fpl.prompts import PromptTree
+from fpl.rounds import Seeds, Training
+from fpl.state import Clients
 
 BOUND = {"pfedprompt", "majority", "zeroshot_own", "ridge_own", "ridge_all"}  # to the classes of training
-RUN = Run(rounds=2, local_epochs=1, batch_size=4, lr=0.02, gate_lr=0.05)
+RUN = Training(rounds=2, local_epochs=1, batch_size=4, lr=0.02, gate_lr=0.05)
 GEN = torch.Generator().manual_seed(0)
 LABELS = torch.randint(len(NAMES), (240,), generator=GEN)
 SPLIT = np.where(torch.rand(240, generator=GEN) < 0.4, "train", "test")
@@ -38,7 +41,7 @@ def places(clip, text, clients):
     """Base classes as in training, and under the same names in another order; and novel classes."""
     found = partitions.elsewhere(Partition(classes="base"), LABELS.numpy(), SPLIT)
     on = lambda name, labels: dataclasses.replace(clients, labels=labels, test=[torch.from_numpy(found[name])] * len(clients))  # noqa: E731
-    turned, novel = (Text(clip, names, n_ctx=text.n_ctx) for names in (NAMES[2::-1], NAMES[3:]))
+    turned, novel = (PromptTree(clip, names, n_ctx=text.n_ctx) for names in (NAMES[2::-1], NAMES[3:]))
     return {
         "base": (text, on("base", LABELS)),
         "turned": (turned, on("base", 2 - LABELS)),
@@ -54,12 +57,12 @@ def name(request):
 @pytest.fixture
 def base(clip, name):
     method = dataclasses.replace(make(ROWS[name]), **({"n_ctx": 1} if name == "pfedmoap_oneword" else {}))
-    return method, Text(clip, NAMES[:3], n_ctx=method.n_ctx)
+    return method, PromptTree(clip, NAMES[:3], n_ctx=method.n_ctx)
 
 
 def play(method, text, clients, **options):
     cfg = dataclasses.replace(RUN, **method.run)
-    return list(rounds.run(method, text, clients, cfg, Seeds(1, 1), **options))
+    return list(rounds.run_rounds(method, text, clients, cfg, Seeds(1, 1), **options))
 
 
 def trained(played):
@@ -235,26 +238,26 @@ def test_what_cannot_be_left_out_is_refused_in_one_sentence(case):
 
 def right(feats, images, first, end):
     """Zero-shot accuracy on some images among the classes from `first` to before `end`, without the machinery of runs."""
-    loaded, _ = sweep.opened(DATA, BACKBONE, "cpu")
-    t = Text(loaded, feats.classes[first:end]).zero_shot()
+    loaded, _ = cache.load_cached(DATA, BACKBONE, "cpu")
+    t = PromptTree(loaded, feats.classes[first:end]).zero_shot()
     return ((feats.feats[images] @ t.T).argmax(-1) == feats.labels[images] - first).float().mean().item()
 
 
 def test_zero_shot_accuracies_are_those_of_the_images_and_names(here):
-    _, feats = sweep.opened(DATA, BACKBONE, "cpu")
+    _, feats = cache.load_cached(DATA, BACKBONE, "cpu")
     labels, test = feats.labels.numpy(), feats.split == "test"
-    (last,) = sweep.rounds_of(PARAMS.experiment("zeroshot", 1, classes="base"))
+    (last,) = assemble.rounds_of(PARAMS.experiment("zeroshot", 1, classes="base"))
     wanted = {"base": right(feats, (labels < 24) & test, 0, 24), "novel": right(feats, (labels >= 24) & test, 24, 48)}
     assert {k: v.tolist() for k, v in last.elsewhere.items()} == {k: pytest.approx([v] * 4) for k, v in wanted.items()}
     held_out = PARAMS.experiment("zeroshot", 1, kind="domain", clients=5, held_out="sketch")
-    (last,) = sweep.rounds_of(held_out)
+    (last,) = assemble.rounds_of(held_out)
     wanted = right(feats, feats.domain == "sketch", 0, 48)
     assert {k: v.tolist() for k, v in last.elsewhere.items()} == {"target": pytest.approx([wanted] * 5)}
 
 
 def test_clients_of_a_base_run_have_base_classes_only(here):
     experiment = PARAMS.experiment("promptfl", 1, classes="base")
-    clients = sweep.make_clients(experiment, "cpu")
+    clients = assemble.make_clients(experiment, "cpu")
     assert clients.n_cls == 24 and all(clients.labels[index].max() < 24 for index in (*clients.train, *clients.test))
     assert sum(clients.counts(i) for i in range(4)).tolist() == [2] * 24
 
@@ -266,7 +269,7 @@ def test_records_and_frames_have_what_was_found_elsewhere(here):
         PARAMS.experiment("promptfl", 1, kind="domain", clients=5, held_out="sketch"),
         PARAMS.experiment("promptfl", 1),
     ]
-    paths = sweep.sweep(experiments)
+    paths = runner.sweep(experiments)
     found = [json.loads(path.read_text())["rounds"][-1].get("elsewhere", {}) for path in paths]
     assert [[*places] for places in found] == [["base", "novel"], ["base"], ["target"], []]
     for path, experiment, places in zip(paths, experiments, found, strict=True):

@@ -15,7 +15,8 @@ from conftest import NAMES
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from fpl import clip as clips
+from fpl.data import encoders as clips
+from fpl.prompts import PromptTree
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}
 TOWERS = {
@@ -127,7 +128,7 @@ def test_checkpoints_in_the_shapes_of_the_papers_towers(name, dim, tmp_path):
     save_file({key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}, path)
     clip = clips.load(name, path)
     same_features(clip, model)
-    assert clips.Text(clip, NAMES).zero_shot().shape == (len(NAMES), dim)
+    assert PromptTree(clip, NAMES).zero_shot().shape == (len(NAMES), dim)
 
 
 @pytest.mark.parametrize("name", [VIT, RESNET])
@@ -135,7 +136,7 @@ def test_the_text_tower_alone_gives_the_same_text_features(name, originals, tmp_
     path = stored(originals[name], tmp_path)
     whole, text = clips.load(name, path), clips.load(name, path, image_tower=False)
     assert not hasattr(text.model, "visual") and text.provenance == whole.provenance
-    assert torch.equal(clips.Text(text, NAMES).zero_shot(), clips.Text(whole, NAMES).zero_shot())
+    assert torch.equal(PromptTree(text, NAMES).zero_shot(), PromptTree(whole, NAMES).zero_shot())
 
 
 @pytest.mark.parametrize("key", ["visual.proj", "text_projection", "logit_scale"])

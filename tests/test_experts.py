@@ -10,10 +10,10 @@ from conftest import NAMES, error, make, tiny_model
 from test_identities import HALF, RUN, SEEDS, always, equal, near, play, read
 
 from fpl import gate, rounds
-from fpl.clip import Clip, Text
 from fpl.controls import TEMPLATES, GateAlone
-from fpl.methods import CHOICES, Lookup, PFedMoAP, Server
-from fpl.rounds import Clients
+from fpl.methods import CHOICES, PFedMoAP
+from fpl.prompts import Clip, PromptTree
+from fpl.state import Clients, Lookup, Server
 
 SEEN = torch.tensor([True, True, True, False, True, True])
 
@@ -91,7 +91,7 @@ def test_each_gate_has_the_numbers_its_docstring_says(mixing):
 
 @pytest.mark.parametrize("mixing", gate.NAMES)
 def test_every_mixing_has_gradients_for_all_it_declares(mixing, clients):
-    text = Text(Clip(tiny_model().double()), NAMES, 4)
+    text = PromptTree(Clip(tiny_model().double()), NAMES, 4)
     method, gen = dataclasses.replace(make(PFedMoAP), mixing=mixing), torch.Generator().manual_seed(1)
     p = {k: v.double().expand(2, *v.shape).clone().requires_grad_() for k, v in method.init(text, gen).items()}
     ctx = torch.randn(6, 4, 32, generator=gen).double()
@@ -165,7 +165,7 @@ def test_the_last_rounds_features_are_let_go_before_the_next_are_made(text, clie
             made.extend(weakref.ref(v) for v in found.values())
             return found
 
-    for _ in rounds.run(make(Watched), text, clients, RUN, SEEDS):
+    for _ in rounds.run_rounds(make(Watched), text, clients, RUN, SEEDS):
         pass
     assert len(made) == RUN.rounds - 1 and not any(held)
 

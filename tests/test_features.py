@@ -15,8 +15,11 @@ import torch
 import torchvision
 from helpers import BACKBONE, DATA, PARAMS, ROOT, build, python, standing_in, store_clip
 
-from fpl import clip as clips
-from fpl import features, records, shapes, sweep
+from fpl.data import encoders as clips
+from fpl.data import features
+from fpl.data import world as drawn
+from fpl.experiments import records, runner
+from fpl.prompts import PromptTree
 
 CHUNK = 32
 VIEWS = features.Views(2)
@@ -103,7 +106,7 @@ def test_layout(content, shape, files, manifest, tower):
         assert f["labels"].dtype == np.int64 and f["labels"][:].tolist() == [int(row["label"]) for row in rows]
         for name, column in (("split", "split"), ("domain", "domain"), ("image_id", "path")):
             assert f[name].asstr()[:].tolist() == [row[column] for row in rows]
-        assert f["classes"].asstr()[:].tolist() == shapes.CLASSES
+        assert f["classes"].asstr()[:].tolist() == drawn.CLASSES
         made = json.loads(f.attrs["provenance"])
         drawn = {"views": "2 random crops and flips, seed 0"} if content == "views" else {}
         asked = features.provenance(manifest, tower, content) | drawn
@@ -135,7 +138,7 @@ def test_predictions_are_those_of_the_model(manifest, tmp_path):
     """On a trained model: half-precision storage flips none of them."""
     tower = clips.load(f"local-dir:{ROOT}/data/demo_clip")
     loaded = features.load(features.extract(manifest, tower, tmp_path / "f.h5"))
-    text = clips.Text(tower, loaded.classes, 1).zero_shot()
+    text = PromptTree(tower, loaded.classes, 1).zero_shot()
     predicted = (loaded.feats @ text.T).argmax(1)
     assert torch.equal(predicted, (encoded(manifest, tower) @ text.T).argmax(1))
     assert len(predicted.unique()) > 30
@@ -164,7 +167,7 @@ def test_other_weights_and_another_manifest_are_another_request(world, manifest,
         other.provenance["weights"] != tower.provenance["weights"]
         and other.provenance["transform"] == tower.provenance["transform"]
     )
-    second = features.read_manifest(shapes.make(tmp_path / "shapes", seed=2, train_per_class=1, test_per_class=1))
+    second = features.read_manifest(drawn.make(tmp_path / "shapes", seed=2, train_per_class=1, test_per_class=1))
     assert features.provenance(second, tower)["manifest"] != features.provenance(manifest, tower)["manifest"]
 
 
@@ -411,5 +414,5 @@ def test_after_extraction_nothing_opens_an_image(row, world, tmp_path, monkeypat
     with standing_in(tmp_path):
         assert not DATA.folder.exists()
         path = tmp_path / "record.json"
-        sweep.perform(PARAMS.experiment(row, 1), path)
+        runner.perform(PARAMS.experiment(row, 1), path)
         assert len(records.frame([path])) == PARAMS.partition.clients * len(json.loads(path.read_text())["rounds"])

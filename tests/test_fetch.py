@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torchvision.datasets as tv
 
-from fpl import datasets, fetch, files
+from fpl.data import datasets, fetch, files
 
 CONTENT = bytes(range(256)) * 40
 
@@ -471,7 +471,7 @@ def test_addresses_and_checksums_are_those_of_torchvision():
 
 def test_two_fetches_at_a_time_take_turns(tmp_path):
     second = threading.Thread(target=fetch.fetch, args=("office_caltech10", tmp_path))
-    with files.alone(tmp_path / ".office_caltech10.lock"):
+    with files.file_lock(tmp_path / ".office_caltech10.lock"):
         second.start()
         second.join(0.5)
         assert second.is_alive()

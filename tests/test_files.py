@@ -7,24 +7,25 @@ import time
 
 import pytest
 
-from fpl import cli, files
+from fpl import cli
+from fpl.data import files
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "deep" / "file.txt"
-    with pytest.raises(KeyError), files.writing(path) as temporary:
+    with pytest.raises(KeyError), files.atomic_write(path) as temporary:
         temporary.write_text("half")
         raise KeyError
     assert not list(path.parent.iterdir())
-    with files.writing(path) as temporary:
+    with files.atomic_write(path) as temporary:
         temporary.write_text("whole")
     assert path.read_text() == "whole" and list(path.parent.iterdir()) == [path]
 
 
 def test_the_lock_makes_others_wait_until_its_holder_ends(tmp_path):
     lock, done = tmp_path / "lock", tmp_path / "done"
-    code = f"from fpl import files\nprint('up', flush=True)\nwith files.alone({str(lock)!r}): open({str(done)!r}, 'w')"
-    with files.alone(lock):
+    code = f"from fpl.data import files\nprint('up', flush=True)\nwith files.file_lock({str(lock)!r}): open({str(done)!r}, 'w')"
+    with files.file_lock(lock):
         child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         assert child.stdout.readline() == "up\n"
         with pytest.raises(subprocess.TimeoutExpired):
@@ -35,12 +36,12 @@ def test_the_lock_makes_others_wait_until_its_holder_ends(tmp_path):
 
 def test_a_killed_holder_lets_go(tmp_path):
     lock = tmp_path / "lock"
-    code = f"from fpl import files\nimport time\nwith files.alone({str(lock)!r}): print('held', flush=True); time.sleep(60)"
+    code = f"from fpl.data import files\nimport time\nwith files.file_lock({str(lock)!r}): print('held', flush=True); time.sleep(60)"
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "held\n"
     child.kill()
     child.wait()
-    with files.alone(lock):
+    with files.file_lock(lock):
         pass
 
 
@@ -54,7 +55,7 @@ def test_half_written_files_are_told_from_whole_ones(text, whole, tmp_path):
 
 def test_whoever_has_to_wait_is_told_so(tmp_path):
     told = []
-    with files.alone(tmp_path / "lock", lambda: told.append("first")):
+    with files.file_lock(tmp_path / "lock", lambda: told.append("first")):
         waits = threading.Thread(target=lambda: enter(tmp_path / "lock", told))
         waits.start()
         while not told:
@@ -65,5 +66,5 @@ def test_whoever_has_to_wait_is_told_so(tmp_path):
 
 
 def enter(lock, told):
-    with files.alone(lock, lambda: told.append("second waits")):
+    with files.file_lock(lock, lambda: told.append("second waits")):
         told.append("second is in")

@@ -7,14 +7,15 @@ import torch
 import torch.nn.functional as F
 from conftest import error, golden, stored_clip
 
-from fpl import clip, released
-from fpl.clip import Text
+from fpl.data import encoders
 from fpl.methods import FedOTP, FedProx, PromptFL
+from fpl.prompts import PromptTree
+from fpl.released import methods
 
 
 def names(z):
     """The class names behind stored token ids: what stands between the context and the final stop."""
-    tokens = clip.open_clip.tokenizer._tokenizer
+    tokens = encoders.open_clip.tokenizer._tokenizer
     ends = z["token_ids"].argmax(-1).tolist()
     return [
         tokens.decode(row[1 + int(z["n_ctx"]) : end - 1].tolist()).strip() for row, end in zip(z["token_ids"], ends, strict=True)
@@ -27,7 +28,7 @@ def batch(z):
 
 def fedprox(z):
     """(name, ours, stored, limit)"""
-    method, text, (x, y) = FedProx(int(z["n_ctx"]), mu=z["mu"].item()), Text(stored_clip(z), names(z), int(z["n_ctx"])), batch(z)
+    method, text, (x, y) = FedProx(int(z["n_ctx"]), mu=z["mu"].item()), PromptTree(stored_clip(z), names(z), int(z["n_ctx"])), batch(z)
     p = {"ctx": z["ctx"][None].clone().requires_grad_()}
     f = method.frozen(text, {"ctx": z["global_ctx"][None]}, torch.tensor([0]), None)
     loss, plain = method.loss(text, p, f, x, y)[0], PromptFL(method.n_ctx).loss(text, p, {}, x, y)[0]
@@ -43,9 +44,9 @@ def fedprox(z):
 
 def fedpgp(z):
     m, two = int(z["n_ctx"]), int(z["N"]) == 2
-    kind = released.ReleasedFedPGP if two else released.PlaceholderAnchor
+    kind = methods.ReleasedFedPGP if two else methods.PlaceholderAnchor
     method = kind(m, rank=int(z["bottleneck"]), mu=z["mu"].item(), tau=z["tau"].item())
-    text, (x, y) = Text(stored_clip(z), z["classnames"], m), batch(z)
+    text, (x, y) = PromptTree(stored_clip(z), z["classnames"], m), batch(z)
     leaf = {theirs: z[theirs].clone().requires_grad_() for theirs in ("sigma", "U", "V")}
     p = {ours: leaf[theirs][None] if two else leaf[theirs] for ours, theirs in {"ctx": "sigma", "u": "U", "v": "V"}.items()}
     f = method.frozen(text, {}, torch.tensor([0]), None)

@@ -10,27 +10,16 @@ import torch
 import torch.nn.functional as F
 from conftest import NAMES, SMALL, error, make, tiny_model
 
-from fpl import controls, gate, released, rounds, transport
-from fpl.clip import Clip, Text
+from fpl import controls, gate, rounds, transport
 from fpl.controls import CONTROLS
-from fpl.methods import (
-    METHODS,
-    CoOp,
-    FedAMP,
-    FedOTP,
-    FedPer,
-    FedPGP,
-    FedProx,
-    FineTuned,
-    PFedMoAP,
-    PFedPrompt,
-    PromptFL,
-    Server,
-)
-from fpl.rounds import Clients, Run, Seeds, rows_of
+from fpl.methods import METHODS, CoOp, FedAMP, FedOTP, FedPer, FedPGP, FedProx, FineTuned, PFedMoAP, PFedPrompt, PromptFL
+from fpl.prompts import Clip, PromptTree
+from fpl.released import methods
+from fpl.rounds import Seeds, Training
+from fpl.state import Clients, Server, take
 
 LEARNING = {name: kind for name, kind in METHODS.items() if make(kind).init(SimpleNamespace(width=8), torch.Generator())}
-RUN = Run(rounds=3, local_epochs=2, batch_size=4, lr=0.02, gate_lr=0.05)
+RUN = Training(rounds=3, local_epochs=2, batch_size=4, lr=0.02, gate_lr=0.05)
 HALF = dataclasses.replace(RUN, participation=0.5)
 SEEDS = Seeds(init=3, order=4)
 
@@ -79,7 +68,7 @@ def watch(method):
 def play(method, text, clients, cfg=RUN, seeds=SEEDS):
     """The log of a whole run; `rounds` are its results."""
     watched, log = watch(method)
-    log.rounds = list(rounds.run(watched, text, clients, cfg, seeds))
+    log.rounds = list(rounds.run_rounds(watched, text, clients, cfg, seeds))
     return log
 
 
@@ -100,7 +89,7 @@ def always(same, a, b):
 
 def read(method, text, server, who, clients):
     """What the clients `who` may read, by way of what they download."""
-    return rows_of(method.frozen(text, method.download(server, who, clients), who, clients), slice(None))
+    return take(method.frozen(text, method.download(server, who, clients), who, clients), slice(None))
 
 
 def images(clients, x):
@@ -148,7 +137,7 @@ def right(text, ctx, clients, i):
 
 
 def test_every_declared_tensor_has_a_gradient(learning, clients):
-    text, gen = Text(Clip(tiny_model().double()), NAMES, learning.n_ctx), torch.Generator().manual_seed(1)
+    text, gen = PromptTree(Clip(tiny_model().double()), NAMES, learning.n_ctx), torch.Generator().manual_seed(1)
     init = {k: v.double() for k, v in learning.init(text, gen).items()}
     pool = {k: torch.randn(6, *init[k].shape, generator=gen).double() for k in learning.shared}
     server = Server({k: init[k] for k in learning.shared}, pool, torch.ones(6, dtype=torch.bool))
@@ -274,7 +263,7 @@ def test_the_ordinary_case_is_not_the_degenerate_one(text, clients, kind, change
 @pytest.fixture(scope="module")
 def case(clients):
     """A server of six prompts, of which client 4 has sent none, three clients' tensors and a batch of each; the frozen CLIP."""
-    gen, text = torch.Generator().manual_seed(2), Text(Clip(tiny_model().double()), NAMES, SMALL["n_ctx"])
+    gen, text = torch.Generator().manual_seed(2), PromptTree(Clip(tiny_model().double()), NAMES, SMALL["n_ctx"])
     pool = 0.1 * torch.randn(6, 4, text.width, generator=gen).double()
     seen = torch.tensor([True, True, True, True, False, True])
     server = Server({"ctx": pool.mean(0)}, {"ctx": pool * seen.view(-1, 1, 1)}, seen)
@@ -368,7 +357,7 @@ def test_pfedprompt_adds_its_memory_to_the_logits(case, memory):
 def test_each_prompt_is_encoded_once_a_step(learning, text, clients):
     counts = []
 
-    class Counted(Text):
+    class Counted(PromptTree):
         def forward(self, ctx):
             counts.append(len(ctx.flatten(0, -3)) * ctx.requires_grad)
             return super().forward(ctx)
@@ -568,7 +557,7 @@ WRONG = {
     "gate": lambda text, x: gate.mix({}, x, x),
     "methods": lambda text, x: PromptFL().logits(text, x, {}, {}, x[0]),
     "transport": lambda text, x: transport.plan(x[0]),
-    "released": lambda text, x: released.InTurn().cohorts(None, x),
+    "released": lambda text, x: methods.InTurn().cohorts(None, x),
     "rounds": lambda text, x: rounds.batches(x, RUN, 1, 0, 0),
     "controls": lambda text, x: controls.restrict(x, x),
 }

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fpl import label_prior
-from fpl.released_splits import domain_dirichlet
+from fpl.audit import label_prior
+from fpl.released.splits import domain_dirichlet
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = json.loads((ROOT / "tests/data/label_prior.json").read_text())

@@ -9,11 +9,12 @@ import pytest
 from helpers import ROOT
 from matplotlib.colors import to_hex
 
-from fpl import config, ledger, plots, stats
-from fpl.config import ROWS
+from fpl.audit import ledger
+from fpl.experiments import plots, settings, stats
+from fpl.experiments.settings import ROWS
 
 ITEMS = ledger.read(ROOT / "data/ledger.yaml")
-PARAMS = config.read(ROOT / "params.yaml")
+PARAMS = settings.read(ROOT / "params.yaml")
 PAIRS = [(item.item, pair) for item in ITEMS for pair in [*item.costs, *item.spreads]]
 NAMES = [f"{item} {pair.what}" for item, pair in PAIRS]
 EVIDENCE = {"proven by execution", "read in code", "read in text", "inference"}
@@ -70,7 +71,7 @@ def test_no_word_is_missing(item):
 @pytest.mark.parametrize(("item", "pair"), PAIRS, ids=NAMES)
 def test_the_rows_of_a_pair_differ_by_the_named_switch_alone(item, pair):
     """Runs that were equal by mistake, such as a setting that another one overrides, would cost nothing and say so."""
-    assert {*pair.switch} <= {*ROWS, *config.parameter_names(), "views"}
+    assert {*pair.switch} <= {*ROWS, *settings.parameter_names(), "views"}
     released, paper = EXPERIMENTS[pair.released], EXPERIMENTS[pair.paper]
     assert released.keys() == paper.keys() == {*PARAMS.seeds}
     for seed in PARAMS.seeds:

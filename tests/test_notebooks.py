@@ -9,9 +9,11 @@ import nbformat
 import pytest
 import yaml
 
-from fpl import config, ledger, notebook, records
+from fpl.audit import ledger
+from fpl.data import files
+from fpl.experiments import notebook, records, settings
 
-BOOKS = sorted(Path(notebook.ROOT, "notebooks").glob("*.ipynb"))
+BOOKS = sorted(Path(files.ROOT, "notebooks").glob("*.ipynb"))
 SMALL = """
 data: {name: shapes, seed: 1, train_per_class: 4, test_per_class: 2}
 partition: {clients: 4, shots: 2}
@@ -58,7 +60,7 @@ QUICK |= {name: {"rounds": 2} for name in ("03_methods", "23_pictures")}
 
 def small():
     """The settings above, and of params.yaml the rows that the ledger names, with as many experts as there can be."""
-    content, full = yaml.safe_load(SMALL), yaml.safe_load((notebook.ROOT / "params.yaml").read_text())["tables"]
+    content, full = yaml.safe_load(SMALL), yaml.safe_load((files.ROOT / "params.yaml").read_text())["tables"]
     for name in ledger.TABLES:
         rows = full[name]["rows"]
         few = {label: {"n_experts": 2} if own.get("method", label).startswith("pfedmoap") else {} for label, own in rows.items()}
@@ -74,9 +76,9 @@ def project(tmp_path_factory) -> Path:
     """A copy of the project with tiny settings, its features and runs made by the command line."""
     root = tmp_path_factory.mktemp("project")
     for name in ("fpl", "notebooks", "data/demo_clip", "data/label_prior"):
-        shutil.copytree(notebook.ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(files.ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("published.csv", "ledger.yaml"):
-        shutil.copy(notebook.ROOT / "data" / name, root / "data")
+        shutil.copy(files.ROOT / "data" / name, root / "data")
     (root / "params.yaml").write_text(small())
     for command in (["features", "--patches"], ["features", "--all"], ["sweep"]):
         run(root, *command)
@@ -128,7 +130,7 @@ def test_misspelt_parameter_is_refused_by_the_command_line(project):
 
 
 def test_misspelt_parameter_is_refused_in_the_notebook():
-    known = {"method", "seed"} | config.parameter_names()
+    known = {"method", "seed"} | settings.parameter_names()
     space = {"In": [], "_i": "", "method": "pfedmoap", "seed": 1, "n_expert": 3, "notebook": notebook}
     with pytest.raises(ValueError, match="'n_expert'.*'n_experts'"):
         notebook.parameters(space, known)
@@ -136,7 +138,7 @@ def test_misspelt_parameter_is_refused_in_the_notebook():
 
 
 def test_a_cell_may_be_run_again():
-    known = {"method", "seed"} | config.parameter_names()
+    known = {"method", "seed"} | settings.parameter_names()
     space = {"In": [], "method": "coop", "seed": 1, "lam": None}
     first = notebook.parameters(space, known)
     space |= {"settings": first, "title": "what a later cell said", "last": 3}

@@ -11,8 +11,10 @@ import torch
 import yaml
 from helpers import BACKBONE, DATA, PARAMS, build, standing_in, store_clip
 
-from fpl import cli, features, pack, records, sweep
-from fpl import clip as clips
+from fpl import cli
+from fpl.data import encoders as clips
+from fpl.data import features, pack
+from fpl.experiments import records, runner
 
 FILES = {content: features.file_of(DATA.features, content) for content in features.CONTENT}
 SETTINGS = {
@@ -78,7 +80,7 @@ def test_the_pack_alone_makes_the_tables(world, elsewhere, capsys):
     """The commands, from the pack to a run, where there are neither images nor a manifest."""
     with standing_in(world):
         path = world / "record.json"
-        sweep.perform(PARAMS.experiment("promptfl", 1), path)
+        runner.perform(PARAMS.experiment("promptfl", 1), path)
     cli.main(["features", "import", str(world / "shapes.pack")])
     assert capsys.readouterr().out.splitlines() == [f"features: {path}" for path in FILES.values()]
     assert not DATA.folder.exists()

@@ -11,13 +11,16 @@ import yaml
 from helpers import standing_in, store_clip
 from prove_paper import few_shot, fpl, project, smaller
 
-from fpl import cli, config, datasets, plan, tables
+from fpl import cli
+from fpl.bench import plan
+from fpl.bench.plan import Rates, Tower
 from fpl.controls import CONTROLS
+from fpl.data import datasets
+from fpl.experiments import settings, tables
 from fpl.methods import METHODS, PFedMoAP
-from fpl.plan import Rates, Tower
 
 FILE = Path(__file__).parents[1] / "paper" / "params.yaml"
-PAPER = config.read(FILE)
+PAPER = settings.read(FILE)
 FIVE = {"flowers102", "oxfordpets", "food101", "caltech101", "dtd"}
 RN50, VIT = "RN50-quickgelu", "ViT-B-16-quickgelu"
 FEW = {"kind": "pathological", "clients": 10, "rounds": 10, "participation": 1.0, "local_epochs": 5, "n_ctx": 16}
@@ -72,7 +75,7 @@ def test_hyperparameters_are_the_published_ones(table, row, key, values):
 
 
 def test_the_profiles_have_the_same_tables_and_methods():
-    demo = config.read(Path(__file__).parents[1] / "params.yaml")
+    demo = settings.read(Path(__file__).parents[1] / "params.yaml")
     assert [*PAPER.tables] == [*demo.tables] and PAPER.methods == demo.methods
     assert {e.row for _, e in PAPER.runs("table1")} >= {*METHODS, *CONTROLS}
     assert {PAPER.source(name).data.name for name in PAPER.contents()} == {*datasets.DATASETS} == {*tables.PRINTED}
@@ -81,7 +84,7 @@ def test_the_profiles_have_the_same_tables_and_methods():
 def test_the_proof_in_small_has_all_tables_with_runs_that_its_clients_can_make(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text(yaml.safe_dump(smaller(yaml.safe_load(FILE.read_text())), sort_keys=False))
-    small = config.read(path)
+    small = settings.read(path)
     for name in PAPER.tables:
         runs = [e for _, e in small.runs(name)]
         assert {e.row for e in runs} == {e.row for _, e in PAPER.runs(name)}
@@ -114,7 +117,7 @@ def small(tmp_path):
     (tmp_path / "paper").mkdir()
     (tmp_path / "paper" / "params.yaml").write_text(yaml.safe_dump(SMALL, sort_keys=False))
     with standing_in(tmp_path / "paper"):
-        yield config.read()
+        yield settings.read()
 
 
 def test_what_is_missing_is_named_and_what_is_there_is_counted(small, capsys):
@@ -129,7 +132,7 @@ def test_what_is_missing_is_named_and_what_is_there_is_counted(small, capsys):
 
 
 def test_weights_that_are_not_there_are_named(small):
-    other = dataclasses.replace(small, backbone=config.Backbone("ViT-B-16-quickgelu", "../none.pt"))
+    other = dataclasses.replace(small, backbone=settings.Backbone("ViT-B-16-quickgelu", "../none.pt"))
     (todo,) = [todo for need, todo in plan.needs(other)[["need", "todo"]].itertuples(index=False) if need == "weights" and todo]
     assert "../none.pt" in todo
 
@@ -184,7 +187,7 @@ READ = {"zeroshot": 1, "promptfl": 5, "fedotp": 10, "pfedmoap": 10}  # by the te
 
 @pytest.mark.parametrize("row", [*PER_STEP])
 def test_prompts_of_a_step_are_counted_from_the_method(row):
-    e = config.Params().experiment(row, 1, n_ctx=4, local_epochs=1, **({"n_experts": 4} if row == "pfedmoap" else {}))
+    e = settings.Settings().experiment(row, 1, n_ctx=4, local_epochs=1, **({"n_experts": 4} if row == "pfedmoap" else {}))
     trained, read = plan.encodings(e.method, 5, e.run, Tower(256, 4, 16, 2))
     assert trained == PER_STEP[row] and read == READ.get(row, read)
 

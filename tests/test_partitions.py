@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from helpers import refuses
 
-from fpl import partitions
-from fpl.partitions import Partition
+from fpl.data import partitions
+from fpl.data.partitions import Partition
 
 PAPER = {
     "the demo world": (48, 10, [5] * 9 + [3]),

@@ -12,8 +12,10 @@ import yaml
 from conftest import error
 from helpers import BACKBONE, DATA, ROOT, build, standing_in
 
-from fpl import cli, features
-from fpl import clip as clips
+from fpl import cli
+from fpl.data import encoders as clips
+from fpl.data import features
+from fpl.prompts import Clip
 
 VIT = {"image_size": 32, "patch_size": 8, "layers": 2, "width": 32, "head_width": 16}
 RESNET = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32}
@@ -35,7 +37,7 @@ def random_clip(kind=open_clip.CLIP, vision=VIT, quick_gelu=False):
         for name, value in model.visual.state_dict().items():
             if value.is_floating_point():
                 value.add_(torch.rand_like(value) if name.endswith("running_var") else 0.1 * torch.randn_like(value))
-    return clips.Clip(model)
+    return Clip(model)
 
 
 @pytest.fixture(params=TOWERS)

@@ -12,7 +12,8 @@ from helpers import PARAMS, refuses
 from scipy import stats
 from test_identities import RUN, SEEDS
 
-from fpl import pictures, plots, rounds, sweep
+from fpl import rounds
+from fpl.experiments import assemble, inspect, plots
 from fpl.methods import PFedMoAP, PromptFL
 
 MANY = dataclasses.replace(RUN, participation=0.67)  # four of six clients in a round
@@ -22,12 +23,12 @@ MANY = dataclasses.replace(RUN, participation=0.67)  # four of six clients in a 
 def learnt(text, clients):
     """A run of a gate that has learnt to prefer, after three rounds of which one client has seen none before the last."""
     method = make(PFedMoAP)
-    *_, before, last = rounds.run(method, text, clients, MANY, SEEDS)
+    *_, before, last = rounds.run_rounds(method, text, clients, MANY, SEEDS)
     server = dataclasses.replace(before.server, round=last.number)
     gen = torch.Generator().manual_seed(1)
     deployed = {k: v + torch.randn(v.shape, generator=gen) * k.startswith("gate_") for k, v in last.deployed.items()}
     init = method.init(text, rounds.generator(SEEDS.init, "init"))
-    return pictures.Learnt(method, text, clients, init, deployed, server, torch.arange(6))
+    return inspect.Learnt(method, text, clients, init, deployed, server, torch.arange(6))
 
 
 def by_hand(learnt, client, prompts, name):
@@ -43,7 +44,7 @@ def by_hand(learnt, client, prompts, name):
 
 @pytest.mark.parametrize("name", ["red circle", "cat"])
 def test_attention_is_that_of_the_gate_on_the_prompts_that_were_downloaded(learnt, name):
-    found = pictures.attention(learnt).query("`class` == @name")
+    found = inspect.attention(learnt).query("`class` == @name")
     assert [*found["client"].unique()] == learnt.who.tolist() and len(learnt.who) > 3
     for client, lines in found.groupby("client"):
         pool = learnt.server.pool["ctx"]
@@ -58,19 +59,19 @@ def test_attention_is_that_of_the_gate_on_the_prompts_that_were_downloaded(learn
 
 def test_a_gate_without_a_preference_is_even(learnt):
     silent = {k: torch.zeros_like(v) if k in ("gate_wq", "gate_bq") else v for k, v in learnt.deployed.items()}
-    found = pictures.attention(dataclasses.replace(learnt, deployed=silent))
+    found = inspect.attention(dataclasses.replace(learnt, deployed=silent))
     assert np.allclose(found["share"], 1 / 3) and np.allclose(found["evenness"], 1)
 
 
 def test_the_gate_as_drawn_is_the_one_before_training_and_prompts_stay(learnt):
-    drawn = pictures.with_gate_as_drawn(learnt).deployed
+    drawn = inspect.with_gate_as_drawn(learnt).deployed
     assert torch.equal(drawn["ctx"], learnt.deployed["ctx"])
     assert all(torch.equal(drawn[k][4], v) for k, v in learnt.init.items() if k != "ctx")
     assert not torch.equal(drawn["gate_wq"], learnt.deployed["gate_wq"])
 
 
 def test_experts_are_the_downloaded_prompts_in_their_order(learnt):
-    found, who = pictures.experts(learnt), learnt.who
+    found, who = inspect.experts(learnt), learnt.who
     down = learnt.method.download(learnt.server, who, learnt.clients)["experts"]
     assert len(found) == len(who) * 2
     for line in found.itertuples():
@@ -83,29 +84,29 @@ def test_experts_are_the_downloaded_prompts_in_their_order(learnt):
 )
 def test_refuses_runs_without_attention_or_experts(learnt, change, word):
     method = change.get("method") or dataclasses.replace(learnt.method, **change)
-    refuses(lambda: pictures.attention(dataclasses.replace(learnt, method=method)), [word])
+    refuses(lambda: inspect.attention(dataclasses.replace(learnt, method=method)), [word])
 
 
 def test_learn_keeps_the_round_before_the_last_and_when_each_prompt_came(here):
     experiment = PARAMS.experiment("pfedmoap", 1, rounds=3, participation=0.5)
-    run, played = pictures.learn(experiment), [*sweep.rounds_of(experiment)]
+    run, played = inspect.learn(experiment), [*assemble.rounds_of(experiment)]
     last = {int(i): r.number for r in played[:2] for i in r.participants}
     assert run.uploaded.tolist() == [last.get(i, -1) for i in range(4)]
     assert run.who.tolist() == sorted(last) and run.server.round == 2
     assert torch.equal(run.server.pool["ctx"], played[1].server.pool["ctx"])
     assert torch.equal(run.deployed["ctx"], played[2].deployed["ctx"])
-    first = next(iter(sweep.rounds_of(PARAMS.experiment("pfedmoap", 1, lr=1e-12, weight_decay=0.0))))
+    first = next(iter(assemble.rounds_of(PARAMS.experiment("pfedmoap", 1, lr=1e-12, weight_decay=0.0))))
     assert torch.allclose(first.server.params["ctx"], run.init["ctx"], atol=1e-6)
-    refuses(lambda: pictures.learn(PARAMS.experiment("pfedmoap", 1, rounds=1)), ["rounds 1", "2"])
+    refuses(lambda: inspect.learn(PARAMS.experiment("pfedmoap", 1, rounds=1)), ["rounds 1", "2"])
 
 
 def test_label_distance_is_0_for_equal_shares_and_1_for_disjoint_ones():
-    far = pictures.variation(np.array([[2, 4, 0, 0], [1, 2, 0, 0], [0, 0, 9, 1], [3, 0, 3, 0]]))
+    far = inspect.variation(np.array([[2, 4, 0, 0], [1, 2, 0, 0], [0, 0, 9, 1], [3, 0, 3, 0]]))
     assert np.allclose(far, [[0, 0, 1, 2 / 3], [0, 0, 1, 2 / 3], [1, 1, 0, 1 / 2], [2 / 3, 2 / 3, 1 / 2, 0]])
 
 
 def test_distances_are_of_the_clients_with_an_upload(learnt):
-    found, a, b = pictures.pairs(learnt), *learnt.who[[1, 3]].tolist()
+    found, a, b = inspect.pairs(learnt), *learnt.who[[1, 3]].tolist()
     assert len(found) == len(learnt.who) * (len(learnt.who) - 1) / 2
     pool, clients = learnt.server.pool["ctx"], learnt.clients
     means = [clients.training(i)[0].mean(0) for i in (a, b)]
@@ -135,7 +136,7 @@ def lopsided(gen, n):
 @pytest.mark.parametrize("world", [cloud, lopsided])
 def test_unrelated_distances_are_found_related_as_seldom_as_stated(world):
     gen = np.random.default_rng(1)
-    found = pd.DataFrame([pictures.related(world(gen, 8), world(gen, 8), draws=99) for _ in range(120)])
+    found = pd.DataFrame([inspect.related(world(gen, 8), world(gen, 8), draws=99) for _ in range(120)])
     assert 0 < (found["p"] <= 0.05).mean() <= 0.11  # three sigma are 0.06
     assert ((found["low"] <= 0) & (found["high"] >= 0)).mean() >= (0.93 if world is cloud else 0.8)
 
@@ -144,11 +145,11 @@ def test_correlation_is_spearmans_and_sees_order_alone():
     gen = np.random.default_rng(2)
     one, two = cloud(gen, 9), cloud(gen, 9)
     at = np.triu_indices(9, 1)
-    assert pictures.related(one, two, 99)["spearman"] == pytest.approx(stats.spearmanr(one[at], two[at]).statistic)
-    same, turned = pictures.related(one, np.exp(one), 99), pictures.related(one, -one, 99)
+    assert inspect.related(one, two, 99)["spearman"] == pytest.approx(stats.spearmanr(one[at], two[at]).statistic)
+    same, turned = inspect.related(one, np.exp(one), 99), inspect.related(one, -one, 99)
     assert same[["spearman", "low", "p"]].tolist() == pytest.approx([1, 1, 0.01])
     assert turned[["spearman", "high", "p"]].tolist() == pytest.approx([-1, -1, 0.01])
-    assert pictures.related(one, 1 - np.eye(9), 99)[["spearman", "low", "high", "p"]].isna().all()
+    assert inspect.related(one, 1 - np.eye(9), 99)[["spearman", "low", "high", "p"]].isna().all()
 
 
 VERDICTS = [
@@ -163,30 +164,30 @@ VERDICTS = [
 @pytest.mark.parametrize(("spearman", "low", "high", "p", "verdict"), VERDICTS)
 def test_verdict_needs_both_the_interval_and_the_test(learnt, monkeypatch, spearman, low, high, p, verdict):
     said = pd.Series({"spearman": spearman, "low": low, "high": high, "p": p, "clients": 5, "pairs": 10})
-    monkeypatch.setattr(pictures, "related", lambda *_: said)
-    assert {*pictures.followed(learnt)["verdict"]} == {verdict}
+    monkeypatch.setattr(inspect, "related", lambda *_: said)
+    assert {*inspect.followed(learnt)["verdict"]} == {verdict}
 
 
 def test_the_plane_keeps_the_distances_of_prompts_that_lie_in_one():
     gen = torch.Generator().manual_seed(0)
     flat = torch.randn(7, 2, generator=gen, dtype=torch.double) @ torch.randn(2, 12, generator=gen, dtype=torch.double) + 3
-    points, parts = pictures.plane(flat.view(7, 3, 4))
+    points, parts = inspect.plane(flat.view(7, 3, 4))
     assert np.allclose(np.linalg.norm(points[:, None] - points, axis=-1), torch.cdist(flat, flat), atol=1e-6)
     assert sum(parts) == pytest.approx(1) and parts[0] >= parts[1]
 
 
 def test_the_nearest_word_of_an_embedding_is_that_word(clip):
     words = ["photo", "cat", "golden"]
-    found = pictures.nearest_words(clip, torch.cat([pictures.table_of_words(clip)[clip.tokenizer.encode(w)] for w in words]))
+    found = inspect.nearest_words(clip, torch.cat([inspect.table_of_words(clip)[clip.tokenizer.encode(w)] for w in words]))
     assert found["word 1"].tolist() == words and found["distance"].tolist() == [0, 0, 0] and found.index.tolist() == [1, 2, 3]
     assert found["word 2"].isin(words).sum() == 0
 
 
 def test_words_are_measured_to_other_words_and_vectors_to_all(clip):
-    words = pictures.table_of_words(clip)
+    words = inspect.table_of_words(clip)
     far = (words[:1] - words).norm(dim=1)
-    assert pictures.to_nearest(clip, words[:3] + 0).tolist() == [0, 0, 0]
-    assert pictures.to_nearest(clip, sample=2)[0] == pytest.approx(far[1:].min().item(), rel=1e-5)
+    assert inspect.to_nearest(clip, words[:3] + 0).tolist() == [0, 0, 0]
+    assert inspect.to_nearest(clip, sample=2)[0] == pytest.approx(far[1:].min().item(), rel=1e-5)
 
 
 def saved(make, folder):

@@ -16,7 +16,7 @@ from test_identities import HALF, LEARNING, RUN, SEEDS, equal, play
 
 from fpl import privacy, rounds
 from fpl.methods import CoOp, PFedMoAP, PromptFL
-from fpl.released import RELEASED
+from fpl.released.methods import RELEASED
 
 PRIVATE = {"epsilon": 50.0, "delta": 0.05, "clip": 0.1}
 SHARING = {name: kind for name, kind in LEARNING.items() if make(kind).shared}
@@ -114,7 +114,7 @@ def test_what_is_no_budget_is_refused(call):
 
 
 def test_the_accountant_is_imported_only_when_asked():
-    code = "import sys, fpl.config; sys.exit(any(m in sys.modules for m in ('opacus', 'scipy.optimize')))"
+    code = "import sys, fpl.experiments.settings; sys.exit(any(m in sys.modules for m in ('opacus', 'scipy.optimize')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -206,9 +206,9 @@ def test_a_row_whose_clients_leave_each_other_more_than_uploads_is_refused(name,
     method, cfg = make(RELEASED[name]), dataclasses.replace(RUN, **RELEASED[name].run, **PRIVATE)
     if name in UNCOVERED:
         with pytest.raises(ValueError, match=r"^clients of this row .* epsilon 50.0 .* another row$"):
-            next(rounds.run(method, text, clients, cfg, SEEDS))
+            next(rounds.run_rounds(method, text, clients, cfg, SEEDS))
     else:
-        next(rounds.run(method, text, clients, cfg, SEEDS))
+        next(rounds.run_rounds(method, text, clients, cfg, SEEDS))
 
 
 def test_more_rounds_need_more_noise(text, clients):

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from conftest import NAMES, ROOT, error, golden, stored_clip, tiny_model
 
 from fpl import rounds
-from fpl.clip import PRECISIONS, Clip, Text, load, words
+from fpl.data.encoders import load
+from fpl.prompts import PRECISIONS, Clip, PromptTree, words
 
 LONGEST = " ".join(["cat"] * 58)  # with SOS, 16 context vectors, the full stop and EOS: 77 tokens
 LISTS = {
@@ -50,7 +51,7 @@ def encode_text(clip, prompts, ctx=None):
 
 def compare(clip, names, n_ctx=16):
     """Largest difference of the features, relative difference of a gradient."""
-    gen, text = torch.Generator().manual_seed(1), Text(clip, names, n_ctx)
+    gen, text = torch.Generator().manual_seed(1), PromptTree(clip, names, n_ctx)
     start, r = 0.02 * torch.randn(n_ctx, text.width, generator=gen), torch.randn(len(names), text.dim, generator=gen)
     prompts = [f"{'X ' * n_ctx}{name.replace('_', ' ')}." for name in names]
     found = []
@@ -86,13 +87,13 @@ def test_text_tower_of_vit_b_16():
 
 def test_a_name_that_does_not_fit_is_refused_in_one_sentence(clip):
     with pytest.raises(ValueError, match=r"^class name 'cat .*' with 16 context vectors takes 78 tokens, .* 77: shorten[^.]*$"):
-        Text(clip, ["dog", LONGEST + " cat"], n_ctx=16)
+        PromptTree(clip, ["dog", LONGEST + " cat"], n_ctx=16)
 
 
 @pytest.mark.parametrize("other", [{"kind": open_clip.CustomTextCLIP, "no_causal_mask": True}, {"qk_norm": True}], ids=str)
 def test_a_tower_of_another_kind_is_refused(other):
     with pytest.raises(ValueError, match="not causal, not read at EOS, or has blocks of another kind"):
-        Text(Clip(tiny_model(**other)), NAMES)
+        PromptTree(Clip(tiny_model(**other)), NAMES)
 
 
 def test_stacked_clients_equal_single_ones(text):
@@ -119,7 +120,7 @@ def test_a_thousand_classes_are_encoded_client_by_client_and_block_by_block(clip
     ctx, r = torch.randn(3, 4, 32, generator=gen), torch.randn(3, len(names), 32, generator=gen)
     found, saved = {}, {}
     for budget in (1024, 10**9):
-        text, sizes, leaf = Text(clip, names, 4, budget=budget), [], ctx.clone().requires_grad_()
+        text, sizes, leaf = PromptTree(clip, names, 4, budget=budget), [], ctx.clone().requires_grad_()
         keep = lambda x, sizes=sizes: (sizes.append(x.numel()), x)[1]  # noqa: E731
         with passes(clip) as seen, torch.no_grad():
             text(ctx)
@@ -135,8 +136,8 @@ def test_a_thousand_classes_are_encoded_client_by_client_and_block_by_block(clip
 
 
 def test_for_as_many_clients_as_train_at_once_nothing_is_computed_twice(clip):
-    text = Text(clip, NAMES, 16, budget=3 * Text(clip, NAMES, 16).n_nodes + 1)
-    assert text.at_once == 3 and Text(clip, NAMES, 16, budget=1).at_once == 1
+    text = PromptTree(clip, NAMES, 16, budget=3 * PromptTree(clip, NAMES, 16).n_nodes + 1)
+    assert text.at_once == 3 and PromptTree(clip, NAMES, 16, budget=1).at_once == 1
     for n, expected in ((3, 1), (4, 4)):  # four: two pieces, each once more in the backward pass
         with passes(clip) as seen:
             text(torch.zeros(n, 16, text.width, requires_grad=True)).sum().backward()
@@ -145,7 +146,7 @@ def test_for_as_many_clients_as_train_at_once_nothing_is_computed_twice(clip):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_zero_shot_is_encode_text_of_the_template(tower, template):
-    found = Text(tower, NAMES, n_ctx=4).zero_shot(template)
+    found = PromptTree(tower, NAMES, n_ctx=4).zero_shot(template)
     assert error(found, encode_text(tower, [template.format(name.replace("_", " ")) for name in NAMES])) < 1e-5
 
 
@@ -153,7 +154,7 @@ def test_zero_shot_is_encode_text_of_the_template(tower, template):
 def test_golden_prompts_of_the_released_code(name):
     z = golden(name)
     ctx = z["ctx"].clone().requires_grad_()
-    features = Text(stored_clip(z), z["classnames"], int(z["n_ctx"]))(ctx)
+    features = PromptTree(stored_clip(z), z["classnames"], int(z["n_ctx"]))(ctx)
     (z["R"] * features).sum().backward()
     assert error(features.detach(), z["end.features"]) < 5e-6
     assert error(ctx.grad, z["end.grad_ctx"]) < 2e-5
@@ -164,7 +165,7 @@ def test_golden_context_made_of_words(case):
     z = golden("text_w32_n5")
     clip, phrase, want = stored_clip(z), z[f"{case}.text"], F.normalize(z[f"{case}.features_raw"], dim=-1)
     ctx = words(clip, phrase)
-    text = Text(clip, z["classnames"], n_ctx=len(ctx))
+    text = PromptTree(clip, z["classnames"], n_ctx=len(ctx))
     assert torch.equal(ctx, z[f"{case}.ctx"])
     assert error(text(ctx), want) < 5e-6
     assert error(text.zero_shot(f"{phrase} {{}}."), want) < 5e-6
@@ -176,7 +177,7 @@ def food101():
 
 def test_food101_takes_427_tokens_instead_of_7777(clip):
     names = food101()
-    assert Text(clip, names, n_ctx=16).n_nodes == 427
+    assert PromptTree(clip, names, n_ctx=16).n_nodes == 427
     assert clip.tokenizer(names).numel() == 7777
 
 
@@ -187,7 +188,7 @@ def test_a_lower_precision_is_of_the_transformer_alone(clip, precision):
     made, gen = {}, torch.Generator().manual_seed(1)
     start, r = 0.02 * torch.randn(3, 16, 32, generator=gen), torch.randn(3, len(NAMES), 32, generator=gen)
     for kind in ("single", precision):
-        ctx, text = start.clone().requires_grad_(), Text(clip, NAMES, 16, precision=kind)
+        ctx, text = start.clone().requires_grad_(), PromptTree(clip, NAMES, 16, precision=kind)
         features = text(ctx)
         (r * features).sum().backward()
         made[kind] = features.detach(), ctx.grad, text.zero_shot()

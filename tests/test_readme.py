@@ -2,9 +2,10 @@
 
 import re
 
-from fpl import compare, notebook
+from fpl.data import files
+from fpl.experiments import expected
 
-TEXT = (notebook.ROOT / "README.md").read_text()
+TEXT = (files.ROOT / "README.md").read_text()
 
 
 def test_begins_with_the_two_commands():
@@ -12,11 +13,11 @@ def test_begins_with_the_two_commands():
 
 
 def test_tables_are_the_expected_ones(monkeypatch):
-    monkeypatch.chdir(notebook.ROOT)
+    monkeypatch.chdir(files.ROOT)
     assert "| ZS-CLIP" in TEXT and "prompt tree" in TEXT
-    assert compare.with_tables(TEXT) == TEXT
+    assert expected.with_tables(TEXT) == TEXT
 
 
 def test_links_resolve():
     links = re.findall(r"\]\(([^)#]+)\)", TEXT)
-    assert links and not [link for link in links if not (notebook.ROOT / link).exists()]
+    assert links and not [link for link in links if not (files.ROOT / link).exists()]

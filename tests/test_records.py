@@ -17,7 +17,9 @@ import pytest
 import yaml
 from helpers import BACKBONE, DATA, OTHER, PARAMS, Here, python, standing_in
 
-from fpl import against, cli, config, records, stats, sweep, tables
+from fpl import cli
+from fpl.audit import published
+from fpl.experiments import assemble, cache, fingerprint, records, runner, settings, stats, tables
 
 EXPERIMENTS = [PARAMS.experiment("promptfl", seed, rounds=40) for seed in range(1, 9)]
 FEW = [PARAMS.experiment(row, seed) for row in ("majority", "ridge_own", "promptfl") for seed in (1, 2)]
@@ -33,28 +35,28 @@ def here(here):
 @pytest.fixture
 def calls(monkeypatch):
     """Every experiment that is performed, as it is."""
-    made, perform = [], sweep.perform
+    made, perform = [], runner.perform
 
     def counted(experiment, *rest, **options):
         made.append(experiment)
         perform(experiment, *rest, **options)
 
-    monkeypatch.setattr(sweep, "perform", counted)
+    monkeypatch.setattr(runner, "perform", counted)
     return made
 
 
 @pytest.mark.parametrize("experiment", FEW, ids=lambda e: f"{e.row}-{e.seed}")
 def test_a_record_is_one_line_with_all_settings(experiment, here):
-    (path,) = sweep.sweep([experiment])
+    (path,) = runner.sweep([experiment])
     text = path.read_text()
     assert text.endswith("\n") and text.count("\n") == 1
     record = json.loads(text)
     assert record["settings"] == experiment.settings()
     assert (
-        record["features"] == sweep.opened(DATA, BACKBONE, sweep.device())[1].sha256
-        and record["code"] == sweep.code_fingerprint()
+        record["features"] == cache.load_cached(DATA, BACKBONE, cache.device())[1].sha256
+        and record["code"] == fingerprint.code_fingerprint()
     )
-    rounds = list(sweep.rounds_of(experiment))
+    rounds = list(assemble.rounds_of(experiment))
     assert [r["round"] for r in record["rounds"]] == list(range(len(rounds)))
     for stored, r in zip(record["rounds"], rounds, strict=True):
         assert (
@@ -66,25 +68,25 @@ def test_a_record_is_one_line_with_all_settings(experiment, here):
 
 
 def test_a_run_is_not_made_twice(here, calls):
-    paths = sweep.sweep(FEW[:2])
+    paths = runner.sweep(FEW[:2])
     assert calls and sorted(calls, key=FEW.index) == FEW[:2]
-    assert sweep.sweep(FEW[:2]) == paths and len(calls) == 2
-    assert sweep.sweep(FEW[:3])[:2] == paths and calls[2:] == [FEW[2]]
+    assert runner.sweep(FEW[:2]) == paths and len(calls) == 2
+    assert runner.sweep(FEW[:3])[:2] == paths and calls[2:] == [FEW[2]]
     paths[0].unlink()
-    sweep.sweep(FEW[:3])
+    runner.sweep(FEW[:3])
     assert calls[3:] == [FEW[0]]
-    sweep.sweep(FEW[:3], fresh=True)
+    runner.sweep(FEW[:3], fresh=True)
     assert sorted(calls[4:], key=FEW.index) == FEW[:3]
 
 
 def test_records_come_in_the_order_of_the_experiments(here):
-    paths = sweep.sweep(FEW)
+    paths = runner.sweep(FEW)
     assert [json.loads(path.read_text())["settings"] for path in paths] == [e.settings() for e in FEW]
 
 
 TABLES = {
-    "rows": config.Table({"one": {"method": "promptfl", "rounds": 1}, "majority": {}}),
-    "experts": config.Table({"pfedmoap": {}, "majority": {}}, vary={"n_experts": [1, 2]}),
+    "rows": settings.Table({"one": {"method": "promptfl", "rounds": 1}, "majority": {}}),
+    "experts": settings.Table({"pfedmoap": {}, "majority": {}}, vary={"n_experts": [1, 2]}),
 }
 
 
@@ -92,7 +94,7 @@ def test_a_table_is_read_from_its_index_with_its_labels(here, calls):
     params = dataclasses.replace(PARAMS, seeds=(1, 2), tables=TABLES)
     with pytest.raises(FileNotFoundError, match="the runs of table rows were not made .*`fpl sweep rows`"):
         records.of_table("rows")
-    sweep.tables(params, ["rows", "experts"])
+    runner.tables(params, ["rows", "experts"])
     assert len(calls) == 2 + 2 + 4  # what two tables share is run once
     frame = records.of_table("rows")
     assert frame.groupby("row", sort=False)["method"].unique().map(list).to_dict() == {
@@ -132,32 +134,32 @@ def test_any_change_of_settings_is_another_record(part, name):
     value = getattr(base, part)
     new = OTHER[name] if name in OTHER else getattr(value, name) + 1
     changed = dataclasses.replace(base, **{part: dataclasses.replace(value, **{name: new})})
-    assert sweep.record_path("sha", changed) != sweep.record_path("sha", base)
+    assert runner.record_path("sha", changed) != runner.record_path("sha", base)
 
 
 def test_another_row_seed_features_or_code_is_another_record(monkeypatch):
     base = PARAMS.experiment("coop", 1)
     same = dataclasses.replace(base)
-    assert sweep.record_path("sha", same) == sweep.record_path("sha", base)
+    assert runner.record_path("sha", same) == runner.record_path("sha", base)
     paths = [
-        sweep.record_path("sha", e) for e in (base, dataclasses.replace(base, row="promptfl"), dataclasses.replace(base, seed=2))
+        runner.record_path("sha", e) for e in (base, dataclasses.replace(base, row="promptfl"), dataclasses.replace(base, seed=2))
     ]
-    paths.append(sweep.record_path("another sha", base))
-    monkeypatch.setattr(sweep, "code_fingerprint", lambda: "another code")
-    paths.append(sweep.record_path("sha", base))
+    paths.append(runner.record_path("another sha", base))
+    monkeypatch.setattr(fingerprint, "code_fingerprint", lambda: "another code")
+    paths.append(runner.record_path("sha", base))
     assert len(set(paths)) == 5
 
 
-@pytest.mark.parametrize("name", sweep.SOURCES)
+@pytest.mark.parametrize("name", fingerprint.SOURCES)
 def test_the_fingerprint_is_that_of_the_code(name, tmp_path, monkeypatch):
     """A comment, a docstring or a blank line makes no other code, a statement does."""
-    source = Path(sweep.__file__).parent
+    source = Path(runner.__file__).parent
     for module in source.glob("*.py"):
         shutil.copy(module, tmp_path)
-    monkeypatch.setattr(sweep, "__file__", str(tmp_path / "sweep.py"))
-    file, fingerprint = tmp_path / f"{name}.py", sweep.code_fingerprint.__wrapped__
+    monkeypatch.setattr(runner, "__file__", str(tmp_path / "sweep.py"))
+    file, fingerprint = tmp_path / f"{name}.py", fingerprint.code_fingerprint.__wrapped__
     before, text = fingerprint(), file.read_text()
-    assert before == sweep.code_fingerprint()
+    assert before == fingerprint.code_fingerprint()
     file.write_text(f"# another comment\n\n{text}\n\n# and one more\n")
     assert fingerprint() == before
     file.write_text(text.replace('"""\n', ' Another.\n"""\n'))
@@ -168,22 +170,22 @@ def test_the_fingerprint_is_that_of_the_code(name, tmp_path, monkeypatch):
 
 def test_the_fingerprint_forgets_no_module():
     """Whatever the fingerprinted modules import from here is fingerprinted too; settings stand in the record themselves."""
-    for name in sweep.SOURCES:
-        tree = ast.parse((Path(sweep.__file__).parent / f"{name}.py").read_text())
+    for name in fingerprint.SOURCES:
+        tree = ast.parse((Path(runner.__file__).parent / f"{name}.py").read_text())
         imports = [
             node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fpl"
         ]
         used = {alias.name if node.module == "fpl" else node.module.split(".")[1] for node in imports for alias in node.names}
-        assert used <= {*sweep.SOURCES, "files", "records", "config"}, name
+        assert used <= {*fingerprint.SOURCES, "files", "records", "config"}, name
 
 
 def test_a_failing_run_keeps_the_others(here, calls):
     good, bad = FEW[4], PARAMS.experiment("promptfl", 2, lr=1e30)
     with pytest.raises(FloatingPointError, match="not finite"):
-        sweep.sweep([good, bad])
+        runner.sweep([good, bad])
     (kept,) = records.RECORDS.iterdir()
     assert json.loads(kept.read_text())["settings"] == good.settings()
-    assert sweep.sweep([good]) == [kept] and calls == [good, bad]
+    assert runner.sweep([good]) == [kept] and calls == [good, bad]
 
 
 def result(paths):
@@ -202,12 +204,12 @@ def wait_for_records(most=120.0):
 
 def finishes_as_if_nothing_had_happened(kept, monkeypatch):
     assert 0 < len(kept) < len(EXPERIMENTS), "the kill came too early or too late to show anything"
-    found = result(sweep.sweep(EXPERIMENTS, jobs=1))
+    found = result(runner.sweep(EXPERIMENTS, jobs=1))
     assert left().items() >= kept.items(), "a finished run was made again"
     with monkeypatch.context() as patch:
-        patch.setattr(sweep, "RECORDS", Path("results/undisturbed"))
-        patch.setattr(sweep, "ProcessPoolExecutor", Here)
-        pd.testing.assert_frame_equal(found, result(sweep.sweep(EXPERIMENTS)))
+        patch.setattr(runner, "RECORDS", Path("results/undisturbed"))
+        patch.setattr(runner, "ProcessPoolExecutor", Here)
+        pd.testing.assert_frame_equal(found, result(runner.sweep(EXPERIMENTS)))
 
 
 SWEEP = """
@@ -251,9 +253,9 @@ def test_a_killed_worker_is_reported_and_the_sweep_goes_on(world, monkeypatch, o
         killer = threading.Thread(target=kill)
         killer.start()
         with pytest.raises(RuntimeError, match="a worker was killed .* call the same command again, finished runs are kept"):
-            sweep.sweep(EXPERIMENTS, jobs=1)
+            runner.sweep(EXPERIMENTS, jobs=1)
         killer.join()
-        monkeypatch.setattr(sweep, "ProcessPoolExecutor", Here)
+        monkeypatch.setattr(runner, "ProcessPoolExecutor", Here)
         finishes_as_if_nothing_had_happened(left(), monkeypatch)
 
 
@@ -263,7 +265,7 @@ def test_frame(here):
         PARAMS.experiment("promptfl", 2, clients=3),
         PARAMS.experiment("majority", 1),
     ]
-    frame = records.frame(sweep.sweep(experiments))
+    frame = records.frame(runner.sweep(experiments))
     assert len(frame) == 2 * 4 + 2 * 3 + 1 * 4  # rounds times clients; what learns nothing has one round
     assert set(frame.columns) == {"row", *experiments[0].settings(), *stats.RESULTS}
     assert frame["accuracy"].between(0, 1).all()
@@ -327,34 +329,34 @@ def test_one_seed_has_no_uncertainty():
 
 
 def test_a_record_of_other_images_or_another_model_is_not_taken(here):
-    sweep.sweep(FEW[:1])
+    runner.sweep(FEW[:1])
     drawn = dataclasses.replace(PARAMS, data=dataclasses.replace(DATA, seed=DATA.seed + 1))
     with pytest.raises(ValueError, match="holds images of .* asks for .*run `fpl features`"):
-        sweep.sweep([drawn.experiment("majority", 1)])
+        runner.sweep([drawn.experiment("majority", 1)])
     another = dataclasses.replace(PARAMS, backbone=dataclasses.replace(BACKBONE, name="local-dir:another"))
     with pytest.raises((ValueError, FileNotFoundError), match="another"):
-        sweep.paths_of([another.experiment("majority", 1)])
+        runner.paths_of([another.experiment("majority", 1)])
 
 
 @pytest.mark.parametrize("held_out", ["", "sketch"])
 def test_clients_of_domains_have_their_names(here, held_out):
     n = 5 if held_out else 12
     experiment = PARAMS.experiment("majority", 1, kind="domain", clients=n, held_out=held_out)
-    frame = records.frame(sweep.sweep([experiment]))
-    domains = sweep.opened(DATA, BACKBONE, sweep.device())[1].domain
-    own = [{*domains[index.numpy()]} for index in sweep.make_clients(experiment, "cpu").train]
+    frame = records.frame(runner.sweep([experiment]))
+    domains = cache.load_cached(DATA, BACKBONE, cache.device())[1].domain
+    own = [{*domains[index.numpy()]} for index in assemble.make_clients(experiment, "cpu").train]
     assert own == [{domain} for domain in frame["domain"]] and frame["domain"].nunique() == (5 if held_out else 6)
     table = tables.beside(frame, "Table 3", "DomainNet (10 classes)", "Average")
     for name, of in frame.groupby("domain"):
         assert table[name.capitalize()].tolist() == [round(100 * of["accuracy"].mean(), 2)]
-    assert records.frame(sweep.sweep([PARAMS.experiment("majority", 1)]))["domain"].eq("").all()
+    assert records.frame(runner.sweep([PARAMS.experiment("majority", 1)]))["domain"].eq("").all()
 
 
 def test_the_table_against_the_paper_has_a_line_for_each_domain(here):
-    frame = records.frame(sweep.sweep([PARAMS.experiment("zeroshot", seed, kind="domain", clients=12) for seed in (1, 2)]))
+    frame = records.frame(runner.sweep([PARAMS.experiment("zeroshot", seed, kind="domain", clients=12) for seed in (1, 2)]))
     printed = {"painting": "amazon", "photo": "caltech", "quickdraw": "dslr", "sketch": "webcam"}
     office = frame.assign(data="office_caltech10", domain=frame["domain"].map(printed)).dropna(subset="domain")
-    made = against.of_tables({"table3": office})
+    made = published.of_tables({"table3": office})
     assert made["domain"].tolist() == ["Average", "Amazon", "Caltech", "DSLR", "Webcam"] and (made["table"] == "Table 4").all()
     assert made["mean"].iloc[0] == pytest.approx(made["mean"].iloc[1:].mean())
-    assert len(against.compare(made, comparable=True).query("ours_mean.notna() and method == 'ZS-CLIP'")) == 5
+    assert len(published.compare(made, comparable=True).query("ours_mean.notna() and method == 'ZS-CLIP'")) == 5

@@ -8,11 +8,14 @@ import torch
 from conftest import NAMES, SMALL, error, golden, make
 from test_identities import HALF, RUN, SEEDS, batches, calls, equal, near, play
 
-from fpl import methods, released, released_splits, rounds
-from fpl.clip import Text
-from fpl.methods import FedPGP, FedProx, PFedMoAP, PromptFL, Server
-from fpl.released import RELEASED
-from fpl.rounds import Clients, Run, Seeds
+from fpl import methods, rounds
+from fpl.methods import FedPGP, FedProx, PFedMoAP, PromptFL
+from fpl.prompts import PromptTree
+from fpl.released import methods as released
+from fpl.released import splits
+from fpl.released.methods import RELEASED
+from fpl.rounds import Seeds, Training
+from fpl.state import Clients, Server
 
 
 @pytest.fixture(params=RELEASED)
@@ -33,7 +36,7 @@ def as_released(method, cfg=RUN):
 
 @pytest.mark.parametrize("cfg", [RUN, HALF], ids=["all", "half"])
 def test_the_same_seed_gives_the_same_bits_and_everybody_the_same_clients_and_batches(row, text, clip, clients, cfg):
-    tower = Text(clip, NAMES, row.n_ctx)
+    tower = PromptTree(clip, NAMES, row.n_ctx)
     one, two = (play(row, tower, clients, as_released(row, cfg)) for _ in range(2))
     reference = play(make(PromptFL), text, clients, cfg)
     assert all(map(equal, one.deployed, two.deployed))
@@ -41,8 +44,8 @@ def test_the_same_seed_gives_the_same_bits_and_everybody_the_same_clients_and_ba
 
 
 def test_every_tensor_of_a_row_moves(row, clip, clients):
-    log = play(row, Text(clip, NAMES, row.n_ctx), clients, as_released(row))
-    init = row.init(Text(clip, NAMES, row.n_ctx), rounds.generator(SEEDS.init, "init"))
+    log = play(row, PromptTree(clip, NAMES, row.n_ctx), clients, as_released(row))
+    init = row.init(PromptTree(clip, NAMES, row.n_ctx), rounds.generator(SEEDS.init, "init"))
     assert all(not torch.equal(v[0], init[k]) for k, v in log.own[-1].items())
 
 
@@ -51,7 +54,7 @@ def test_every_tensor_of_a_row_moves(row, clip, clients):
 
 def test_d4_the_prompt_is_the_vector_of_one_word(clip, clients):
     method = made(released.OneWord)
-    text = Text(clip, NAMES, method.n_ctx)
+    text = PromptTree(clip, NAMES, method.n_ctx)
     init = method.init(text, torch.Generator())
     assert init["ctx"].shape == (1, text.width) and torch.equal(init["ctx"], text.words("False"))
     assert error(method.encode(text, {"ctx": init["ctx"][None]})[0], text.zero_shot("False {}.")) < 1e-5
@@ -78,7 +81,7 @@ def test_d6_experts_are_the_first_others_of_one_permutation(name, monkeypatch):
         random.Random(seed).shuffle(order)
         assert order == z["permutation"][s].tolist()
         draw = random.Random(seed)
-        released_splits.pathological(*split, int(z["split_users"]), int(z["split_shots"]), draw=draw)
+        splits.pathological(*split, int(z["split_users"]), int(z["split_shots"]), draw=draw)
         draw.shuffle(after)
         assert after == z["permutation_after_split"][s].tolist(), "after the split the permutation is the same for every seed"
         places = torch.tensor(order).argsort().float()
@@ -139,7 +142,7 @@ def test_d6_d7_d8_experts_pool_and_gate_flow_as_released(name, monkeypatch):
     monkeypatch.setitem(methods.CHOICES, "fixed", lambda server, clients: places.repeat(n, 1))
     parts = torch.arange(sum(sizes)).split(sizes)
     clients = Clients(torch.randn(sum(sizes), 2), torch.zeros(sum(sizes), dtype=torch.long), parts, parts, 1)
-    list(rounds.run(method, Marks(), clients, Run(rounds=int(z["rounds"]), **method.run), Seeds()))
+    list(rounds.run_rounds(method, Marks(), clients, Training(rounds=int(z["rounds"]), **method.run), Seeds()))
     init = method.init(Marks(), rounds.generator(1, "init"))
     assert [i for _, i, *_ in log] == z["order"].flatten().tolist()
     for (t, _, begin, frozen), experts, trained, gate in zip(
@@ -190,13 +193,13 @@ def test_d8_the_velocity_goes_from_client_to_client(text, clients):
 
 def test_a_shared_optimiser_needs_clients_in_turn(text, clients):
     with pytest.raises(ValueError, match="train one after the other"):
-        list(rounds.run(make(PromptFL), text, clients, dataclasses.replace(RUN, optimiser="shared"), SEEDS))
+        list(rounds.run_rounds(make(PromptFL), text, clients, dataclasses.replace(RUN, optimiser="shared"), SEEDS))
 
 
 @pytest.mark.parametrize("name", ["lr_e2", "lr_e5", "lr_e25_coop"])
 def test_d9_the_learning_rate_goes_up_and_down_through_all_clients(name):
     z, epochs = golden(name), int(golden(name)["local_epochs"])
-    run = Run(local_epochs=epochs, lr=z["base_lr"].item(), gate_lr=z["gate_base_lr"].item(), schedule="zigzag")
+    run = Training(local_epochs=epochs, lr=z["base_lr"].item(), gate_lr=z["gate_base_lr"].item(), schedule="zigzag")
     rates = [run.rate("ctx", e, before) for before in range(0, len(z["prompt_lr"]), epochs) for e in range(epochs)]
     assert rates == pytest.approx(z["prompt_lr"].tolist(), abs=1e-12)
     assert [run.rate("gate_wq", e) for e in range(len(z["gate_lr"]))] == pytest.approx(z["gate_lr"].tolist())

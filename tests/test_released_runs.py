@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from conftest import error, golden, stored_clip
 
-from fpl import methods, released, rounds
-from fpl.clip import Text
-from fpl.rounds import Clients, Run, Seeds
+from fpl import methods, rounds
+from fpl.prompts import PromptTree
+from fpl.released import methods as released
+from fpl.rounds import Seeds, Training
+from fpl.state import Clients
 
 LIMIT = 1e-4
 GATE = {f"gate_{part}": part for part in ("wq", "bq", "wk", "bk", "wv", "bv", "wo", "bo")}
@@ -107,7 +109,7 @@ def recorded(method, init):
 def play(z, monkeypatch):
     """Everything that a golden file stores, as it comes out of our loop: name -> list of tensors."""
     method, init = MAKE[z["file"]](z)
-    text, clients = Text(stored_clip(z), z["classnames"], method.n_ctx), clients_of(z)
+    text, clients = PromptTree(stored_clip(z), z["classnames"], method.n_ctx), clients_of(z)
     n, epochs, visits = len(clients), int(z["local_epochs"]), {}
     if "order_offsets" in z:
         orders = [z["order"][a:b] for a, b in zip(z["order_offsets"], z["order_offsets"][1:], strict=False)]
@@ -125,9 +127,9 @@ def play(z, monkeypatch):
         monkeypatch.setitem(methods.CHOICES, "fixed", lambda server, clients: places.repeat(n, 1))
     lr = z["lr"].item() if "lr" in z else 0.002
     watched, log = recorded(method, init)
-    cfg = Run(int(z["rounds"]), epochs, int(z["batch"]), lr, **method.run)
+    cfg = Training(int(z["rounds"]), epochs, int(z["batch"]), lr, **method.run)
     before, found = 0, {"lr_start": [], "test_accuracy": [], "test_macro_f1": []}
-    for result, order in zip(rounds.run(watched, text, clients, cfg, Seeds()), orders, strict=True):
+    for result, order in zip(rounds.run_rounds(watched, text, clients, cfg, Seeds()), orders, strict=True):
         assert result.participants.tolist() == sorted(order.tolist())
         found["lr_start"] += [torch.tensor(cfg.rate("ctx", 0, before + epochs * j)) for j in range(len(order))]
         before += epochs * len(order)

@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT, golden
 from helpers import refuses
 
-from fpl import released_splits as released
-from fpl.partitions import Partition
+from fpl.data.partitions import Partition
+from fpl.released import splits as released
 
 FILES = sorted(
     path.stem for pattern in ("split_*", "select_clients*") for path in (ROOT / "tests/data/golden").glob(f"{pattern}.npz")

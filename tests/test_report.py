@@ -12,8 +12,8 @@ import yaml
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from fpl import report, tables
-from fpl.notebook import ROOT
+from fpl.data.files import ROOT
+from fpl.experiments import report, tables
 
 VOID = {"meta", "link", "br", "img", "hr", "input", "col", "wbr"}
 BLOCK = {"div", "table", "ul", "ol", "pre", "p", "h1", "h2", "h3", "figure", "nav"}  # what ends a paragraph that is open

@@ -11,13 +11,13 @@ from helpers import ROOT
     "code",
     [
         "from fpl import cli; cli.parser().format_help()",
-        "from fpl import notebook, plots, records, stats, tables; notebook.start()",
-        "from fpl import ledger, notebook, plots, tables; notebook.start()",
-        "from fpl import label_prior, notebook, plots; notebook.start()",
-        "from fpl import given, notebook; import papermill",
-        "from fpl import compare, report",
+        "from fpl.experiments import notebook, plots, records, stats, tables; notebook.start()",
+        "from fpl.audit import ledger; from fpl.experiments import notebook, plots, tables; notebook.start()",
+        "from fpl.audit import label_prior; from fpl.experiments import notebook, plots; notebook.start()",
+        "from fpl.experiments import values, notebook; import papermill",
+        "from fpl.experiments import expected, report",
     ],
 )
 def test_torch_is_not_loaded(code):
     found = subprocess.check_output([sys.executable, "-c", f"{code}; import sys; print(*sys.modules)"], cwd=ROOT, text=True)
-    assert "fpl.files" in found.split() and not {"torch", "open_clip"} & {*found.split()}
+    assert "fpl.data.files" in found.split() and not {"torch", "open_clip"} & {*found.split()}

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from fpl import stats
+from fpl.experiments import stats
 
 
 def runs_of(rows, rounds=1):

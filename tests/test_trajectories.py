@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from conftest import error, golden, stored_clip
 from test_identities import read
 
-from fpl.clip import Text
-from fpl.methods import PFedMoAP, PromptFL, Server
-from fpl.rounds import Clients, Run, Seeds, evaluate, train_locally
-from fpl.rounds import run as run_rounds
+from fpl.methods import PFedMoAP, PromptFL
+from fpl.prompts import PromptTree
+from fpl.rounds import Seeds, Training, evaluate, run_rounds, train_locally
+from fpl.state import Clients, Server
 
 LIMIT, MOVED, MOVED_BY_NOISE = 3e-4, 3e-3, 1e-2  # golden/README.md; the gradient of b_k, b_v, b_o is rounding noise
 
@@ -33,14 +33,14 @@ def train(name):
     feats, everyone = F.normalize(z["image_raw"], dim=-1), [torch.arange(len(z["labels"]))] * (k + 1)
     clients = Clients(feats, z["labels"], everyone, everyone, len(z["classnames"]))
     epochs, schedule = int(z.get("epochs", 1)), "zigzag" if name == "traj_moap_official_lr" else "constant"
-    run = Run(local_epochs=epochs, weight_decay=z["weight_decay"].item(), schedule=schedule)  # the rest is our default
+    run = Training(local_epochs=epochs, weight_decay=z["weight_decay"].item(), schedule=schedule)  # the rest is our default
     per_epoch = len(z["batch_index"]) // epochs
     assert [run.rate("ctx", step // per_epoch) for step in range(len(z["lr_prompt"]))] == pytest.approx(z["lr_prompt"].tolist())
     assert z["momentum"] == run.momentum and (not with_gate or set(z["lr_gate"].tolist()) == {run.gate_lr})
     start = {"ctx": z["ctx"][:1], **{f"gate_{n[5:]}": v[:1] for n, v in z.items() if n.startswith("gate.")}}
     pool = torch.cat([start["ctx"], z["expert_ctx"]]) if k else start["ctx"]
     server = Server({"ctx": pool[0]}, {"ctx": pool}, torch.ones(k + 1, dtype=torch.bool))
-    text = Text(stored_clip(z), z["classnames"], method.n_ctx)
+    text = PromptTree(stored_clip(z), z["classnames"], method.n_ctx)
     frozen, order = read(method, text, server, torch.tensor([0]), clients), [z["batch_index"]]
     last, _ = train_locally(method, text, start, frozen, order, clients, run, lambda n: None)
     path = {name: torch.stack([w[name] for w in [*before, {k: v[0] for k, v in last.items()}]]) for name in last}
@@ -82,7 +82,7 @@ def test_the_rate_changes_once_an_epoch(schedule, shares):
             return p["ctx"].flatten(1).sum(1)  # gradient 1
 
     clients = Clients(torch.ones(2, 1), torch.zeros(2, dtype=torch.long), [torch.arange(2)], [torch.arange(2)], 1)
-    run = Run(local_epochs=4, lr=0.1, momentum=0.0, weight_decay=0.0, schedule=schedule)
+    run = Training(local_epochs=4, lr=0.1, momentum=0.0, weight_decay=0.0, schedule=schedule)
     order = [torch.zeros(12, 2, dtype=torch.long)]  # three steps an epoch
     last, _ = train_locally(Slope(), None, {"ctx": torch.ones(1, 1, 1)}, {}, order, clients, run, lambda n: None)
     steps = -torch.tensor([*path, last["ctx"].item()]).diff()
@@ -117,7 +117,7 @@ def test_views_of_an_image_come_one_after_the_other_epoch_by_epoch():
         def encode(self, text, p):
             return None
 
-    cfg = Run(rounds=2, local_epochs=3, batch_size=2)
+    cfg = Training(rounds=2, local_epochs=3, batch_size=2)
     list(run_rounds(Watched(), SimpleNamespace(at_once=2), clients, cfg, Seeds()))
     assert len(seen) == 6
     for epoch, x in enumerate(seen):

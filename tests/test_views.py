@@ -11,8 +11,8 @@ import torch.nn.functional as F
 import torchvision
 from helpers import store_clip
 
-from fpl import clip as clips
-from fpl import features
+from fpl.data import encoders as clips
+from fpl.data import features
 
 SIZES = [(40, 40), (64, 48), (33, 90), (200, 31)]  # (width, height)
 
