@@ -1,23 +1,38 @@
-# `make repro` regenerates every table of the demo, `make test` runs the checks, `make paper-plan` and `make paper` are for paper scale. All make their own environment first.
+# make repro   all tables and figures of the demo      make test   all checks
+# make tour    the first trained prompt                make paper  the published settings, on a GPU
+# Each makes its own environment in .venv first.
 FIT := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '$(FIT)' 2>/dev/null && echo $$p && exit; done; echo python3)
 BIN := .venv/bin
+LOCKED := .venv/.locked
 READY := .venv/.ready
+LOG := .venv/install.log
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
 export DVC_NO_ANALYTICS := 1
 export PYTHONHASHSEED := 0
 
-.PHONY: repro test paper paper-plan setup lock expected clean
+.PHONY: repro test check tour paper paper-plan setup lock expected clean
 
 repro: setup
 	$(BIN)/fpl repro
 
-test: setup
+test: check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+
+# what can be said without running anything; pre-commit calls it, too
+check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy fpl
 	$(BIN)/pylint --disable=all --enable=duplicate-code --min-similarity-lines=6 fpl tests
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+
+# from nothing to the first trained prompt and a picture of it
+tour: setup
+	@$(BIN)/fpl features
+	@$(BIN)/fpl notebook notebooks/00_tour.ipynb
+	@echo "the tour with its results: results/notebooks/00_tour.ipynb (open it with $(BIN)/jupyter lab)"
+	@echo "its picture:               results/tables/00_tour/tour.png"
 
 # paper scale: what it needs, and how long it takes; then, if nothing is missing, all of it (a second call goes on)
 paper-plan: setup
@@ -28,15 +43,18 @@ paper: setup
 
 setup: $(READY)
 
-$(READY): requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "fpl needs Python 3.11 to 3.13; this is %d.%d: call make PYTHON=python3.12" % v)'
-	@echo "installing into .venv (about 6 GB on Linux, two minutes) ..."
-	@rm -f $(READY)
-	@$(PYTHON) -m venv --clear .venv
-	@$(BIN)/python -m pip install --disable-pip-version-check --require-hashes -r requirements.txt
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+# a change of pyproject.toml installs fpl again, one of the lock everything
+$(READY): $(LOCKED) pyproject.toml
+	@$(PIP) -qq --no-deps --no-build-isolation -e . >> $(LOG) 2>&1 || { tail -n 30 $(LOG); exit 1; }
 	@[ -e .git ] || $(BIN)/dvc config --local core.no_scm true
 	@touch $(READY)
+
+$(LOCKED): requirements.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "fpl needs Python 3.11 to 3.13; this is %d.%d: call make PYTHON=python3.12" % v)'
+	@echo "installing into .venv (about 6 GB on Linux, two minutes) ..."
+	@$(PYTHON) -m venv --clear .venv
+	@$(BIN)/python tools/install.py $(LOG) requirements.txt $(PIP) --require-hashes -r requirements.txt
+	@touch $(LOCKED)
 
 # for developers: resolve requirements.in again (needs uv); take over fresh results as the expected ones
 lock:
@@ -46,4 +64,4 @@ expected:
 	$(BIN)/fpl accept
 
 clean:
-	rm -rf data/shapes data/styles data/features results/runs results/notebooks results/tables results/figures results/report results/records dvc.lock
+	rm -rf data/shapes data/styles data/features results/runs results/notebooks results/tables results/report results/records dvc.lock

@@ -1,13 +1,17 @@
-"""The frozen CLIP's text tower as a function of a learnable prompt."""
+"""The frozen CLIP's text tower as a function of a learnable prompt.
+
+`PromptTree` encodes the prompts of all classes as one tree of tokens; `PaddedPrompts` encodes them
+the usual way, as one padded sequence per class, and is what the tree is checked against.
+
+Shapes: n clients, c classes, m context length, w text width, d joint width, t nodes of the tree.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from torch.utils.checkpoint import checkpoint
-
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import open_clip
 import torch
@@ -15,15 +19,21 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-PRECISIONS = {"single": torch.float32, "bfloat16": torch.bfloat16, "half": torch.float16}  # of a text tower's matrix products
-BUDGET = {"cpu": 2048, "cuda": 8192}  # nodes encoded at once: on a CPU more are not faster, a GPU wants more work
-GROUP = 48  # nodes between which attention is computed, besides the shared ones: few waste little, many make fewer matrices
+Precision = Literal["single", "bfloat16", "half"]
+PRECISIONS = {"single": torch.float32, "bfloat16": torch.bfloat16, "half": torch.float16}
+# Nodes encoded at once: more are not faster on a CPU, a GPU wants more work.
+BUDGET = {"cpu": 2048, "cuda": 8192}
+GROUP = 48  # nodes with attention between them, besides the shared ones: few waste little
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A frozen open_clip model, its test transform and tokenizer; `provenance` says which model, weights and transform."""
+    """A frozen open_clip model with its test transform and tokenizer.
+
+    provenance: which model, weights (SHA-256) and transform these are.
+    """
 
     model: nn.Module
     transform: Any = None
@@ -31,23 +41,21 @@ class Clip:
     provenance: dict[str, str] = field(default_factory=dict)
 
 
-
-
 class PromptTree(nn.Module):
-    """All class prompts as one token tree: ctx (..., m, w) -> unit text features (..., c, d), with gradients to ctx.
+    """The prompts of all classes as one tree of tokens, encoded in one pass of the text tower.
 
-    The text tower is causal, so the prompts "[SOS] v_1 .. v_m NAME." of all classes share their beginning, and nothing behind
-    EOS matters. The tree has the m + 1 shared nodes and then a trie of the class names; its nodes stand in one sequence, each
-    with the position it has in its own prompt, and each attends to its ancestors only. The weights are open_clip's own, and
-    each block is run once (`layer`); a feature is read where its class ends. Features and gradients are those of the 77-token
-    prompts, up to rounding.
+    A call takes ctx (..., m, w) to unit text features (..., c, d), with gradients to ctx; leading
+    axes are clients. The text tower is causal, so the prompts "[SOS] v_1 .. v_m NAME." of all
+    classes share their beginning, and nothing behind EOS matters. The tree has the m + 1 shared
+    nodes and then a trie of the class names. Its nodes stand in one sequence, each with the
+    position it has in its own prompt, and each attends to its ancestors only. The weights are
+    open_clip's own. Features and gradients are those of the 77-token prompts, up to rounding.
 
-    Clients are encoded at most `budget` nodes at a time, or one by one. Where one call has more nodes than that, only what goes
-    from block to block is kept for the backward pass, which computes the rest again, a block at a time.
-
-    `tail` follows the name ("." in CoOp's prompts). With a `precision` of PRECISIONS other than "single" the transformer computes
-    its matrix products in it; prompts, the sums between blocks, norms, features and their gradients stay in single. Raises
-    ValueError for a tower that is not causal or a name that is too long.
+    names: of classes; underscores are read as spaces. tail: follows the name ("." in CoOp).
+    budget: nodes encoded at once, or one client. Where one call has more, only what goes from block
+    to block is kept for the backward pass. precision: of the transformer's matrix products;
+    prompts, sums between blocks, norms, features and their gradients stay in single.
+    Raises ValueError for a tower that is not causal and for a name that is too long.
     """
 
     def __init__(
@@ -57,32 +65,23 @@ class PromptTree(nn.Module):
         n_ctx: int = 16,
         tail: str = ".",
         budget: int | None = None,
-        precision: str = "single",
+        precision: Precision = "single",
     ):
         super().__init__()
-        tower = getattr(clip.model, "text", clip.model)  # open_clip's CustomTextCLIP keeps the text tower in a module of its own
-        read_at = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
-        usual = getattr(tower, "attn_mask", None) is not None and read_at == "argmax"
-        if not usual or not all(type(block) is ResidualAttentionBlock for block in tower.transformer.resblocks):
-            what = "is not causal, not read at EOS, or has blocks of another kind than CLIP's"
-            raise ValueError(f"this text tower {what}: the prompt tree needs one of CLIP's kind")
-        self.names, self.n_ctx, self.precision = list(names), n_ctx, precision
+        tower = text_tower(clip)
+        check_tower(tower)
+        self.names = list(names)
+        self.n_ctx = n_ctx
+        self.precision = precision
         self.budget = budget or BUDGET[tower.token_embedding.weight.device.type]
-        prompts = [f"{'X ' * n_ctx}{name.replace('_', ' ')}{tail}" for name in names]  # the X are places for the context
-        rows = [[clip.tokenizer.sot_token_id, *clip.tokenizer.encode(p), clip.tokenizer.eot_token_id] for p in prompts]
-        for name, row in zip(names, rows, strict=True):
-            if len(row) > len(tower.positional_embedding):
-                room = len(tower.positional_embedding)
-                prompt = f"class name {name!r} with {n_ctx} context vectors takes {len(row)} tokens"
-                raise ValueError(f"{prompt}, the text tower has {room}: shorten the name or n_ctx")
-        self._clip, self._tower, self.layer = clip, [tower], layer  # in a list: the shared tower is not a submodule of each Text
         self.scale = float(clip.model.logit_scale.exp())
-        self.n_cls, self.width, self.dim = (
-            len(self.names),
-            int(tower.token_embedding.weight.shape[1]),
-            width_of(tower.text_projection),
-        )
-        self.tree = Tree(tower, rows, 1 + n_ctx)
+        self.n_cls = len(self.names)
+        self.width = int(tower.token_embedding.weight.shape[1])
+        self.dim = width_of(tower.text_projection)
+        self.tree = Tree(tower, tokens_of(clip, names, n_ctx, tail), 1 + n_ctx)
+        self._clip = clip
+        self._tower = [tower]  # in a list: the shared tower is not a submodule of each tree
+        self.layer = layer
 
     @property
     def n_nodes(self) -> int:
@@ -96,118 +95,218 @@ class PromptTree(nn.Module):
 
     @torch.no_grad()
     def zero_shot(self, template: str = "a photo of a {}.") -> Float[Tensor, "c d"]:
-        """Unit text features of a hand-written template with one {} for the class name."""
+        """Return the unit text features of a hand-written template with {} for the class name."""
         before, tail = template.split("{}")
         ctx = self.words(before)
         return PromptTree(self._clip, self.names, len(ctx), tail, self.budget)(ctx)
 
     def words(self, text: str) -> Float[Tensor, "m w"]:
-        """The context that stands for ordinary words, such as "a photo of a"."""
+        """Return the context that stands for ordinary words, such as "a photo of a"."""
         return words(self._clip, text)
 
     def forward(self, ctx: Float[Tensor, "*n m w"]) -> Float[Tensor, "*n c d"]:
         flat = ctx.reshape(ctx.shape[:-2].numel(), *ctx.shape[-2:])
-        again = len(flat) * self.n_nodes > self.budget and torch.is_grad_enabled() and ctx.requires_grad
+        too_many = len(flat) * self.n_nodes > self.budget
+        again = too_many and torch.is_grad_enabled() and ctx.requires_grad
         features = torch.cat([self._encode(part, again) for part in flat.split(self.at_once)])
         return features.reshape(*ctx.shape[:-2], *features.shape[1:])
 
     def _encode(self, ctx: Float[Tensor, "n m w"], again: bool) -> Float[Tensor, "n c d"]:
-        (tower,), tree, n = self._tower, self.tree, len(ctx)
-        x = torch.cat([tree.sos.expand(n, -1, -1), ctx, tree.suffix.expand(n, -1, -1)], dim=1) + tree.pos
-        mask, *before, last = tree.mask.repeat(n, 1, 1, 1), *tower.transformer.resblocks
+        """Encode some clients; with `again` the backward pass computes each block once more."""
+        (tower,) = self._tower
+        tree = self.tree
+        n = len(ctx)
+        parts = [tree.sos.expand(n, -1, -1), ctx, tree.suffix.expand(n, -1, -1)]
+        x = torch.cat(parts, dim=1) + tree.pos
+        mask = tree.mask.repeat(n, 1, 1, 1)
+        *before, last = tower.transformer.resblocks
         through = partial(checkpoint, self.layer, use_reentrant=False) if again else self.layer
-        with torch.autocast(x.device.type, PRECISIONS[self.precision], enabled=self.precision != "single"):
+        low = self.precision != "single"
+        with torch.autocast(x.device.type, PRECISIONS[self.precision], enabled=low):
             for block in before:
                 x = through(block, x, tree, mask, slice(None))
-            x = through(last, x, tree, mask, tree.leaf)  # what it would make of the other nodes is read by nobody
-        x = tower.ln_final(x.to(tree.pos.dtype))
-        project = tower.text_projection
-        return F.normalize(project(x) if isinstance(project, nn.Module) else x @ project, dim=-1)
+            # what the last block would make of the other nodes is read by nobody
+            x = through(last, x, tree, mask, tree.leaf)
+        return project(tower, x.to(tree.pos.dtype))
 
 
 class Tree(nn.Module):
-    """One sequence that holds the prompts of some classes: `shared` equal tokens, then a trie of what differs.
+    """One sequence that holds the prompts of some classes: `shared` equal tokens, then a trie.
 
-    For attention, classes are dealt into g groups of about GROUP nodes behind the shared ones; a group has all ancestors of its
-    nodes, so it is a small tree of its own. Smaller ones are filled up to r nodes with copies of SOS that nobody sees.
-
-    Buffers: sos (1, w); suffix (t - shared, w) embeddings; pos (t, w); groups (g, r) of nodes; mask (g, 1, r, r), -inf where a
-    node is no ancestor; place (t,), where a node stands in the groups; leaf (c,), the nodes where classes end.
+    For attention, classes are dealt into g groups of about GROUP nodes behind the shared ones. A
+    group has all ancestors of its nodes. Smaller groups are filled up to r nodes with unseen SOS.
+    Buffers: sos (1, w) and suffix (t - shared, w), embeddings; pos (t, w), positions; groups (g, r)
+    of nodes; mask (g, 1, r, r), -inf where a node is no ancestor; place (t,) of nodes in groups;
+    leaf (c,), the nodes where classes end.
     """
 
     def __init__(self, tower: nn.Module, rows: list[list[int]], shared: int):
         super().__init__()
-        node: dict[tuple[int, ...], int] = {}  # the tokens behind the shared part -> place in the sequence
-        depth, ids, groups = [], [], [[]]
-        for row in rows:
-            path = []
-            for j in range(shared, len(row)):
-                key = tuple(row[shared : j + 1])
-                if key not in node:
-                    node[key] = shared + len(ids)
-                    depth.append(j)
-                    ids.append(row[j])
-                path.append(node[key])
-            if groups[-1] and len({*sum(groups[-1], path)}) > GROUP:
-                groups.append([])
-            groups[-1].append(path)
-        members = [[*range(shared), *sorted({*sum(group, [])})] for group in groups]
-        size = max(map(len, members))
-        sees = torch.zeros(len(groups), 1, size, size, dtype=torch.bool)
-        sees[..., 0] = True  # SOS by all
-        for seen, group, nodes in zip(sees, groups, members, strict=True):
-            for path in group:
-                line = torch.tensor([*range(shared), *map(nodes.index, path)])
-                seen[0, line.unsqueeze(1), line] = torch.ones(len(line), len(line)).tril().bool()
-        members = [nodes + [0] * (size - len(nodes)) for nodes in members]
+        paths, ids, depth = grow(rows, shared)
+        groups = deal(paths)
+        members, sees = ancestors(groups, shared)
         place = {node: at for at, node in enumerate(sum(members, []))}
-        embedding, position = tower.token_embedding.weight.detach(), tower.positional_embedding.detach()
+        leaf = [path[-1] for group in groups for path in group]
+        embedding = tower.token_embedding.weight.detach()
+        position = tower.positional_embedding.detach()
         on = {"device": embedding.device}
+        mask = torch.zeros(sees.shape).masked_fill(~sees, -torch.inf)
         self.register_buffer("sos", embedding[rows[0][:1]])
         self.register_buffer("suffix", embedding[ids])
         self.register_buffer("pos", position[[*range(shared), *depth]])
         self.register_buffer("groups", torch.tensor(members, **on))
-        self.register_buffer("mask", torch.zeros(sees.shape).masked_fill(~sees, -torch.inf).to(embedding))
-        self.register_buffer("place", torch.tensor([place[i] for i in range(shared + len(ids))], **on))
-        self.register_buffer("leaf", torch.tensor([path[-1] for group in groups for path in group], **on))
+        self.register_buffer("mask", mask.to(embedding))
+        self.register_buffer("place", torch.tensor([place[i] for i in range(len(self.pos))], **on))
+        self.register_buffer("leaf", torch.tensor(leaf, **on))
 
 
+def grow(rows: list[list[int]], shared: int) -> tuple[list[list[int]], list[int], list[int]]:
+    """Return each class's path of nodes behind the shared ones; every node's token and depth."""
+    node: dict[tuple[int, ...], int] = {}  # the tokens behind the shared part -> the node
+    paths: list[list[int]] = []
+    ids: list[int] = []
+    depth: list[int] = []
+    for row in rows:
+        path = []
+        for j in range(shared, len(row)):
+            key = tuple(row[shared : j + 1])
+            if key not in node:
+                node[key] = shared + len(ids)
+                ids.append(row[j])
+                depth.append(j)
+            path.append(node[key])
+        paths.append(path)
+    return paths, ids, depth
+
+
+def deal(paths: list[list[int]]) -> list[list[list[int]]]:
+    """Return the paths in groups of at most GROUP nodes, or of one path; their order stays."""
+    groups: list[list[list[int]]] = [[]]
+    for path in paths:
+        together = {*sum(groups[-1], path)}
+        if groups[-1] and len(together) > GROUP:
+            groups.append([])
+        groups[-1].append(path)
+    return groups
+
+
+def ancestors(groups: list[list[list[int]]], shared: int) -> tuple[list[list[int]], Tensor]:
+    """Return the nodes of each group, filled up to equal length, and who sees whom (g, 1, r, r)."""
+    members = [[*range(shared), *sorted({*sum(group, [])})] for group in groups]
+    size = max(map(len, members))
+    sees = torch.zeros(len(groups), 1, size, size, dtype=torch.bool)
+    sees[..., 0] = True  # SOS by all
+    for seen, group, nodes in zip(sees, groups, members, strict=True):
+        for path in group:
+            line = torch.tensor([*range(shared), *map(nodes.index, path)])
+            upto = torch.ones(len(line), len(line)).tril().bool()
+            seen[0, line.unsqueeze(1), line] = upto
+    return [nodes + [0] * (size - len(nodes)) for nodes in members], sees
 
 
 def layer(
-    block: ResidualAttentionBlock, x: Float[Tensor, "n t w"], tree: Tree, mask: Float[Tensor, "ng 1 r r"], nodes: slice | Tensor
+    block: ResidualAttentionBlock,
+    x: Float[Tensor, "n t w"],
+    tree: Tree,
+    mask: Float[Tensor, "ng 1 r r"],
+    nodes: slice | Tensor,
 ) -> Float[Tensor, "n read w"]:
-    """A block of the transformer, with attention within the groups of a tree; its output at `nodes`."""
+    """Run one block of the transformer with attention within groups; return it at `nodes`."""
     attn = block.attn
     qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)[:, tree.groups]
-    q, k, v = qkv.flatten(0, 1).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    heads = qkv.flatten(0, 1).unflatten(-1, (3, attn.num_heads, -1))
+    q, k, v = heads.permute(2, 0, 3, 1, 4)
     z = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
     z = z.unflatten(0, (len(x), -1)).flatten(1, 2)[:, tree.place[nodes]]
     x = x[:, nodes] + block.ls_1(attn.out_proj(z))
     return x + block.ls_2(mlp(block.mlp, block.ln_2(x)))
 
 
-
-
 def mlp(parts: nn.Sequential, x: Float[Tensor, "n t w"]) -> Float[Tensor, "n t w"]:
-    """QuickGELU, x sigmoid(1.702 x), is silu(1.702 x) / 1.702, which keeps one tensor for the backward pass instead of two."""
+    """Run a block's perceptron; QuickGELU as silu(1.702 x) / 1.702 keeps one tensor, not two."""
     up, activation, down = parts
     if isinstance(activation, QuickGELU):
         return down(F.silu(1.702 * up(x)) / 1.702)
     return down(activation(up(x)))
 
 
+class PaddedPrompts:
+    """The usual text path: a sequence per class, of 77 tokens or, with `cut`, of the longest's.
+
+    A call takes ctx (n, m, w) to unit text features (n, c, d).
+    """
+
+    at_once = 1
+
+    def __init__(self, clip: Clip, names: Sequence[str], n_ctx: int = 16, cut: bool = False):
+        self.tower = text_tower(clip)
+        self.scale = float(clip.model.logit_scale.exp())
+        self.n_cls = len(names)
+        self.width = int(self.tower.token_embedding.weight.shape[1])
+        self.dim = width_of(self.tower.text_projection)
+        rows = tokens_of(clip, names, n_ctx, ".")
+        self.end = torch.tensor([len(row) - 1 for row in rows])
+        self.length = max(map(len, rows)) if cut else len(self.tower.positional_embedding)
+        self.n_nodes = len(rows) * self.length
+        padded = [row + [0] * (self.length - len(row)) for row in rows]
+        embedding = self.tower.token_embedding
+        self.fixed = embedding(torch.tensor(padded).to(embedding.weight.device))
+
+    def __call__(self, ctx: Float[Tensor, "n m w"]) -> Float[Tensor, "n c d"]:
+        n, m = ctx.shape[:2]
+        fixed = self.fixed.expand(n, -1, -1, -1)
+        prompts = ctx.unsqueeze(1).expand(-1, self.n_cls, -1, -1)
+        x = torch.cat([fixed[:, :, :1], prompts, fixed[:, :, 1 + m :]], dim=2)
+        x = (x + self.tower.positional_embedding[: self.length]).flatten(0, 1)
+        mask = self.tower.attn_mask[: self.length, : self.length]
+        x = self.tower.transformer(x, attn_mask=mask).unflatten(0, (n, self.n_cls))
+        return project(self.tower, x[:, torch.arange(self.n_cls), self.end])
 
 
-def width_of(projection: Tensor | nn.Linear) -> int:
-    return projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
+def text_tower(clip: Clip) -> nn.Module:
+    """Return the text tower, which open_clip's CustomTextCLIP keeps in a module of its own."""
+    return getattr(clip.model, "text", clip.model)
 
 
+def check_tower(tower: nn.Module) -> None:
+    """Raise ValueError for a text tower that is not of CLIP's kind."""
+    read_at = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
+    causal = getattr(tower, "attn_mask", None) is not None
+    usual = all(type(block) is ResidualAttentionBlock for block in tower.transformer.resblocks)
+    if not (causal and read_at == "argmax" and usual):
+        what = "is not causal, not read at EOS, or has blocks of another kind than CLIP's"
+        raise ValueError(f"this text tower {what}: the prompt tree needs one of CLIP's kind")
+
+
+def tokens_of(clip: Clip, names: Sequence[str], n_ctx: int, tail: str) -> list[list[int]]:
+    """Return each prompt's tokens. Raises ValueError for a name that leaves no room for them."""
+    room = len(text_tower(clip).positional_embedding)
+    rows = []
+    for name in names:
+        prompt = f"{'X ' * n_ctx}{name.replace('_', ' ')}{tail}"
+        inner = clip.tokenizer.encode(prompt)
+        rows.append([clip.tokenizer.sot_token_id, *inner, clip.tokenizer.eot_token_id])
+        if len(rows[-1]) > room:
+            prompt = (
+                f"class name {name!r} with {n_ctx} context vectors takes {len(rows[-1])} tokens"
+            )
+            raise ValueError(f"{prompt}, the text tower has {room}: shorten the name or n_ctx")
+    return rows
 
 
 def words(clip: Clip, text: str) -> Float[Tensor, "m w"]:
-    """The context that stands for ordinary words, such as "a photo of a"."""
-    tower = getattr(clip.model, "text", clip.model)
-    return tower.token_embedding.weight[clip.tokenizer.encode(text)].detach().clone()
+    """Return the context that stands for ordinary words, such as "a photo of a"."""
+    return text_tower(clip).token_embedding.weight[clip.tokenizer.encode(text)].detach().clone()
 
 
+def project(tower: nn.Module, x: Float[Tensor, "n c w"]) -> Float[Tensor, "n c d"]:
+    """Return unit features in the joint space of what the transformer gives at EOS."""
+    x = tower.ln_final(x)
+    projection = tower.text_projection
+    x = projection(x) if isinstance(projection, nn.Module) else x @ projection
+    return F.normalize(x, dim=-1)
+
+
+def width_of(projection: Tensor | nn.Linear) -> int:
+    """Return the joint width d, which open_clip's two kinds of projection say differently."""
+    return projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]

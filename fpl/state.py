@@ -1,4 +1,8 @@
-"""What methods and rounds share: clients, the server, tensors by name."""
+"""The nouns that methods and rounds share: tensors by name, clients, the server, and named draws.
+
+Shapes, here and everywhere: n clients, b batch, c classes, m context length, w text width, d joint
+width, k experts, g gate width, h heads, M patches of an image, V random crops of an image.
+"""
 
 from __future__ import annotations
 
@@ -6,60 +10,83 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-
-Tensors = dict[str, Tensor]  # what clients learn, or may read, by name; every tensor has the client axis in front
-Tune = Callable[[Tensors, int], Tensors]  # everybody's tensors, epochs -> the same, trained on each one's own images
-Encoder = Callable[[Tensor], Tensor]  # fpl.clip.Text, seen as a function: ctx (n, m, w) -> unit features (n, c, d)
-
-
-@dataclass(frozen=True)
-class Server:
-    """What the server holds: `params` the aggregate (no client axis), `pool` every client's last upload, `seen` who has one.
-
-    `round` is the number of the round; `draw("experts", 3)` is a generator of the run, named by a stream and numbers.
-    """
-
-    params: Tensors
-    pool: Tensors
-    seen: Bool[Tensor, " n"]
-    round: int = 0
-    draw: Any = None
-
-    def store(self, who: Int[Tensor, " n"], uploads: Tensors) -> Server:
-        """The server with the uploads of the clients `who` in its pool."""
-        pool = self.pool | {k: self.pool[k].index_copy(0, who, v) for k, v in uploads.items()}
-        return replace(self, pool=pool, seen=self.seen.index_fill(0, who, True))
-
-
+# What clients learn, by name. Every tensor has the client axis in front.
+Tensors = dict[str, Tensor]
+# Everybody's tensors and a number of epochs -> the same, trained on each client's own images.
+Tune = Callable[[Tensors, int], Tensors]
+# Numbers of clients, and one number for each.
+Ids = Int[Tensor, " n"]
+PerClient = Float[Tensor, " n"]
 
 
 @dataclass(frozen=True)
 class Lookup:
-    """Experts' text features, held once however many clients read them: client n's are `rows[place[n]]`.
+    """Experts' text features, held once however many clients read them.
 
-    Indexing by clients makes copies for those alone. Copies for all N would be N K C g numbers; `rows` has at most N C g.
+    Client n's are `rows[place[n]]`. Indexing copies for the clients that are asked for only: copies
+    for all would hold n k c g numbers, `rows` has at most n c g.
     """
 
     rows: Float[Tensor, "u c g"]  # of u different prompts
     place: Int[Tensor, "n k"]
 
-    def __getitem__(self, at: Any) -> Float[Tensor, "*at k c g"]:
-        return self.rows[self.place[at]]
+    def __getitem__(self, positions: Any) -> Float[Tensor, "*n k c g"]:
+        return self.rows[self.place[positions]]
 
 
-Context = Mapping[str, Tensor | Lookup]  # what clients may read and not change; `rounds.rows_of` makes Params of it
+# What clients may read in a round and not change, by name; `take` makes Tensors of it.
+Context = Mapping[str, Tensor | Lookup]
+
+
+def take(tensors: Context, positions: Ids | slice) -> Tensors:
+    """Return what the clients at these positions have, copied out of a `Lookup`."""
+    return {name: value[positions] for name, value in tensors.items()}
+
+
+def count_numbers(tensors: Tensors) -> int:
+    """Return how many numbers one client's part of the tensors has."""
+    return sum(value[0].numel() for value in tensors.values())
+
+
+def generator(seed: int, stream: str, *numbers: int) -> torch.Generator:
+    """Return a generator named by (seed, stream, numbers): draws do not depend on others'."""
+    words = np.random.SeedSequence([seed, *stream.encode(), *numbers]).generate_state(2, np.uint64)
+    return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
+
+
+@dataclass(frozen=True)
+class Server:
+    """What the server holds."""
+
+    params: Tensors  # the aggregate of what is shared, without a client axis
+    uploads: Tensors  # the last upload of every client
+    has_upload: Bool[Tensor, " n"]  # who has sent one
+    round: int = 0
+    draw: Any = None  # draw("experts", 3): the run's generator of that stream and those numbers
+
+    def store(self, client_ids: Ids, uploads: Tensors) -> Server:
+        """Return the server after the clients `client_ids` have sent these uploads."""
+        last = dict(self.uploads)
+        for name, value in uploads.items():
+            last[name] = last[name].index_copy(0, client_ids, value)
+        has_upload = self.has_upload.index_fill(0, client_ids, True)
+        return replace(self, uploads=last, has_upload=has_upload)
 
 
 @dataclass(frozen=True)
 class Clients:
-    """Cached image features (all images, d), labels, and which images each client trains on and is tested on.
+    """Cached image features and labels, and which images each client trains on and is tested on.
 
-    `patches`, the features of the M patches of each image, not normalised, is for methods that ask for them. `views` are features
-    of V random crops of each training image, of which an epoch sees one after the other; `place` is where an image has them.
+    feats: unit features of all images; patches: those of their patches, not normalised, for methods
+    that ask for them. views: features of V random crops of each training image, of which a local
+    epoch sees one after the other; place: the row of `views` that an image has.
+
+    Raises ValueError for a client without images and for features that are not finite.
     """
 
     feats: Float[Tensor, "images d"]
@@ -71,45 +98,35 @@ class Clients:
     views: Float[Tensor, "rows V d"] | None = None
     place: Int[Tensor, " images"] | None = None
 
-    def __post_init__(self):
-        for i, (train, test) in enumerate(zip(self.train, self.test, strict=True)):
-            for kind, index in (("training", train), ("test", test)):
-                if not len(index):
-                    who = f"client {i} of {len(self.train)}"
-                    raise ValueError(f"{who} has no {kind} images: use fewer clients, more shots or another partition")
-        if not torch.isfinite(self.feats).all():
-            bad = (~torch.isfinite(self.feats)).any(1).nonzero()[:, 0]
+    def __post_init__(self) -> None:
+        for kind, parts in (("training", self.train), ("test", self.test)):
+            for i, index in enumerate(parts):
+                if len(index) == 0:
+                    advice = "use fewer clients, more shots or another partition"
+                    raise ValueError(f"client {i} of {len(parts)} has no {kind} images: {advice}")
+        bad = (~torch.isfinite(self.feats)).any(1).nonzero()[:, 0]
+        if len(bad):
             found = f"features of {len(bad)} images are not finite, the first is image {bad[0]}"
             raise ValueError(f"{found}: extract them again with `fpl features`")
 
     def __len__(self) -> int:
         return len(self.train)
 
-    def shown(self, inputs: str, index: Int[Tensor, "n b"], epoch: int) -> Float[Tensor, "n b *M d"]:
-        """What training sees of some images in local epoch `epoch`, counted from the beginning of the run."""
+    def training_inputs(
+        self, inputs: str, index: Int[Tensor, "n b"], epoch: int
+    ) -> Float[Tensor, "n b *M d"]:
+        """Return what training sees of some images in a local epoch, counted from round 0.
+
+        inputs: "feats" or "patches"; random crops stand for feats where there are any.
+        """
         if self.views is None or self.place is None or inputs != "feats":
             return getattr(self, inputs)[index]
         return self.views[self.place[index], epoch % self.views.shape[1]]
 
     def training(self, i: int) -> tuple[Float[Tensor, "own d"], Int[Tensor, " own"]]:
+        """Return features and labels of the training images of client i."""
         return self.feats[self.train[i]], self.labels[self.train[i]]
 
     def counts(self, i: int) -> Int[Tensor, " c"]:
-        """Training images of client i by class."""
+        """Return how many training images of each class client i has."""
         return torch.bincount(self.labels[self.train[i]], minlength=self.n_cls)
-
-
-
-
-def take(tensors: Context, at: Int[Tensor, " n"] | slice) -> Tensors:
-    """What some clients have; copied out of a `Lookup`."""
-    return {k: v[at] for k, v in tensors.items()}
-
-
-
-
-def count_numbers(tensors: Tensors) -> int:
-    """How many numbers one client's part of the tensors has."""
-    return sum(v[0].numel() for v in tensors.values())
-
-

@@ -55,12 +55,20 @@ def few_shot(root, name, classes=6, train=3, test=2):
 
 def cifar(root, name, classes, train=60, test=40):
     """Batches as torchvision reads them."""
-    folder, gen = root / name / {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name], np.random.default_rng(0)
+    folder, gen = (
+        root / name / {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name],
+        np.random.default_rng(0),
+    )
     folder.mkdir(parents=True)
-    key, names = ("labels", "label_names") if name == "cifar10" else ("fine_labels", "fine_label_names")
+    key, names = (
+        ("labels", "label_names") if name == "cifar10" else ("fine_labels", "fine_label_names")
+    )
     files = {f"data_batch_{i}": train // 5 for i in range(1, 6)} | {"test_batch": test}
     for file, number in (files if name == "cifar10" else {"train": train, "test": test}).items():
-        batch = {"data": gen.integers(0, 256, (number, 3072), dtype=np.uint8), key: [i % classes for i in range(number)]}
+        batch = {
+            "data": gen.integers(0, 256, (number, 3072), dtype=np.uint8),
+            key: [i % classes for i in range(number)],
+        }
         (folder / file).write_bytes(pickle.dumps(batch))
     meta = {names: [f"kind_{i}" for i in range(classes)]}
     (folder / ("batches.meta" if name == "cifar10" else "meta")).write_bytes(pickle.dumps(meta))
@@ -68,23 +76,23 @@ def cifar(root, name, classes, train=60, test=40):
 
 def domainnet(root):
     """FedBN's lists, one training and one test image of each class and domain."""
-    from fpl.data import datasets
+    from fpl.data.datasets.domainnet10 import CLASSES, DOMAINS
 
-    for domain in datasets.SIX:
+    for domain in DOMAINS:
         for split in ("train", "test"):
-            paths = [f"{domain}/{name}/{split}.png" for name in datasets.DOMAINNET]
+            paths = [f"{domain}/{name}/{split}.png" for name in CLASSES]
             for i, path in enumerate(paths):
                 photo(root / "DomainNet" / path, [i, len(split), len(domain)])
-            lists = (np.array(paths, object), np.array(datasets.DOMAINNET, object))
+            lists = (np.array(paths, object), np.array(CLASSES, object))
             (root / "DomainNet" / f"{domain}_{split}.pkl").write_bytes(pickle.dumps(lists))
 
 
 def office(root, photos=None, number=4):
     """Some images of each class and domain, real ones if there are any."""
-    from fpl.data import datasets
+    from fpl.data.datasets.office_caltech10 import CLASSES, DATASET
 
-    for domain in datasets.DATASETS["office_caltech10"].domains:
-        for k, name in enumerate(datasets.OFFICE):
+    for domain in DATASET.domains:
+        for k, name in enumerate(CLASSES):
             target = root / "office_caltech_10" / domain / name
             target.mkdir(parents=True)
             if photos:
@@ -95,50 +103,83 @@ def office(root, photos=None, number=4):
                     photo(target / f"{i}.png", [k, i, len(domain)])
 
 
-def smaller(settings):
-    """The settings of the paper profile with two rounds of one epoch, one seed, few clients and experts, short lists.
+SIZES = {"rounds": 2, "local_epochs": 1, "n_experts": 2, "shots": 2}
+SHORTENED = ("n_experts", "shots", "d_gate", "lam", "rank", "mu", "concentration", "data")
+FEW_CLIENTS = {"cifar10": 4, "cifar100": 4, "domainnet10": 6, "office_caltech10": 4}
+
+
+def shrink(key, value):
+    """What stands at a key, with two rounds of one epoch, few experts and shots, short lists."""
+    if isinstance(value, dict):
+        return {k: shrink(k, v) for k, v in value.items()}
+    if isinstance(value, list) and key in SHORTENED:
+        return [min(v, 2) if key == "n_experts" else v for v in value[:2]]
+    if (
+        key == "participation"
+    ):  # two clients at least, so that there are experts in the second round
+        return max(value, 0.5)
+    if key in SIZES and not isinstance(value, list):
+        return min(value, SIZES[key])
+    return value
+
+
+def smaller(content):
+    """The content of the paper profile, over the demo's, with one seed and few clients.
 
     Tables other than the first have two data sets.
     """
-    from fpl.experiments import settings
+    from fpl.experiments.settings import row_class
 
-    def shrink(key, value):
-        if isinstance(value, dict):
-            return {k: shrink(k, v) for k, v in value.items()}
-        if isinstance(value, list) and key in ("n_experts", "shots", "d_gate", "lam", "rank", "mu", "concentration"):
-            return [min(v, 2) if key == "n_experts" else v for v in value[:2]]
-        if key == "participation":  # two clients at least, so that there are experts in the second round
-            return max(value, 0.5)
-        sizes = {"rounds": 2, "local_epochs": 1, "n_experts": 2, "shots": 2}
-        return min(value, sizes[key]) if key in sizes and not isinstance(value, list) else value
-
-    small = {key: shrink(key, value) for key, value in settings.items()} | {"seeds": [1]}
+    first = content["tables"]["10_table1"]["table1"]["data"]
+    small = {key: shrink(key, value) for key, value in content.items()} | {"seeds": [1]}
+    small["tables"]["10_table1"]["table1"]["data"] = first
     small["partition"]["clients"] = 3
-    clients = {"cifar10": 4, "cifar100": 4, "domainnet10": 6, "office_caltech10": 4}  # one a domain: these have few images
     for name, own in small["datasets"].items():
         own.setdefault("partition", {})
-        if name in clients:
-            own["partition"] = own["partition"] | {"clients": clients[name], "min_size": 1}
-    for row, own in [*small["methods"].items(), *small["tables"]["ledger"]["rows"].items()]:
-        if "n_experts" in {field.name for field in dataclasses.fields(settings.ROWS[own.get("method", row)])}:
+        if name in FEW_CLIENTS:  # one a domain: these have few images
+            own["partition"] = own["partition"] | {"clients": FEW_CLIENTS[name], "min_size": 1}
+    rows = [*small["methods"].items()]
+    for table in small["tables"]["21_ledger"].values():
+        rows += table["rows"].items()
+    for row, own in rows:
+        fields = dataclasses.fields(row_class(own.get("method", row)))
+        if "n_experts" in {field.name for field in fields}:
             own["n_experts"] = 2
-    for name, table in small["tables"].items():
-        if "data" in table and name != "table1":
-            table["data"] = table["data"][:2]
-    small["tables"]["heterogeneity"]["set"]["clients"] = 3
-    small["tables"]["table7"]["rows"]["linear, 3 experts"]["n_experts"] = 1
+    small["tables"]["16_experts"]["heterogeneity"]["set"]["clients"] = 3
+    small["tables"]["14_gate"]["table7"]["rows"]["linear, 3 experts"]["n_experts"] = 1
     return small
 
 
-def project(folder, settings):
-    """A copy of what `paper/` needs, with these settings in it."""
-    for name in ("fpl", "notebooks", "data/class_names"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("data/published.csv", "data/ledger.yaml", "CITATION.cff", "paper/dvc.yaml", ".dvcignore"):
+def paper_profile():
+    """The whole content of the paper profile."""
+    from fpl.experiments import values
+
+    return values.load(ROOT / "paper" / "profile.yaml")
+
+
+def project(folder, content):
+    """A copy of what `paper/` needs, with this content in the place of the settings it lies over."""
+    for name in ("fpl", "notebooks", "docs", "data/class_names"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    copied = (
+        "data/published.csv",
+        "data/ledger.yaml",
+        "CITATION.cff",
+        "paper/dvc.yaml",
+        ".dvcignore",
+    )
+    for name in copied:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
-    (folder / "paper" / "params.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=folder, env=environment(folder), check=True)
+    (folder / "params.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    differs = {
+        key: content[key] for key in ("data", "backbone", "datasets", "tables") if key in content
+    }
+    profile = {"over": "../params.yaml"} | differs
+    (folder / "paper" / "profile.yaml").write_text(yaml.safe_dump(profile, sort_keys=False))
+    command = [sys.executable, "-m", "dvc", "init", "--no-scm", "-q"]
+    subprocess.run(command, cwd=folder, env=environment(folder), check=True)
     return folder / "paper"
 
 
@@ -148,17 +189,24 @@ def environment(folder):
 
 def fpl(paper, *command, **options):
     """The command line, standing in the profile."""
-    return subprocess.run([sys.executable, "-m", "fpl.cli", *command], cwd=paper, env=environment(paper.parent), **options)
+    return subprocess.run(
+        [sys.executable, "-m", "fpl.cli", *command],
+        cwd=paper,
+        env=environment(paper.parent),
+        **options,
+    )
 
 
 def main():
     import open_clip
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--office", type=Path)
     given = parser.parse_args()
-    settings = smaller(yaml.safe_load((ROOT / "paper" / "params.yaml").read_text()))
+    settings = smaller(paper_profile())
     images, weights = given.folder.resolve() / "data" / "images", given.folder.resolve() / "weights"
     weights.mkdir(parents=True)
     for name in ("RN50-quickgelu", "ViT-B-16-quickgelu"):

@@ -2,24 +2,38 @@
 
 import pytest
 import torch
-from conftest import error, golden
+from helpers.tiny import error, golden
 
 from fpl.methods import PromptFL
 from fpl.state import Server
 
-LIMITS = {"fedavg_all": 5e-7, "fedavg_subset_order": 5e-7, "fedavg_half": 2e-3}  # theirs in half precision, ours always in single
+LIMITS = {
+    "fedavg_all": 5e-7,
+    "fedavg_subset_order": 5e-7,
+    "fedavg_half": 2e-3,
+}  # theirs in half precision, ours always in single
 
 
 def aggregate(z, who, sizes):
     """Stored tensors of all clients -> the server after the clients `who` have uploaded theirs."""
-    stacks = {"prompt": z["prompts"], **{k.removeprefix("w."): v for k, v in z.items() if k.startswith("w.")}}
+    stacks = {
+        "prompt": z["prompts"],
+        **{k.removeprefix("w."): v for k, v in z.items() if k.startswith("w.")},
+    }
     pool = {k: torch.zeros_like(v) for k, v in stacks.items()}
-    server = Server({k: v[0] for k, v in pool.items()}, pool, torch.zeros(len(sizes), dtype=torch.bool))
-    return stacks, PromptFL().aggregate(server, who, {k: v[who] for k, v in stacks.items()}, sizes[who])
+    server = Server(
+        {k: v[0] for k, v in pool.items()}, pool, torch.zeros(len(sizes), dtype=torch.bool)
+    )
+    return stacks, PromptFL().aggregate(
+        server, who, {k: v[who] for k, v in stacks.items()}, sizes[who]
+    )
 
 
 def errors(z, server):
-    want = {"prompt": z["avg_prompt"], **{k.removeprefix("avg."): v for k, v in z.items() if k.startswith("avg.")}}
+    want = {
+        "prompt": z["avg_prompt"],
+        **{k.removeprefix("avg."): v for k, v in z.items() if k.startswith("avg.")},
+    }
     assert want.keys() == server.params.keys() and len(want) == 4
     return [error(server.params[k], v) for k, v in want.items()]
 
@@ -41,12 +55,20 @@ def test_sizes_matter_and_order_does_not(name, limit):
 def test_the_pool_keeps_the_last_upload_of_every_client_and_who_has_one():
     z = golden("fedavg_subset_order")
     stacks, server = aggregate(z, z["users"], z["n"])
-    assert server.seen.nonzero()[:, 0].tolist() == sorted(z["users"].tolist())
+    assert server.has_upload.nonzero()[:, 0].tolist() == sorted(z["users"].tolist())
     for k, v in stacks.items():
-        assert torch.equal(server.pool[k][server.seen], v[server.seen])
-        assert not server.pool[k][~server.seen].any()
-    newer = PromptFL().aggregate(server, torch.tensor([1, 5]), {k: v[[0, 1]] for k, v in stacks.items()}, torch.tensor([3, 1]))
-    assert newer.seen.nonzero()[:, 0].tolist() == [0, 1, 5, 6]
-    assert torch.equal(newer.pool["prompt"][[0, 1, 5, 6]], stacks["prompt"][[0, 0, 1, 6]])
-    assert error(newer.params["prompt"], 0.75 * stacks["prompt"][0] + 0.25 * stacks["prompt"][1]) < 1e-6
-    assert server.seen.sum() == 3  # the older server is not changed
+        assert torch.equal(server.uploads[k][server.has_upload], v[server.has_upload])
+        assert not server.uploads[k][~server.has_upload].any()
+    newer = PromptFL().aggregate(
+        server,
+        torch.tensor([1, 5]),
+        {k: v[[0, 1]] for k, v in stacks.items()},
+        torch.tensor([3, 1]),
+    )
+    assert newer.has_upload.nonzero()[:, 0].tolist() == [0, 1, 5, 6]
+    assert torch.equal(newer.uploads["prompt"][[0, 1, 5, 6]], stacks["prompt"][[0, 0, 1, 6]])
+    assert (
+        error(newer.params["prompt"], 0.75 * stacks["prompt"][0] + 0.25 * stacks["prompt"][1])
+        < 1e-6
+    )
+    assert server.has_upload.sum() == 3  # the older server is not changed

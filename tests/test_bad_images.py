@@ -1,4 +1,5 @@
-"""Promise: images that cannot be read are listed together at the end; what was encoded is kept, and they can be left out."""
+"""Promise: images that cannot be read are listed together at the end; what was encoded is kept, and
+they can be left out."""
 
 import dataclasses
 
@@ -8,11 +9,12 @@ import pytest
 import torch
 import yaml
 from helpers import DATA, build, standing_in, store_clip
-from test_features import PER_IMAGE, Counting, extract, stepping
+from helpers.extracting import PER_IMAGE, Counting, extract, stepping
 
 from fpl import cli
 from fpl.data import encoders as clips
-from fpl.data import features
+from fpl.data import extraction, features
+from fpl.data.manifest import read_manifest
 
 N, BAD = 22, [1, 2, 9, 17, 21]  # in batches of 4, or of 2 images with two views
 
@@ -32,16 +34,21 @@ def tower(tmp_path_factory):
 @pytest.fixture
 def manifest(tmp_path, monkeypatch):
     """Noise in PNG files; every third image is for testing."""
-    monkeypatch.setitem(features.BATCH, "cpu", 4)
-    monkeypatch.setattr(features, "CHUNK", 4)
-    monkeypatch.setattr(features, "PIECE", 3)
+    monkeypatch.setitem(extraction.BATCH, "cpu", 4)
+    monkeypatch.setattr(extraction, "CHUNK", 4)
+    monkeypatch.setattr(extraction, "PIECE", 3)
     lines, rng = ["path,label,class,split,domain,client"], np.random.default_rng(0)
     (tmp_path / "images").mkdir()
     for i in range(N):
-        PIL.Image.fromarray(rng.integers(0, 256, (40, 32, 3), dtype="uint8")).save(tmp_path / f"images/{i}.png")
-        lines.append(f"images/{i}.png,{i % 2},{'ab'[i % 2]},{'test' if i % 3 == 0 else 'train'},photo,{i // 8}")
+        PIL.Image.fromarray(rng.integers(0, 256, (40, 32, 3), dtype="uint8")).save(
+            tmp_path / f"images/{i}.png"
+        )
+        lines.append(
+            f"images/{i}.png,{i % 2},{'ab'[i % 2]},"
+            f"{'test' if i % 3 == 0 else 'train'},photo,{i // 8}"
+        )
     (tmp_path / "manifest.csv").write_text("\n".join(lines) + "\n")
-    return features.read_manifest(tmp_path / "manifest.csv")
+    return read_manifest(tmp_path / "manifest.csv")
 
 
 DAMAGE = {
@@ -72,7 +79,9 @@ def listed(manifest, tower, path, content="feats", **settings):
     """The sentence in which an extraction ends."""
     with pytest.raises(OSError) as error:
         extract(manifest, tower, path, content, **settings)
-    assert not path.exists() and "\n" not in str(error.value) and "Traceback" not in str(error.value)
+    assert (
+        not path.exists() and "\n" not in str(error.value) and "Traceback" not in str(error.value)
+    )
     return str(error.value)
 
 
@@ -81,7 +90,11 @@ def test_an_unreadable_image_is_named_with_the_cause(kind, manifest, tower, tmp_
     path = tmp_path / "images/1.png"
     DAMAGE[kind](path, path.read_bytes())
     said = listed(manifest, tower, tmp_path / "f.h5")
-    assert said.startswith(f"1 of {N} images cannot be read: {path} (") and "()" not in said and "--skip-bad" in said
+    assert (
+        said.startswith(f"1 of {N} images cannot be read: {path} (")
+        and "()" not in said
+        and "--skip-bad" in said
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -89,13 +102,22 @@ def test_all_are_listed_together(workers, manifest, tower, tmp_path):
     damage(manifest, BAD)
     said = listed(manifest, tower, tmp_path / "f.h5", workers=workers)
     assert said.startswith(f"5 of {N} images cannot be read: ")
-    assert [str(tmp_path / name) in said for name in names(manifest, BAD)] == [True, True, True, False, False]
+    assert [str(tmp_path / name) in said for name in names(manifest, BAD)] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_the_next_call_encodes_only_those_that_were_repaired(content, manifest, tower, tmp_path):
     """And ends with the bytes of a file whose images were never damaged."""
-    path, whole = tmp_path / "f.h5", extract(manifest, tower, tmp_path / "whole.h5", content).read_bytes()
-    bad = [i for i in BAD if i in features.images_of(manifest, content)]
+    path, whole = (
+        tmp_path / "f.h5",
+        extract(manifest, tower, tmp_path / "whole.h5", content).read_bytes(),
+    )
+    bad = [i for i in BAD if i in extraction.images_of(manifest, content)]
     assert len(bad) >= 3
     repair_first, repair_rest = damage(manifest, bad[:1]), damage(manifest, bad[1:])
     assert f"{len(bad)} of" in listed(manifest, tower, path, content)
@@ -110,7 +132,10 @@ def test_the_next_call_encodes_only_those_that_were_repaired(content, manifest, 
 
 @pytest.mark.parametrize("image", [0, 3, 9, 14, 21])
 def test_an_interruption_forgets_none(image, manifest, tower, tmp_path):
-    path, whole = tmp_path / "f.h5", extract(manifest, tower, tmp_path / "whole.h5", "feats").read_bytes()
+    path, whole = (
+        tmp_path / "f.h5",
+        extract(manifest, tower, tmp_path / "whole.h5", "feats").read_bytes(),
+    )
     repair = damage(manifest, BAD)
 
     class Stop(Exception):
@@ -133,28 +158,75 @@ def test_an_interruption_forgets_none(image, manifest, tower, tmp_path):
 
 
 @pytest.mark.parametrize("listed_before", [False, True])
-def test_they_can_be_left_out_and_the_file_says_so(listed_before, content, manifest, tower, tmp_path):
+def test_they_can_be_left_out_and_the_file_says_so(
+    listed_before, content, manifest, tower, tmp_path
+):
     path, again = tmp_path / "f.h5", tmp_path / "again.h5"
     whole = features.load(extract(manifest, tower, tmp_path / "whole.h5", content), content=content)
-    numbers = features.images_of(manifest, content)
+    numbers = extraction.images_of(manifest, content)
     repair = damage(manifest, BAD)
     if listed_before:
         listed(manifest, tower, path, content)
     extract(manifest, tower, path, content, skip_bad=True)
     assert extract(manifest, tower, again, content, skip_bad=True).read_bytes() == path.read_bytes()
-    found, kept = features.load(path, content=content), [i for i, number in enumerate(numbers) if number not in BAD]
+    found, kept = (
+        features.load(path, content=content),
+        [i for i, number in enumerate(numbers) if number not in BAD],
+    )
     gone = [i for i in BAD if i in numbers]
-    assert found.skipped == sorted(names(manifest, gone)) and found.provenance["skipped"].startswith(f"{len(gone)} images, ")
-    assert torch.equal(found.feats, whole.feats[kept]) and torch.equal(found.labels, whole.labels[kept])
+    assert found.skipped == sorted(names(manifest, gone)) and found.provenance[
+        "skipped"
+    ].startswith(f"{len(gone)} images, ")
+    assert torch.equal(found.feats, whole.feats[kept]) and torch.equal(
+        found.labels, whole.labels[kept]
+    )
     for column in ("split", "domain", "client"):
         assert getattr(found, column).tolist() == getattr(whole, column)[kept].tolist()
     assert found.classes == whole.classes and whole.skipped == []
     repair()
-    assert extract(manifest, tower, path, content).read_bytes() == (tmp_path / "whole.h5").read_bytes()
+    assert (
+        extract(manifest, tower, path, content).read_bytes() == (tmp_path / "whole.h5").read_bytes()
+    )
+
+
+@pytest.mark.parametrize("bad", [[1], BAD])
+def test_picture_i_is_the_picture_of_feature_i(bad, content, manifest, tower, tmp_path):
+    """Also behind images that were left out: each picture, encoded again, gives the features of its
+    row."""
+    whole = features.load(extract(manifest, tower, tmp_path / "whole.h5", content), content=content)
+    kept = [i for i in extraction.images_of(manifest, content) if i not in bad]
+    damage(manifest, bad)
+    found = features.load(
+        extract(manifest, tower, tmp_path / "f.h5", content, skip_bad=True), content=content
+    )
+    pictures = features.of_features(manifest, found)
+    assert found.image_id.tolist() == names(manifest, kept) and len(kept) < N
+    assert pictures.rows == [manifest.rows[i] for i in kept]
+    assert [int(row["label"]) for row in pictures.rows] == found.labels.tolist()
+    for i, row in enumerate(pictures.rows):
+        path = tmp_path / "one" / "manifest.csv"
+        alone = dataclasses.replace(manifest, rows=[row])
+        own = features.load(extract(alone, tower, path, content), content=content).feats[0]
+        own, feature = own.float(), found.feats[i].float()
+        others = [
+            whole.feats[j].float() for j, name in enumerate(whole.image_id) if name != row["path"]
+        ]
+        assert (own - feature).norm() < 0.1 * min((own - other).norm() for other in others)
+
+
+def test_the_pictures_of_other_features_are_refused(manifest, tower, tmp_path):
+    found = features.load(extract(manifest, tower, tmp_path / "f.h5", "feats"))
+    other = dataclasses.replace(manifest, rows=manifest.rows[::-1])
+    with pytest.raises(ValueError, match="lists other images than the features"):
+        features.of_features(other, found)
 
 
 def test_what_is_left_out_makes_no_other_request_of_the_pooled_features(manifest, tower, tmp_path):
-    asked = {k: v for k, v in features.provenance(manifest, tower).items() if k in ("model", "weights", "transform", "manifest")}
+    asked = {
+        k: v
+        for k, v in features.provenance(manifest, tower).items()
+        if k in ("model", "weights", "transform", "manifest")
+    }
     damage(manifest, BAD)
     path = extract(manifest, tower, tmp_path / "f.h5", "feats", skip_bad=True)
     assert len(features.load(path, asked).labels) == N - len(BAD)
@@ -168,36 +240,52 @@ def test_patches_and_views_must_be_of_the_same_images(content, manifest, tower, 
     path = extract(manifest.without(pooled.skipped), tower, tmp_path / "other.h5", content)
     other = features.load(path, pooled.provenance, content=content)
     rows = torch.arange(len(pooled.labels)) if other.rows is None else other.rows
-    assert torch.equal(pooled.labels[rows], other.labels) and pooled.client[rows.numpy()].tolist() == other.client.tolist()
+    assert (
+        torch.equal(pooled.labels[rows], other.labels)
+        and pooled.client[rows.numpy()].tolist() == other.client.tolist()
+    )
     assert (content == "views") == (set(pooled.split[rows.numpy()]) == {"train"})
-    with pytest.raises(ValueError, match="was made with skipped '5 images, .*asked for is 'none': run `fpl features --"):
+    with pytest.raises(
+        ValueError,
+        match="was made with skipped '5 images, .*asked for is 'none': run `fpl features --",
+    ):
         features.load(path, whole.provenance, content=content)
 
 
 def test_when_none_is_left_there_is_no_file(content, manifest, tower, tmp_path):
     few = dataclasses.replace(manifest, rows=manifest.rows[1:3])
     damage(few, [0, 1])
-    with pytest.raises(ValueError, match=r"^no (training )?images in .* but for 2 that cannot be read"):
+    with pytest.raises(
+        ValueError, match=r"^no (training )?images in .* but for 2 that cannot be read"
+    ):
         extract(few, tower, tmp_path / "f.h5", content, skip_bad=True)
     assert not (tmp_path / "f.h5").exists()
 
 
-def test_the_tower_is_not_run_over_batches_that_cannot_be_read(manifest, tower, tmp_path, monkeypatch):
-    encode, calls = features.encode, []
-    monkeypatch.setattr(features, "encode", lambda *arguments: (calls.append(1), encode(*arguments))[1])
+def test_the_tower_is_not_run_over_batches_that_cannot_be_read(
+    manifest, tower, tmp_path, monkeypatch
+):
+    encode, calls = extraction.encode, []
+    monkeypatch.setattr(
+        extraction, "encode", lambda *arguments: (calls.append(1), encode(*arguments))[1]
+    )
     damage(manifest, range(4, 8))
     listed(manifest, tower, tmp_path / "f.h5")
     assert len(calls) == 1 + 5  # the width, and all of the six batches but the second
 
 
 def test_the_commands(tmp_path, capsys):
-    """A bad image stops `fpl features`, --skip-bad leaves it out of all three files, and once it is repaired nothing is."""
+    """A bad image stops `fpl features`, --skip-bad leaves it out of all three files, and once it is
+    repaired nothing is."""
     build(tmp_path)
-    settings = {"data": {"train_per_class": 2, "test_per_class": 1}, "backbone": {"name": "local-dir:clip"}}
+    settings = {
+        "data": {"train_per_class": 2, "test_per_class": 1},
+        "backbone": {"name": "local-dir:clip"},
+    }
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(settings))
     with standing_in(tmp_path):
         files = [features.file_of(DATA.features, content) for content in features.CONTENT]
-        row = features.read_manifest(DATA.manifest).rows[0]
+        row = read_manifest(DATA.manifest).rows[0]
         path, whole = DATA.folder / row["path"], DATA.features.read_bytes()
         raw = path.read_bytes()
         path.write_bytes(raw[:60])
@@ -214,7 +302,12 @@ def test_the_commands(tmp_path, capsys):
         pooled = features.load(DATA.features)
         assert pooled.skipped == [row["path"]] and len(pooled.labels) == 143
         for content, file in zip(features.CONTENT, files):
-            assert features.load(file, pooled.provenance | {"content": content}, content=content).skipped == pooled.skipped
+            assert (
+                features.load(
+                    file, pooled.provenance | {"content": content}, content=content
+                ).skipped
+                == pooled.skipped
+            )
         before = [file.stat().st_mtime_ns for file in files]
         cli.main([*every, "--skip-bad"])
         assert [file.stat().st_mtime_ns for file in files] == before

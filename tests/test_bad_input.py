@@ -13,8 +13,8 @@ from helpers import BACKBONE, DATA, PARAMS, Here, build, python, standing_in, st
 from fpl import cli
 from fpl.data import encoders as clips
 from fpl.data import features
+from fpl.data.manifest import read_manifest
 from fpl.experiments import assemble, cache, runner, settings
-from fpl.methods import FedOTP
 from fpl.prompts import PromptTree
 
 HEADER = "path,label,class,split,domain\n"
@@ -23,7 +23,10 @@ FILE = {
     "backbone": {"name": BACKBONE.name},
     "partition": {"clients": 4, "shots": 2},
     "run": {"rounds": 2, "local_epochs": 1, "batch_size": 8},
-    "methods": {"promptfl": {"n_ctx": 2}, "pfedmoap": {"n_ctx": 2, "n_experts": 2, "d_gate": 16, "heads": 4}},
+    "methods": {
+        "promptfl": {"n_ctx": 2},
+        "pfedmoap": {"n_ctx": 2, "n_experts": 2, "d_gate": 16, "heads": 4},
+    },
 }
 
 
@@ -48,17 +51,13 @@ def run(row="promptfl", backbone=BACKBONE, **changes):
     return lambda monkeypatch: next(iter(assemble.rounds_of(params.experiment(row, 1, **changes))))
 
 
-def check(method):
-    return lambda monkeypatch: method.check(None, None)
-
-
 def with_features(change, row="promptfl", **changes):
     """The same with features that are not what they were."""
 
     def call(monkeypatch):
         loaded, feats = cache.load_cached(DATA, BACKBONE, cache.device())
         with monkeypatch.context() as patch:
-            patch.setattr(cache, "load_cached", lambda *args: (loaded, change(feats)))
+            patch.setattr(assemble, "load_cached", lambda *args: (loaded, change(feats)))
             return run(row, **changes)(patch)
 
     return call
@@ -94,7 +93,7 @@ def spoil(f):
 def manifest(text):
     def call(monkeypatch):
         Path("manifest.csv").write_text(text)
-        features.read_manifest(Path("manifest.csv"))
+        read_manifest(Path("manifest.csv"))
 
     return call
 
@@ -113,66 +112,179 @@ def names(words):
 
 CASES = {  # what is wrong -> who notices, and what the sentence must contain
     "unknown method": (run("pfedmoapp"), "unknown method 'pfedmoapp'", "did you mean 'pfedmoap'?"),
-    "unknown method with a parameter": (run("promptlf", n_ctx=2), "unknown method 'promptlf'", "did you mean 'promptfl'?"),
-    "unknown parameter": (run(n_ctxx=4), "unknown parameter of promptfl 'n_ctxx'", "did you mean 'n_ctx'?"),
+    "unknown method with a parameter": (
+        run("promptlf", n_ctx=2),
+        "unknown method 'promptlf'",
+        "did you mean 'promptfl'?",
+    ),
+    "unknown parameter": (
+        run(n_ctxx=4),
+        "unknown parameter of promptfl 'n_ctxx'",
+        "did you mean 'n_ctx'?",
+    ),
     "parameter of another method": (run(d_gate=16), "unknown parameter of promptfl 'd_gate'"),
     "more clients than classes": (run(clients=49), "49 clients", "48 classes", "use 48"),
-    "a client without a class": (run(clients=27), "27 clients", "48 classes", "pathological", "use 24"),
-    "more clients than classes, even": (run(clients=50, kind="even"), "50 clients", "48 classes", "even", "use 48"),
-    "no client": (run(clients=0), "clients (0)", "at least 1"),
-    "a negative number of shots": (run(shots=-1), "shots (-1)", "at least 0"),
-    "unknown partition": (run(kind="shards"), "'shards'", "pathological, even, dirichlet, domain, iid, pachinko or column"),
-    "a client without test images": (with_features(without_tests_of_class_3, clients=48), "client ", " of 48 ", "no test images"),
+    "a client without a class": (
+        run(clients=27),
+        "27 clients",
+        "48 classes",
+        "pathological",
+        "use 24",
+    ),
+    "more clients than classes, even": (
+        run(clients=50, kind="even"),
+        "50 clients",
+        "48 classes",
+        "even",
+        "use 48",
+    ),
+    "no client": (run(clients=0), "clients must be greater than 0, not 0"),
+    "a negative number of shots": (run(shots=-1), "shots must be", "equal to 0, not -1"),
+    "unknown partition": (
+        run(kind="shards"),
+        "'shards'",
+        "pathological, even, dirichlet, domain, iid, pachinko, column",
+    ),
+    "a client without test images": (
+        with_features(without_tests_of_class_3, clients=48),
+        "client ",
+        " of 48 ",
+        "no test images",
+    ),
     "heads do not divide the gate": (run("pfedmoap", heads=3), "heads 3", "d_gate 16"),
-    "no head": (run("pfedmoap", heads=0), "heads 0", "d_gate 16"),
-    "the gate does not divide the features": (run("pfedmoap", d_gate=12), "d_gate 12", "feature width 32"),
-    "the gate is wider than the features": (run("pfedmoap", d_gate=64), "d_gate 64", "feature width 32"),
-    "no gate": (run("pfedmoap", d_gate=0), "d_gate 0"),
-    "a negative gate": (run("pfedmoap", d_gate=-16), "d_gate -16"),
-    "as many experts as clients": (run("pfedmoap", n_experts=4), "n_experts 4", "number of clients 4"),
-    "a negative number of experts": (run("pfedmoap", n_experts=-1), "n_experts -1", "at least 0"),
-    "unknown choice of experts": (run("pfedmoap", choice="nearest"), "choice 'nearest'", "knn, cosine, random"),
-    "unknown gate": (run("pfedmoap", mixing="mlp"), "mixing 'mlp'", "attention, uniform, linear, average"),
-    "unknown place of the gate": (run("pfedmoap", gate_kept="both"), "gate_kept 'both'", "private, aggregated"),
+    "no head": (run("pfedmoap", heads=0), "pfedmoap.heads must be greater than 0, not 0"),
+    "the gate does not divide the features": (
+        run("pfedmoap", d_gate=12),
+        "d_gate 12",
+        "feature width 32",
+    ),
+    "the gate is wider than the features": (
+        run("pfedmoap", d_gate=64),
+        "d_gate 64",
+        "feature width 32",
+    ),
+    "no gate": (run("pfedmoap", d_gate=0), "pfedmoap.d_gate must be greater than 0, not 0"),
+    "a negative gate": (
+        run("pfedmoap", d_gate=-16),
+        "pfedmoap.d_gate must be greater than 0, not -16",
+    ),
+    "as many experts as clients": (
+        run("pfedmoap", n_experts=4),
+        "n_experts 4",
+        "number of clients 4",
+    ),
+    "a negative number of experts": (
+        run("pfedmoap", n_experts=-1),
+        "n_experts must be",
+        "equal to 0, not -1",
+    ),
+    "unknown choice of experts": (
+        run("pfedmoap", choice="nearest"),
+        "choice 'nearest'",
+        "knn, cosine, random",
+    ),
+    "unknown gate": (
+        run("pfedmoap", mixing="mlp"),
+        "mixing 'mlp'",
+        "attention, uniform, linear, average",
+    ),
+    "unknown place of the gate": (
+        run("pfedmoap", gate_kept="both"),
+        "gate_kept 'both'",
+        "private, aggregated",
+    ),
     "unknown pooling": (run("pfedmoap", pooling="max"), "pooling 'max'", "stride, mean"),
-    "FedOTP without patches": (run("fedotp", n_ctx=2), "no features at", "_patches.h5", "fpl features --patches"),
-    "FedOTP with too little entropy": (check(FedOTP(eps=0.001)), "eps 0.001", "0.003"),
-    "FedOTP that matches more than all": (check(FedOTP(gamma=1.2)), "gamma 1.2", "(0, 1]"),
-    "one optimiser for clients at once": (run(optimiser="shared"), "shared optimiser", "one after the other"),
-    "one word of several vectors": (run("pfedmoap_oneword", n_ctx=4, n_experts=1, d_gate=16, heads=4), "n_ctx 4", "one word"),
-    "a negative time of fine-tuning": (run("finetuned", tune_epochs=-1), "tune_epochs -1", "0 for no fine-tuning"),
+    "FedOTP without patches": (
+        run("fedotp", n_ctx=2),
+        "no features at",
+        "_patches.h5",
+        "fpl features --patches",
+    ),
+    "FedOTP with too little entropy": (run("fedotp", eps=0.001), "fedotp.eps", "0.003", "0.001"),
+    "FedOTP that matches more than all": (run("fedotp", gamma=1.2), "fedotp.gamma", "1.2"),
+    "one optimiser for clients at once": (
+        run(optimiser="shared"),
+        "shared optimiser",
+        "one after the other",
+    ),
+    "one word of several vectors": (
+        run("pfedmoap_oneword", n_ctx=4, n_experts=1, d_gate=16, heads=4),
+        "pfedmoap_oneword.n_ctx 4",
+    ),
+    "a negative time of fine-tuning": (
+        run("finetuned", tune_epochs=-1),
+        "tune_epochs must be",
+        "equal to 0, not -1",
+    ),
     "more shared vectors than there are": (run("fedper", n_ctx=2, n_base=3), "n_base 3", "n_ctx 2"),
-    "a negative number of shared vectors": (run("fedper", n_ctx=2, n_base=-1), "n_base -1", "n_ctx 2"),
-    "no step to divide by": (run("fedamp", n_ctx=2, step=0), "step 0.0", "above 0"),
-    "unknown use of the memory": (run("pfedprompt", n_ctx=2, memory="never"), "'never'", "test or always"),
-    "a negative rank": (run("fedpgp", n_ctx=2, rank=-1), "rank -1", "0 for no personal term"),
-    "no temperature": (run("fedpgp", n_ctx=2, tau=0), "tau 0.0", "above 0"),
+    "a negative number of shared vectors": (
+        run("fedper", n_ctx=2, n_base=-1),
+        "n_base must be",
+        "equal to 0, not -1",
+    ),
+    "no step to divide by": (
+        run("fedamp", n_ctx=2, step=0),
+        "fedamp.step must be greater than 0, not 0",
+    ),
+    "unknown use of the memory": (
+        run("pfedprompt", n_ctx=2, memory="never"),
+        "'never'",
+        "test, always",
+    ),
+    "a negative rank": (run("fedpgp", n_ctx=2, rank=-1), "rank must be", "equal to 0, not -1"),
+    "no temperature": (run("fedpgp", n_ctx=2, tau=0), "fedpgp.tau must be greater than 0, not 0"),
     "an anchor without a class": (run("fedpgp", n_ctx=2, anchor="a photo."), "'a photo.'", "{}"),
-    "no context": (run(n_ctx=0), "n_ctx 0"),
+    "no context": (run(n_ctx=0), "promptfl.n_ctx must be greater than 0, not 0"),
     "too long a context": (run(n_ctx=75), "75 context vectors", "77"),
     "too long a class name": (names("cat " * 70), "class name 'cat cat", "77"),
-    "features in the file are not finite": (stored_features(spoil), "changed.h5", "1 images are not finite", ".png"),
-    "features are not finite": (with_features(with_a_nan), "features of 1 images are not finite", "image 5", "fpl features"),
+    "features in the file are not finite": (
+        stored_features(spoil),
+        "changed.h5",
+        "1 images are not finite",
+        ".png",
+    ),
+    "features are not finite": (
+        with_features(with_a_nan),
+        "features of 1 images are not finite",
+        "image 5",
+        "fpl features",
+    ),
     "features of another model": (
         run(backbone=settings.Backbone("local-dir:other")),
         str(DATA.features),
         "local-dir:clip",
         "local-dir:other",
     ),
-    "participation 0": (run(participation=0), "participation 0.0", "(0, 1]"),
-    "participation above 1": (run(participation=1.5), "participation 1.5", "(0, 1]"),
+    "participation 0": (run(participation=0), "participation must be greater than 0, not 0"),
+    "participation above 1": (
+        run(participation=1.5),
+        "participation must be",
+        "equal to 1, not 1.5",
+    ),
     "unknown schedule": (run(schedule="linear"), "'linear'", "constant, cosine, zigzag"),
-    "no round": (run(rounds=0), "rounds", "at least 1"),
-    "no batch": (run(batch_size=0), "batch_size", "at least 1"),
+    "no round": (run(rounds=0), "rounds must be greater than 0, not 0"),
+    "no batch": (run(batch_size=0), "batch_size must be greater than 0, not 0"),
     "a loss that is not finite": (run(lr=1e30), "loss", "clients [", "round 0", "lower lr"),
     "missing weights": (
         run(backbone=settings.Backbone("local-dir:nowhere")),
         "nowhere/open_clip_model.safetensors",
         "local-dir:nowhere",
     ),
-    "missing checkpoint": (run(backbone=settings.Backbone("RN50", "nowhere.pt")), "no weights at nowhere.pt", "RN50"),
-    "missing features": (lambda monkeypatch: features.load(Path("nowhere.h5")), "no features at nowhere.h5", "fpl features"),
-    "missing column": (manifest("path,label,class\na.png,0,cat\n"), "manifest.csv", "column(s) domain, split"),
+    "missing checkpoint": (
+        run(backbone=settings.Backbone("RN50", "nowhere.pt")),
+        "no weights at nowhere.pt",
+        "RN50",
+    ),
+    "missing features": (
+        lambda monkeypatch: features.load(Path("nowhere.h5")),
+        "no features at nowhere.h5",
+        "fpl features",
+    ),
+    "missing column": (
+        manifest("path,label,class\na.png,0,cat\n"),
+        "manifest.csv",
+        "column(s) domain, split",
+    ),
     "empty manifest": (manifest(""), "manifest.csv", "column(s) class, domain, label, path, split"),
     "manifest without images": (manifest(HEADER), "manifest.csv", "no images"),
     "label and class disagree": (
@@ -182,20 +294,58 @@ CASES = {  # what is wrong -> who notices, and what the sentence must contain
         "'cat'",
         "'dog'",
     ),
-    "a label is missing": (manifest(HEADER + "a.png,0,cat,train,x\nb.png,2,dog,train,x\n"), "manifest.csv", "0 .. 1", "[0, 2]"),
-    "a label is no number": (manifest(HEADER + "a.png,cat,cat,train,x\n"), "manifest.csv, line 2", "'cat'"),
-    "a line is too short": (manifest(HEADER + "a.png,0,cat,train,x\nb.png,0\n"), "manifest.csv, line 3", "split, domain"),
-    "a comma in a name": (manifest(HEADER + "a.png,0,cat, wild,train,x\n"), "manifest.csv, line 2", "split, domain", "' wild'"),
-    "settings: unknown section": (settings_file("runs: {rounds: 3}"), "unknown section of bad.yaml 'runs'", "did you mean 'run'?"),
-    "settings: unknown table setting": (settings_file("tables: {t: {vary: {lamb: [1]}}}"), "'lamb'", "did you mean 'lam'?"),
-    "settings: unknown part of a table": (settings_file("tables: {t: {row: [coop]}}"), "part of tables.t 'row'", "mean 'rows'?"),
-    "settings: unknown row of a table": (settings_file("tables: {t: {rows: [promptf]}}"), "'promptf'", "mean 'promptfl'?"),
+    "a label is missing": (
+        manifest(HEADER + "a.png,0,cat,train,x\nb.png,2,dog,train,x\n"),
+        "manifest.csv",
+        "0 .. 1",
+        "[0, 2]",
+    ),
+    "a label is no number": (
+        manifest(HEADER + "a.png,cat,cat,train,x\n"),
+        "manifest.csv, line 2",
+        "'cat'",
+    ),
+    "a line is too short": (
+        manifest(HEADER + "a.png,0,cat,train,x\nb.png,0\n"),
+        "manifest.csv, line 3",
+        "split, domain",
+    ),
+    "a comma in a name": (
+        manifest(HEADER + "a.png,0,cat, wild,train,x\n"),
+        "manifest.csv, line 2",
+        "split, domain",
+        "' wild'",
+    ),
+    "settings: unknown section": (
+        settings_file("runs: {rounds: 3}"),
+        "unknown section of bad.yaml 'runs'",
+        "did you mean 'run'?",
+    ),
+    "settings: unknown table setting": (
+        settings_file("tables: {book: {t: {vary: {lamb: [1]}}}}"),
+        "'lamb'",
+        "did you mean 'lam'?",
+    ),
+    "settings: unknown part of a table": (
+        settings_file("tables: {book: {t: {row: [coop]}}}"),
+        "part of tables.book.t 'row'",
+        "mean 'rows'?",
+    ),
+    "settings: unknown row of a table": (
+        settings_file("tables: {book: {t: {rows: [promptf]}}}"),
+        "'promptf'",
+        "mean 'promptfl'?",
+    ),
     "settings: unknown data set of a table": (
-        settings_file("tables: {t: {rows: [coop], data: [shape]}}"),
+        settings_file("tables: {book: {t: {rows: [coop], data: [shape]}}}"),
         "data set 'shape'",
         "'shapes'",
     ),
-    "settings: unknown section of a data set": (settings_file("datasets: {d: {runs: {}}}"), "datasets.d 'runs'", "mean 'run'?"),
+    "settings: unknown section of a data set": (
+        settings_file("datasets: {d: {runs: {}}}"),
+        "datasets.d 'runs'",
+        "mean 'run'?",
+    ),
     "settings: wrong type": (settings_file("run: {rounds: many}"), "run.rounds", "int", "'many'"),
 }
 
@@ -221,22 +371,58 @@ def test_the_settings_that_the_cases_change_are_good(here):
 
 
 COMMANDS = {
-    "unknown method": (["run", "pfedmoapp"], "fpl run: unknown method 'pfedmoapp': did you mean 'pfedmoap'?"),
+    "unknown method": (
+        ["run", "pfedmoapp"],
+        "fpl run: unknown method 'pfedmoapp': did you mean 'pfedmoap'?",
+    ),
     "unknown parameter": (
         ["run", "promptfl", "n_ctxx=4"],
         "fpl run: unknown parameter of promptfl 'n_ctxx': did you mean 'n_ctx'?",
     ),
-    "no assignment": (["run", "promptfl", "n_ctx"], "fpl run: 'n_ctx' is not of the form name=value"),
+    "no assignment": (
+        ["run", "promptfl", "n_ctx"],
+        "fpl run: 'n_ctx' is not of the form name=value",
+    ),
     "value of no YAML": (["run", "promptfl", "n_ctx=["], "fpl run: ", "n_ctx"),
-    "wrong type": (["run", "promptfl", "n_ctx=some"], "fpl run: promptfl.n_ctx must be of type int, not 'some'"),
+    "wrong type": (
+        ["run", "promptfl", "n_ctx=some"],
+        "fpl run: promptfl.n_ctx must be of type int, not 'some'",
+    ),
     "seed of the wrong type": (["run", "promptfl", "seed=one"], "fpl run: ", "seed"),
     "experts": (["run", "pfedmoap", "n_experts=4"], "fpl run: n_experts 4"),
     "partition": (["run", "promptfl", "clients=49"], "fpl run: 49 clients cannot share 48 classes"),
-    "no settings file": (["sweep", "table1", "--params", "nowhere.yaml"], "fpl sweep: ", "nowhere.yaml"),
-    "settings that are no YAML": (["sweep", "table1", "--params", "broken.yaml"], "fpl sweep: ", "broken.yaml"),
-    "other model": (["run", "promptfl", "--params", "other.yaml"], "fpl run: ", "'local-dir:clip'", "'local-dir:other'"),
-    "no weights": (["features", "--params", "nowhere/params.yaml"], "fpl features: ", "nowhere/open_clip_model.safetensors"),
-    "unknown data set": (["features", "--params", "food.yaml"], "fpl features: unknown data set 'food'", "'food101'"),
+    "no settings file": (
+        ["sweep", "table1", "--params", "nowhere.yaml"],
+        "fpl sweep: ",
+        "nowhere.yaml",
+    ),
+    "settings that are no YAML": (
+        ["sweep", "table1", "--params", "broken.yaml"],
+        "fpl sweep: ",
+        "broken.yaml",
+    ),
+    "other model": (
+        ["run", "promptfl", "--params", "other.yaml"],
+        "fpl run: ",
+        "'local-dir:clip'",
+        "'local-dir:other'",
+    ),
+    "no weights": (
+        ["features", "--params", "nowhere/params.yaml"],
+        "fpl features: ",
+        "nowhere/open_clip_model.safetensors",
+    ),
+    "unknown table": (
+        ["sweep", "promptfll"],
+        "fpl sweep: unknown table, notebook or method 'promptfll'",
+    ),
+    "no file of one's own": (["run", "mine.py:Mine"], "fpl run: there is no file ", "mine.py"),
+    "unknown method to check": (["check", "promptf"], "fpl check: unknown method 'promptf'"),
+    "unknown data set": (
+        ["features", "--params", "food.yaml"],
+        "fpl features: unknown data set 'food'",
+        "'food101'",
+    ),
 }
 
 
@@ -247,7 +433,9 @@ def commands(here):
     Path("other.yaml").write_text(yaml.safe_dump({**FILE, "backbone": {"name": "local-dir:other"}}))
     Path("food.yaml").write_text(yaml.safe_dump({**FILE, "data": {"name": "food"}}))
     Path("nowhere").mkdir(exist_ok=True)
-    Path("nowhere/params.yaml").write_text(yaml.safe_dump({**FILE, "backbone": {"name": "local-dir:nowhere"}}))
+    Path("nowhere/params.yaml").write_text(
+        yaml.safe_dump({**FILE, "backbone": {"name": "local-dir:nowhere"}})
+    )
 
 
 @pytest.mark.parametrize("case", COMMANDS)
@@ -266,3 +454,34 @@ def test_a_process_exits_with_1_and_the_sentence_on_stderr(case, world, commands
     out, err = process.communicate()
     assert process.returncode == 1 and out == "" and "Traceback" not in err
     is_one_sentence(err.strip().splitlines()[-1], parts)
+
+
+OWN = """
+from pydantic.dataclasses import dataclass
+from fpl.methods import PromptFL
+
+@dataclass(frozen=True)
+class Mine(PromptFL):
+    key = "mine"
+    lam: float = 0.0
+
+    def aggregate(self, server, client_ids, uploads, sizes):
+        made = super().aggregate(server, client_ids, uploads, sizes)
+        if self.lam:
+            made.params["ctx"] = uploads["ctx"][0]  # of whoever comes first
+        return made
+"""
+
+
+def test_a_method_of_ones_own_is_checked_and_run(here, capsys):
+    Path("own.py").write_text(OWN)
+    cli.main(["check", "own.py:Mine"])
+    assert "promises hold" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="1"):
+        cli.main(["check", "own.py:Mine", "lam=1"])
+    assert "breaks the promise" in capsys.readouterr().out
+    small = ["n_ctx=2", "rounds=1", "local_epochs=1", "seed=1"]
+    cli.main(["run", "own.py:Mine", *small])
+    assert "own.py:Mine: " in capsys.readouterr().out
+    cli.main(["sweep", "own.py:Mine", *small[:-1], "lam=0,1", "seed=1"])
+    assert "lam" in capsys.readouterr().out

@@ -14,8 +14,8 @@ from helpers import BACKBONE, standing_in, store_clip
 from fpl import cli
 from fpl.bench import features as bench_features
 from fpl.bench import step as bench
-from fpl.data import encoders as clips
-from fpl.data import features
+from fpl.bench import ways
+from fpl.data import encoders, extraction, features
 from fpl.prompts import Clip
 
 RATES = ["way", "images", "seconds", "images/s"]
@@ -51,11 +51,17 @@ def printed(*arguments):
 
 
 def test_extraction_reports_three_ways_and_their_ratio():
-    table = printed("extraction", "--model", BACKBONE.name, "--images", 5, "--repeats", 1, "--batch", 2)
+    table = printed(
+        "extraction", "--model", BACKBONE.name, "--images", 5, "--repeats", 1, "--batch", 2
+    )
     about = ["model", "device", "batch", "workers"]
     assert [*table] == [*RATES, "share of bare model", *about]
     assert table["way"].tolist() == ["bare model", "extraction", "decoding alone"]
-    assert (table["images"] == 5).all() and (table["batch"] == 2).all() and (table["model"] == BACKBONE.name).all()
+    assert (
+        (table["images"] == 5).all()
+        and (table["batch"] == 2).all()
+        and (table["model"] == BACKBONE.name).all()
+    )
     np.testing.assert_allclose(table["images/s"] * table["seconds"], 5, rtol=1e-6)
     assert (table.iloc[:, 4] > 0).all() and table.iloc[0, 4] == 1
 
@@ -63,7 +69,7 @@ def test_extraction_reports_three_ways_and_their_ratio():
 def test_the_three_ways_work_on_the_same_images(monkeypatch):
     """Each once without counting, then `repeats` times."""
     made, files, opened = [], [], []
-    extract, bare, open_image = features.extract, bench_features.bare, PIL.Image.open
+    extract, bare, open_image = extraction.extract, bench_features.encode_bare, PIL.Image.open
 
     def kept_extract(*arguments, **named):
         files.append(features.load(extract(*arguments, **named)))
@@ -75,12 +81,14 @@ def test_the_three_ways_work_on_the_same_images(monkeypatch):
         opened.append(path)
         return open_image(path)
 
-    monkeypatch.setattr(features, "extract", kept_extract)
-    monkeypatch.setattr(bench_features, "bare", kept_bare)
+    monkeypatch.setattr(extraction, "extract", kept_extract)
+    monkeypatch.setattr(bench_features, "encode_bare", kept_bare)
     monkeypatch.setattr(PIL.Image, "open", counted)
-    bench_features.extraction(BACKBONE.name, "", 5, 2, 0, 2, "cpu")
+    bench_features.extract(ways.load_model(BACKBONE.name), 5, 2, workers=0, repeats=2)
     assert len(made) == len(files) == 3
-    assert len(opened) == 5 * (1 + 3 + 3) and len(set(opened)) == 5  # into memory; by extraction; alone
+    assert (
+        len(opened) == 5 * (1 + 3 + 3) and len(set(opened)) == 5
+    )  # into memory; by extraction; alone
     torch.testing.assert_close(made[0], files[0].feats, rtol=2**-10, atol=1e-6)
     assert len(made[0].unique(dim=0)) == 5
 
@@ -88,14 +96,20 @@ def test_the_three_ways_work_on_the_same_images(monkeypatch):
 def test_a_share_is_the_median_over_turns_of_a_ratio_of_neighbours(clock):
     clock(50, 50, 2, 4, 6, 6, 3, 12)  # the first turn does not count
     calls = []
-    table = bench_features.rates({name: lambda name=name: calls.append(name) for name in "ab"}, images=12, repeats=3)
+    table = bench_features.rates(
+        {name: lambda name=name: calls.append(name) for name in "ab"}, images=12, repeats=3
+    )
     assert "".join(calls) == "ab" * 4
     assert table["seconds"].tolist() == [3, 6] and table["images/s"].tolist() == [4, 2]
     assert table["share of a"].tolist() == [1, 0.5]
 
 
 def test_photos_are_like_photographs_and_the_same_every_time(tmp_path):
-    files = [bench_features.photos(folder, 3) for folder in (tmp_path / "a", tmp_path / "b") if not folder.mkdir()]
+    files = [
+        bench_features.draw_photos(folder, 3)
+        for folder in (tmp_path / "a", tmp_path / "b")
+        if not folder.mkdir()
+    ]
     first, second = ([(m.folder / row["path"]).read_bytes() for row in m.rows] for m in files)
     assert first == second and len(set(first)) == 3
     assert all(40_000 < len(data) < 200_000 for data in first)
@@ -111,8 +125,13 @@ def test_reading_opens_a_file_that_is_whole(monkeypatch):
     monkeypatch.setattr(features, "load", kept)
     table = printed("reading", "--images", 40, "--repeats", 1)
     assert [*table] == [*RATES, "share of array alone", "d", "MiB"]
-    assert table["way"].tolist() == ["array alone", "features.load"] and (table["images"] == 40).all()
-    assert all(feats.feats.shape == (40, 512) and stored == np.float16 for feats, stored in loaded) and len(loaded) == 2
+    assert (
+        table["way"].tolist() == ["array alone", "features.load"] and (table["images"] == 40).all()
+    )
+    assert (
+        all(feats.feats.shape == (40, 512) and stored == np.float16 for feats, stored in loaded)
+        and len(loaded) == 2
+    )
     assert table["MiB"][0] * 2**20 > 40 * 512 * 2
 
 
@@ -125,7 +144,9 @@ def sizes():
 def test_sizes_name_every_data_set_with_both_towers():
     table = sizes()
     assert len(table) == 9 * 2 and table.index.is_unique
-    assert set(table.index.levels[1]) == {"RN50", "ViT-B/16"} and (table.iloc[:, 2:] > 0).all(axis=None)
+    assert set(table.index.levels[1]) == {"RN50", "ViT-B/16"} and (table.iloc[:, 2:] > 0).all(
+        axis=None
+    )
 
 
 @pytest.mark.parametrize(
@@ -142,28 +163,51 @@ def test_sizes_are_those_of_the_shapes(name, tower, pooled, patches, views):
     assert line[["pooled MB", "patches MB", "8 views MB"]].tolist() == [pooled, patches, views]
 
 
-@pytest.mark.parametrize(("tower", "name"), [("RN50", "RN50-quickgelu"), ("ViT-B/16", "ViT-B-16-quickgelu")])
+@pytest.mark.parametrize(
+    ("tower", "name"), [("RN50", "RN50-quickgelu"), ("ViT-B/16", "ViT-B-16-quickgelu")]
+)
 def test_the_shapes_are_those_of_the_towers(tower, name):
     with torch.device("meta"):
         model = open_clip.CLIP(**open_clip.get_model_config(name)).eval()
-        pooled, patches = clips.tokens(Clip(model), torch.zeros(1, 3, 224, 224))
+        pooled, patches = encoders.tokens(Clip(model), torch.zeros(1, 3, 224, 224))
     assert bench_features.TOWERS[tower] == (pooled.shape[1], patches.shape[1])
 
 
 def test_without_a_word_it_is_a_step_and_a_round_for_every_setting(monkeypatch, capsys):
     asked, line = (
         [],
-        {"machine": "a machine", "peak, GFLOP/s": 1.0, "clients": 10, "steps": 25, **dict.fromkeys(bench.COLUMNS, 2.0)}
+        {
+            "machine": "a machine",
+            "peak, GFLOP/s": 1.0,
+            "clients": 10,
+            "steps": 25,
+            **dict.fromkeys(bench.COLUMNS, 2.0),
+        }
         | {"feature difference": 3.25e-16, "first call, s": None},
     )
 
-    def table(model, classes, batch, **named):
-        asked.append((model, classes, batch, named["steps"], named["repeats"], named["measure_round"]))
-        return pd.DataFrame([{"way": way, "model": model, "classes": classes, "batch": batch, **line} for way in bench.WAYS])
+    def table(case, clip, repeats, measure_round):
+        asked.append((case.model, case.classes, case.batch, case.steps, repeats, measure_round))
+        setting = {"model": case.model, "classes": case.classes, "batch": case.batch}
+        return pd.DataFrame([{"way": way, **setting, **line} for way in bench.WAYS])
 
     monkeypatch.setattr(bench, "table", table)
+    monkeypatch.setattr(bench, "load_model", lambda model: None)
     assert printed()["way"].tolist() == list(bench.WAYS)
-    several = printed("step", "--classes", 10, 37, "--batch", 16, 32, "--model", "RN50", "--steps", 50, "--measure-round")
+    several = printed(
+        "step",
+        "--classes",
+        10,
+        37,
+        "--batch",
+        16,
+        32,
+        "--model",
+        "RN50",
+        "--steps",
+        50,
+        "--measure-round",
+    )
     assert len(several) == 4 * len(bench.WAYS) and (several["feature difference"] == 3.25e-16).all()
     assert several["first call, s"].isna().all()
     assert asked == [

@@ -5,10 +5,12 @@ from functools import partial
 import pandas as pd
 import pytest
 import torch
-from conftest import tiny_model
+from helpers.tiny import tiny_model
 
 from fpl import gate
-from fpl.bench import scaling, step
+from fpl.bench import measure, scaling, step
+from fpl.bench.parts import Case, Parts, make_world
+from fpl.bench.ways import LISTS, SequentialPFedMoAP, compiled, names
 from fpl.experiments import plots
 from fpl.methods import PFedMoAP
 from fpl.prompts import Clip, PromptTree
@@ -31,65 +33,84 @@ def no_compiler(monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 def test_all_ways_have_the_features_and_gradients_of_the_first(tiny, no_compiler, dtype, tolerance):
-    world = step.World.make(Clip(tiny.model.to(dtype)), 6, 3, 5, 1, SETTINGS)
-    names, found = step.names(10)[:6], {}
+    world = make_world(Clip(tiny.model.to(dtype)), Case("tiny", 6, 5, 3, 1, SETTINGS))
+    listed, found = names(10)[:6], {}
     for way in step.WAYS:
-        t, learnt = step.all_gradients(way, tiny, names, world)
+        t, learnt = step.all_gradients(Parts(way, tiny, world, listed))
         found[way] = {"features": t, **learnt}
         assert t.shape == (3, 6, 32) and all(len(v) == 3 for v in learnt.values())
     first = found[next(iter(found))]
     for way, tensors in found.items():
         for name, x in tensors.items():
-            scale = first[name.replace("gate_b", "gate_w")].abs().max()  # biases but the query's change no probability
+            scale = (
+                first[name.replace("gate_b", "gate_w")].abs().max()
+            )  # biases but the query's change no probability
             assert scale > 1e-6 and (x - first[name]).abs().max() <= tolerance * scale, (way, name)
 
 
 def test_the_differences_in_the_table_are_those_in_double_precision(tiny, no_compiler):
-    found = pd.DataFrame(step.differences(tiny, step.names(10)[:4], SETTINGS)).T
-    assert list(found.index) == list(step.WAYS) and (found < 1e-9).all(axis=None) and (found.iloc[0] == 0).all()
+    found = pd.DataFrame(step.differences(tiny, names(10)[:4], SETTINGS)).T
+    assert (
+        list(found.index) == list(step.WAYS)
+        and (found < 1e-9).all(axis=None)
+        and (found.iloc[0] == 0).all()
+    )
     assert (found.loc["d prompt tree"] > 0).all() and tiny.model.logit_scale.dtype == torch.float32
 
 
 @pytest.mark.parametrize("way", KINDS)
 def test_a_round_encodes_experts_for_each_receiver_or_once(way):
     experts = 10 if KINDS[way] is PFedMoAP else 90
-    assert step.encodings(KINDS[way], n=10, k=9, steps=25) == (experts + 10, 250)
+    assert step.encodings(KINDS[way], n=10, k=9, steps=25) == (250, experts + 10)
 
 
 @pytest.mark.parametrize(("n", "steps"), [(10, 1), (20, 1), (40, 1), (10, 2), (10, 4)])
 def test_encodings_grow_with_clients_and_steps(n, steps):
-    assert step.encodings(step.Alone, n, 9, steps) == (n * 9 + n, n * steps)
-    forward, both = step.encodings(PFedMoAP, n, n - 1, steps)
-    assert (forward, both) == (2 * n, n * steps)
+    assert step.encodings(SequentialPFedMoAP, n, 9, steps) == (n * steps, n * 9 + n)
+    assert step.encodings(PFedMoAP, n, n - 1, steps) == (n * steps, 2 * n)
 
 
 @pytest.mark.parametrize("k", [1, 3, 6, 11])
 def test_encodings_do_not_grow_with_receivers(k):
-    forward, both = step.encodings(PFedMoAP, 12, k, 2)
-    assert 12 < forward <= 12 + 12 and both == 24
-    assert step.encodings(step.Alone, 12, k, 2)[0] == 12 * k + 12
+    trained, read = step.encodings(PFedMoAP, 12, k, 2)
+    assert 12 < read <= 12 + 12 and trained == 24
+    assert step.encodings(SequentialPFedMoAP, 12, k, 2) == (24, 12 * k + 12)
 
 
 @pytest.mark.parametrize(
-    ("classes", "cut", "tree"), [(10, 20, 47), (37, 23, 169), (47, 22, 203), (100, 22, 336), (101, 25, 427), (102, 25, 475)]
+    ("classes", "cut", "tree"),
+    [(10, 20, 47), (37, 23, 169), (47, 22, 203), (100, 22, 336), (101, 25, 427), (102, 25, 475)],
 )
 def test_tokens_of_known_class_names(tiny, classes, cut, tree):
-    listed = step.names(classes)
-    found = {way: encoder(tiny, listed, 16).n_nodes for way, (_, encoder) in step.WAYS.items() if way != LAST}
+    listed = names(classes)
+    found = {
+        way: encoder(tiny, listed, 16).n_nodes
+        for way, (_, encoder) in step.WAYS.items()
+        if way != LAST
+    }
     assert list(found.values()) == [77 * classes, 77 * classes, cut * classes, tree, tree]
-    rows = [tuple(row[:cut]) for row in tiny.tokenizer([f"{'X ' * 16}{name.replace('_', ' ')}." for name in listed]).tolist()]
-    begun = {row[:j] for row in rows for j in range(1, 1 + row.index(tiny.tokenizer.eot_token_id) + 1)}
+    rows = [
+        tuple(row[:cut])
+        for row in tiny.tokenizer(
+            [f"{'X ' * 16}{name.replace('_', ' ')}." for name in listed]
+        ).tolist()
+    ]
+    begun = {
+        row[:j] for row in rows for j in range(1, 1 + row.index(tiny.tokenizer.eot_token_id) + 1)
+    }
     assert len(begun) == tree  # the different beginnings of prompts
 
 
 def test_tokens_grow_with_classes(tiny):
-    nodes = [PromptTree(tiny, step.names(c)).n_nodes / c for c in (200, 400, 800)]
+    nodes = [PromptTree(tiny, names(c)).n_nodes / c for c in (200, 400, 800)]
     assert max(nodes) < 1.1 * min(nodes) < 6
 
 
 def forward_flops(width, layers, dim, sequences, tokens, classes):
     """By hand, a multiplication with its addition being two: of each token four maps, the MLP, scores and mixing; the end."""
-    return 2 * (layers * sequences * tokens * (12 * width**2 + 2 * tokens * width) + classes * width * dim)
+    return 2 * (
+        layers * sequences * tokens * (12 * width**2 + 2 * tokens * width) + classes * width * dim
+    )
 
 
 def tree_flops(width, layers, dim, tokens, classes, groups, size):
@@ -99,12 +120,12 @@ def tree_flops(width, layers, dim, tokens, classes, groups, size):
 
 
 def test_arithmetic_is_that_of_the_shapes(tiny):
-    names, world = step.names(101), step.World.make(tiny, 101, 3, 4, 1, SETTINGS | {"n_ctx": 16})
+    world = make_world(tiny, Case("tiny", 101, 4, 3, 1, SETTINGS | {"n_ctx": 16}))
     done = {}
     for way in list(step.WAYS)[:-1]:
-        parts = step.Parts(way, tiny, names, world)
-        done[way], _, _ = step.first_calls(parts, True, "cpu")
-        n = len(parts.who)
+        parts = Parts(way, tiny, world, names(101))
+        done[way] = step.count(parts, []).flops
+        n = parts.size
         assert n == (3 if way.startswith("e") else 1)
         if isinstance(parts.text, PromptTree):
             expected = tree_flops(32, 2, 32, 427, 101, *parts.text.tree.groups.shape)
@@ -119,11 +140,13 @@ def test_arithmetic_is_that_of_the_shapes(tiny):
 def test_the_cost_model_of_vit_b_16():
     """77 tokens of one class: 5.96 GFLOP forward. The tree of Food101 takes a nineteenth of what 77 tokens take."""
     padded, tree = forward_flops(512, 12, 512, 1, 77, 1), tree_flops(512, 12, 512, 427, 101, 9, 65)
-    assert padded == pytest.approx(5.96e9, rel=2e-3) and 101 * padded / tree == pytest.approx(19, rel=0.02)
+    assert padded == pytest.approx(5.96e9, rel=2e-3) and 101 * padded / tree == pytest.approx(
+        19, rel=0.02
+    )
 
 
 def table(tiny, **named):
-    return step.table("tiny", 10, 4, steps=3, repeats=1, clip=tiny, n=3, settings=SETTINGS, **named)
+    return step.table(Case("tiny", 10, 4, 3, 3, SETTINGS), tiny, repeats=1, **named)
 
 
 def test_a_round_is_the_sum_of_its_parts(tiny, no_compiler, monkeypatch):
@@ -135,19 +158,30 @@ def test_a_round_is_the_sum_of_its_parts(tiny, no_compiler, monkeypatch):
     assert found["ms per step"].tolist() == pytest.approx([1000] * 4 + [1000 / 3] * 2)
     assert found["steps: times faster"].tolist() == pytest.approx([1] * 4 + [3] * 2)
     assert found["rounds: times faster"].tolist() == pytest.approx([1] * 4 + [alone / stacked] * 2)
-    assert (found["round measured, s"] == 1).all() and found["first call, s"].notna().tolist() == [False] * 5 + [True]
+    assert (found["round measured, s"] == 1).all() and found["first call, s"].notna().tolist() == [
+        False
+    ] * 5 + [True]
     speed = found["GFLOP per step"] / (found["ms per step"] / 1000)
-    assert (found["share of peak"] / (speed / found["peak, GFLOP/s"])).tolist() == pytest.approx([1] * 6)
+    assert (found["share of peak"] / (speed / found["peak, GFLOP/s"])).tolist() == pytest.approx(
+        [1] * 6
+    )
     assert found["GFLOP per step"].iloc[-1] == found["GFLOP per step"].iloc[-2]
-    assert found["encodings forward"].tolist() == [9] * 4 + [6] * 2 and (found["encodings forward and backward"] == 9).all()
+    assert (
+        found["encodings forward"].tolist() == [9] * 4 + [6] * 2
+        and (found["encodings forward and backward"] == 9).all()
+    )
 
 
 def test_setting_after_setting_is_compiled(tiny, monkeypatch):
     made = []
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda graph, _: made.append(graph) or graph.forward))
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        partial(torch.compile, backend=lambda graph, _: made.append(graph) or graph.forward),
+    )
     for classes in range(2, 8):  # each needs two versions of a function of which Dynamo keeps eight
         before = len(made)
-        step.compiled(tiny, step.names(100)[:classes], 4)(torch.zeros(1, 4, 32))
+        compiled(tiny, names(100)[:classes], 4)(torch.zeros(1, 4, 32))
         assert len(made) > before
 
 
@@ -157,45 +191,59 @@ def test_where_nothing_can_be_compiled_a_line_says_so(tiny, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda model, **named: broken)
     found = table(tiny)
-    assert found["way"].tolist() == [*list(step.WAYS)[:-1], "f compiled: not here, RuntimeError no C++ compiler"]
-    assert found.iloc[-1]["ms per step":"gate gradient difference"].isna().all() and found["ms per step"][:-1].gt(0).all()
+    assert found["way"].tolist() == [
+        *list(step.WAYS)[:-1],
+        "f compiled: not here, RuntimeError no C++ compiler",
+    ]
+    assert (
+        found.iloc[-1]["ms per step":"gate gradient difference"].isna().all()
+        and found["ms per step"][:-1].gt(0).all()
+    )
     assert step.shown(found).endswith("f compiled: not here, RuntimeError no C++ compiler")
     assert step.ratios(found)["steps, a / f"].isna().all()
 
 
 def test_profile_names_what_takes_the_time(tiny, no_compiler):
-    found = step.profile("tiny", 10, 2, "cpu", kinds=5, clip=tiny, n=3, settings=SETTINGS)
+    found = step.profile(Case("tiny", 10, 2, 3, 1, SETTINGS), tiny, kinds=5)
     for way in list(step.WAYS)[-2:]:
         part = found[found["way"] == way]
-        assert len(part) == 5 and part["ms"].is_monotonic_decreasing and 0 < part["share"].sum() <= 1
+        assert (
+            len(part) == 5 and part["ms"].is_monotonic_decreasing and 0 < part["share"].sum() <= 1
+        )
 
 
 def test_memory_is_what_a_call_takes():
     block = 64 * 2**20
-    step.memory(lambda: torch.ones(block // 4).sum(), "cpu")
-    taken = step.memory(lambda: torch.ones(block // 4).sum(), "cpu")
+    measure.memory(lambda: torch.ones(block // 4).sum())
+    taken = measure.memory(lambda: torch.ones(block // 4).sum())
     assert taken != taken or 0.9 * block < taken < 2 * block
 
 
-@pytest.mark.parametrize("classes", step.LISTS)
+@pytest.mark.parametrize("classes", LISTS)
 def test_every_list_has_its_classes(classes):
-    assert len(set(step.names(classes))) == classes
+    assert len(set(names(classes))) == classes
 
 
 def test_names_end_at_a_thousand():
-    assert len(set(step.names(1000)) - set(step.names(999))) == 1
+    assert len(set(names(1000)) - set(names(999))) == 1
     with pytest.raises(ValueError, match="--classes 1001: there are names for 1 to 1000 classes"):
-        step.names(1001)
+        names(1001)
 
 
 def test_scaling_has_a_line_for_each_value_and_a_figure(tiny, tmp_path):
     growth = {"clients": (4, 6), "classes": (3, 10), "steps": (2, 1), "experts": (2, 5)}
-    found = scaling.table(tiny, growth, 2, "cpu", d_gate=16, heads=4)
+    found = scaling.table(tiny, growth, 2, d_gate=16, heads=4)
     grown = found.set_index("grows")
-    assert grown.loc["clients", "clients"].tolist() == [4, 6] and (grown.loc["clients", "steps"] == 2).all()
+    assert (
+        grown.loc["clients", "clients"].tolist() == [4, 6]
+        and (grown.loc["clients", "steps"] == 2).all()
+    )
     assert grown.loc["steps", "encoded with gradients"].tolist() == [4, 8]
     assert grown.loc["clients", "encoded with gradients"].tolist() == [8, 12]
-    assert grown.loc["experts", "experts"].tolist() == [2, 5] and (grown.loc["experts", "clients"] == 6).all()
+    assert (
+        grown.loc["experts", "experts"].tolist() == [2, 5]
+        and (grown.loc["experts", "clients"] == 6).all()
+    )
     assert grown.loc["experts", "if by each receiver"].tolist() == [12, 30]
     assert (grown.loc["experts", "experts encoded"] <= 6).all() and (found["seconds"] > 0).all()
     plots.save(plots.growth(found), tmp_path / "growth", kinds=["png"])
@@ -204,14 +252,20 @@ def test_scaling_has_a_line_for_each_value_and_a_figure(tiny, tmp_path):
 
 def test_many_images_go_through_the_gate_in_chunks(tiny, monkeypatch):
     sizes, mix = [], gate.mix
-    monkeypatch.setattr(gate, "mix", lambda p, x, *rest: [sizes.append(x.shape[1]), mix(p, x, *rest)][1])
-    (line,) = scaling.evaluation(tiny, 1100, 101, 9, "cpu", d_gate=16, heads=4).to_dict("records")
+    monkeypatch.setattr(
+        gate, "mix", lambda p, x, *rest: [sizes.append(x.shape[1]), mix(p, x, *rest)][1]
+    )
+    (line,) = scaling.evaluation(tiny, 1100, 101, 9, d_gate=16, heads=4).to_dict("records")
     assert line["images"] == 1100 and line["seconds"] > 0
     assert sizes == 3 * [512, 512, 76]  # once to warm up, for the time, for the memory
 
 
 def test_scaling_of_one_value_each_is_one_line(tiny):
     found = scaling.table(
-        tiny, {"clients": (4,), "classes": (3,), "steps": (1,), "experts": (2,)}, 2, "cpu", d_gate=16, heads=4
+        tiny,
+        {"clients": (4,), "classes": (3,), "steps": (1,), "experts": (2,)},
+        2,
+        d_gate=16,
+        heads=4,
     )
     assert len(found) == 1 and found["clients"].tolist() == [4]

@@ -1,4 +1,4 @@
-"""Promise: from a folder or a data set's name to features and a run, by the commands of the README."""
+"""Promise: a folder or a data set's name becomes features and a run, by the README's commands."""
 
 import dataclasses
 import json
@@ -11,6 +11,7 @@ from PIL import Image
 
 from fpl import cli
 from fpl.data import datasets, features
+from fpl.data.manifest import read_manifest
 from fpl.experiments import assemble, records, settings
 
 SETTINGS = {
@@ -24,7 +25,9 @@ OWN = ["--set", "data.name=own", "--set", "data.root=photos"]
 
 def photo(path, seed):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(path)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(
+        path
+    )
 
 
 @pytest.fixture
@@ -42,7 +45,10 @@ def test_a_folder_becomes_features_and_a_run(here, capsys):
     cli.main(["features", *OWN])
     data = settings.Data(name="own", root="photos")
     found = features.load(data.features)
-    assert found.classes == [f"class {i}" for i in range(4)] and set(found.domain) == {"site_0", "site_1"}
+    assert found.classes == [f"class {i}" for i in range(4)] and set(found.domain) == {
+        "site_0",
+        "site_1",
+    }
     assert len(found.labels) == 40 and set(found.split) == {"train", "test"}
     cli.main(["run", "promptfl", *OWN])
     assert "promptfl: " in capsys.readouterr().out
@@ -52,10 +58,9 @@ def test_a_folder_becomes_features_and_a_run(here, capsys):
 
 def test_the_column_client_of_a_csv_decides_who_has_what(here):
     lines = ["path,class,split,client"]
-    lines += [
-        f"{p.relative_to(here)},{p.parent.name},{'test' if i % 4 == 0 else 'train'},{p.parent.parent.name}"
-        for i, p in enumerate(sorted((here / "photos").glob("*/*/*.png")))
-    ]
+    for i, p in enumerate(sorted((here / "photos").glob("*/*/*.png"))):
+        split = "test" if i % 4 == 0 else "train"
+        lines.append(f"{p.relative_to(here)},{p.parent.name},{split},{p.parent.parent.name}")
     (here / "own.csv").write_text("\n".join(lines))
     own = ["--set", "data.name=own", "--set", "data.root=own.csv"]
     cli.main(["features", *own])
@@ -64,9 +69,13 @@ def test_the_column_client_of_a_csv_decides_who_has_what(here):
         "majority", 1, kind="column", clients=2
     )
     clients = assemble.make_clients(experiment, "cpu")
-    images = [row["path"] for row in features.read_manifest(data.manifest).rows]
+    images = [row["path"] for row in read_manifest(data.manifest).rows]
     for i in range(2):
-        assert all(f"site_{i}/" in images[k] for part in (clients.train, clients.test) for k in part[i].tolist())
+        assert all(
+            f"site_{i}/" in images[k]
+            for part in (clients.train, clients.test)
+            for k in part[i].tolist()
+        )
 
 
 def test_a_data_set_by_name_without_its_validation_images(here):
@@ -77,10 +86,24 @@ def test_a_data_set_by_name_without_its_validation_images(here):
         (folder / "labels" / f"{part}.txt").write_text("\n".join(names))
         for k, name in enumerate(names):
             photo(folder / "images" / name, k)
-    cli.main(["features", "--set", "data.name=dtd", "--set", "data.root=sets", "--set", "data.store=dtd_tiny"])
+    cli.main(
+        [
+            "features",
+            "--set",
+            "data.name=dtd",
+            "--set",
+            "data.root=sets",
+            "--set",
+            "data.store=dtd_tiny",
+        ]
+    )
     found = features.load(here / "data/features/dtd_tiny.h5")
-    assert found.classes == ["banded", "zigzagged"] and len(found.labels) == 12 and set(found.split) == {"train", "test"}
-    listed = features.read_manifest(here / "data/dtd/manifest.csv")
+    assert (
+        found.classes == ["banded", "zigzagged"]
+        and len(found.labels) == 12
+        and set(found.split) == {"train", "test"}
+    )
+    listed = read_manifest(here / "data/dtd/manifest.csv")
     assert all((listed.folder / row["path"]).is_file() for row in listed.rows)
 
 
@@ -90,7 +113,11 @@ def test_the_commands_say_what_is_there_and_what_is_missing(here, capsys):
     assert all(name in out for name in datasets.DATASETS)
     cli.main(["data", "check", "dtd", "--root", "sets"])
     out = capsys.readouterr().out
-    assert "missing" in out and "put it at sets/dtd/" in out and "split_zhou_DescribableTextures.json" in out
+    assert (
+        "missing" in out
+        and "put it at sets/dtd/" in out
+        and "split_zhou_DescribableTextures.json" in out
+    )
     cli.main(["data", "check", "own", "--root", "photos"])
     assert "images on disk" in capsys.readouterr().out
 
@@ -98,11 +125,23 @@ def test_the_commands_say_what_is_there_and_what_is_missing(here, capsys):
 BAD = {
     "no name": (["data", "check"], "data set '' is none of flowers102"),
     "a wrong name": (["data", "fetch", "imagenet"], "data set 'imagenet' is none of flowers102"),
-    "a wrong data set": (["features", "--set", "data.name=dtdd"], "unknown data set 'dtdd': did you mean 'dtd'?"),
-    "no folder": (["features", "--set", "data.name=own", "--set", "data.root=nowhere"], "no own data at nowhere"),
+    "a wrong data set": (
+        ["features", "--set", "data.name=dtdd"],
+        "unknown data set 'dtdd': did you mean 'dtd'?",
+    ),
+    "no folder": (
+        ["features", "--set", "data.name=own", "--set", "data.root=nowhere"],
+        "no own data at nowhere",
+    ),
     "nothing there": (["features", "--set", "data.name=dtd"], "no dtd in data/images"),
-    "no value": (["features", "--set", "data.name"], "'data.name' is not of the form section.name=value"),
-    "a wrong section": (["features", "--set", "dta.name=own"], "unknown section of params.yaml 'dta': did you mean 'data'?"),
+    "no value": (
+        ["features", "--set", "data.name"],
+        "'data.name' is not of the form section.name=value",
+    ),
+    "a wrong section": (
+        ["features", "--set", "dta.name=own"],
+        "unknown section of params.yaml 'dta': did you mean 'data'?",
+    ),
     "a wrong setting": (["features", "--set", "data.nme=own"], "did you mean 'name'?"),
 }
 
@@ -116,6 +155,15 @@ def test_what_cannot_be_is_one_sentence(here, name):
 
 
 def test_settings_of_the_command_line_replace_those_of_the_file(here):
-    params = settings.read(changes=["run.rounds=7", "seeds=[4, 5]", "backbone.weights=openai", "methods={coop: {n_ctx: 3}}"])
+    params = settings.read(
+        changes=[
+            "run.rounds=7",
+            "seeds=[4, 5]",
+            "backbone.weights=openai",
+            "methods={coop: {n_ctx: 3}}",
+        ]
+    )
     assert (params.run.rounds, params.run.local_epochs, params.seeds) == (7, 1, (4, 5))
-    assert params.backbone == settings.Backbone(BACKBONE.name, "openai") and params.methods == {"coop": {"n_ctx": 3}}
+    assert params.backbone == settings.Backbone(BACKBONE.name, "openai") and params.methods == {
+        "coop": {"n_ctx": 3}
+    }

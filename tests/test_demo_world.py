@@ -1,4 +1,5 @@
-"""Promise: the demo world is drawn from its seed alone, and the demo CLIP that ships with it is worth looking at."""
+"""Promise: the demo world is drawn from its seed alone, and the demo CLIP that ships with it is
+worth looking at."""
 
 import io
 import json
@@ -14,7 +15,8 @@ import safetensors
 import torch
 from helpers import ROOT, python, standing_in
 
-from fpl.data import encoders, features, world
+from fpl.data import encoders, extraction, features, world
+from fpl.data.manifest import read_manifest
 from fpl.experiments import assemble, settings
 
 SIZE = {"train_per_class": 1, "test_per_class": 1}
@@ -22,7 +24,11 @@ DEMO_CLIP = ROOT / "data/demo_clip"
 
 
 def content(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +42,20 @@ def drawn(tmp_path_factory):
 def test_the_same_seed_gives_the_same_bytes_whatever_was_drawn_first(part, drawn, tmp_path):
     world.make(tmp_path, seed=1, **SIZE)
     images = sorted((tmp_path / "images").rglob("*.png"), key=lambda path: path.name)
-    keep = {"first half": images[:48], "last half": images[48:], "every third": images[::3], "nothing": []}[part]
+    keep = {
+        "first half": images[:48],
+        "last half": images[48:],
+        "every third": images[::3],
+        "nothing": [],
+    }[part]
     for path in {*images, tmp_path / "manifest.csv"} - set(keep):
         path.unlink()
     before = {path: path.stat().st_mtime_ns for path in keep}
     world.make(tmp_path, seed=1, **SIZE)
     assert content(tmp_path) == drawn
-    assert {path: path.stat().st_mtime_ns for path in keep} == before, "what was there was drawn again"
+    assert {path: path.stat().st_mtime_ns for path in keep} == before, (
+        "what was there was drawn again"
+    )
 
 
 def test_one_image_needs_none_of_the_others(drawn):
@@ -66,7 +79,12 @@ def test_another_seed_gives_other_images(drawn, tmp_path):
 
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize(
-    "before", [{"seed": 2, **SIZE}, {"seed": 1, **SIZE, "train_per_class": 2}, {"seed": 1, **SIZE, "test_per_class": 2}]
+    "before",
+    [
+        {"seed": 2, **SIZE},
+        {"seed": 1, **SIZE, "train_per_class": 2},
+        {"seed": 1, **SIZE, "test_per_class": 2},
+    ],
 )
 def test_the_images_of_another_request_do_not_stay(before, finished, drawn, tmp_path):
     manifest = world.make(tmp_path, **before)
@@ -85,7 +103,7 @@ def test_a_finished_folder_is_left_alone(tmp_path):
 
 KILLER = """
 import os, pathlib, signal, sys
-from fpl import shapes
+from fpl.data import world
 
 replace, calls = os.replace, 0
 
@@ -97,7 +115,7 @@ def killed(*args):
     replace(*args)
 
 os.replace = killed
-shapes.make(pathlib.Path("."), seed=1, train_per_class=1, test_per_class=1)
+world.make(pathlib.Path("."), seed=1, train_per_class=1, test_per_class=1)
 """
 
 
@@ -114,7 +132,7 @@ def test_a_killed_drawing_goes_on(files, drawn, tmp_path):
 
 
 def test_manifest(tmp_path):
-    manifest = features.read_manifest(world.make(tmp_path, seed=1, train_per_class=3, test_per_class=2))
+    manifest = read_manifest(world.make(tmp_path, seed=1, train_per_class=3, test_per_class=2))
     assert manifest.classes == world.CLASSES and len(set(world.CLASSES)) == 48
     assert {row["domain"] for row in manifest.rows} == set(world.STYLES) and len(world.STYLES) == 6
     counts = {(label, split): 0 for label in range(48) for split in ("train", "test")}
@@ -127,12 +145,16 @@ def test_manifest(tmp_path):
 
 
 def test_the_demo_clip_is_an_ordinary_small_open_clip_model():
-    assert {"open_clip_config.json", "open_clip_model.safetensors"} <= {path.name for path in DEMO_CLIP.iterdir()}
+    assert {"open_clip_config.json", "open_clip_model.safetensors"} <= {
+        path.name for path in DEMO_CLIP.iterdir()
+    }
     assert sum(path.stat().st_size for path in DEMO_CLIP.iterdir()) <= 15e6
     model, transform = open_clip.create_model_from_pretrained(f"local-dir:{DEMO_CLIP}")
     assert type(model) is open_clip.CLIP
     image = model.encode_image(transform(PIL.Image.new("RGB", (64, 64))).unsqueeze(0))
-    text = model.encode_text(open_clip.get_tokenizer(f"local-dir:{DEMO_CLIP}")(["a striped circle."]))
+    text = model.encode_text(
+        open_clip.get_tokenizer(f"local-dir:{DEMO_CLIP}")(["a striped circle."])
+    )
     assert image.shape == text.shape and image.isfinite().all() and text.isfinite().all()
 
 
@@ -144,27 +166,42 @@ def test_the_demo_clip_says_how_it_was_made_and_was_not_trained_on_the_data():
 
 
 def cached(data, loaded, monkeypatch, tmp_path):
-    """Whether the repository's features file is that of `data` and of today's drawing code, without drawing everything."""
+    """Whether the repository's features file is that of `data` and of today's drawing code, without
+    drawing everything."""
     with monkeypatch.context() as patch:
         patch.setattr(world, "render", lambda what, rng: np.zeros((1, 1, 3), np.uint8))
-        manifest = features.read_manifest(world.make(tmp_path / "blank", data.seed, data.train_per_class, data.test_per_class))
+        manifest = read_manifest(
+            world.make(tmp_path / "blank", data.seed, data.train_per_class, data.test_per_class)
+        )
     try:
-        stored = features.load(ROOT / data.features, {**loaded.provenance, "manifest": manifest.sha256})
+        stored = features.load(
+            ROOT / data.features, {**loaded.provenance, "manifest": manifest.sha256}
+        )
     except (FileNotFoundError, ValueError):
         return False
     per_class, pixels = data.train_per_class + data.test_per_class, []
     numbers = range(0, len(manifest.rows), len(manifest.rows) // 40)
     for number in numbers:
         rng = world.rng_of(data.seed, number)
-        pixels.append(loaded.transform(PIL.Image.fromarray(world.render(world.Attributes.draw(rng, number // per_class), rng))))
+        pixels.append(
+            loaded.transform(
+                PIL.Image.fromarray(
+                    world.render(world.Attributes.draw(rng, number // per_class), rng)
+                )
+            )
+        )
     return torch.allclose(
-        loaded.model.encode_image(torch.stack(pixels), normalize=True), stored.feats[list(numbers)], rtol=2**-10, atol=1e-5
+        loaded.model.encode_image(torch.stack(pixels), normalize=True),
+        stored.feats[list(numbers)],
+        rtol=2**-10,
+        atol=1e-5,
     )
 
 
 @pytest.fixture(scope="module")
 def quality(tmp_path_factory):
-    """Row of the table -> its accuracy by (seed, client) in the world and with the model of params.yaml."""
+    """Row of the table -> its accuracy by (seed, client) in the world and with the model of
+    params.yaml."""
     tmp_path, params = tmp_path_factory.mktemp("quality"), settings.read(ROOT / "params.yaml")
     with standing_in(ROOT):
         loaded = encoders.load(params.backbone.name, params.backbone.weights or None)
@@ -175,23 +212,34 @@ def quality(tmp_path_factory):
         (tmp_path / "data/demo_clip").symlink_to(DEMO_CLIP)
     with standing_in(ROOT if ready else tmp_path):
         if not ready:
-            manifest = world.make(params.data.folder, params.data.seed, params.data.train_per_class, params.data.test_per_class)
-            features.extract(features.read_manifest(manifest), loaded, params.data.features)
+            manifest = world.make(
+                params.data.folder,
+                params.data.seed,
+                params.data.train_per_class,
+                params.data.test_per_class,
+            )
+            extraction.extract(read_manifest(manifest), loaded, params.data.features)
         yield {
-            row: [r for seed in params.seeds for r in assemble.rounds_of(params.experiment(row, seed))]
+            row: [
+                r for seed in params.seeds for r in assemble.rounds_of(params.experiment(row, seed))
+            ]
             for row in ("zeroshot", "ridge_own")
         }
 
 
 def test_zero_shot_has_something_to_gain(quality):
     """Over all 48 classes and all test images."""
-    (accuracy,) = {torch.cat(r.correct).float().mean().item() for r in quality["zeroshot"]}  # no seed matters
+    (accuracy,) = {
+        torch.cat(r.correct).float().mean().item() for r in quality["zeroshot"]
+    }  # no seed matters
     assert 0.50 <= accuracy <= 0.85
 
 
 def test_features_suffice_for_a_clients_own_classes(quality):
     """Ridge regression on the client's own 16 shots, mean over clients and seeds."""
-    assert all(len(r.accuracy) == 10 for r in quality["ridge_own"]) and len(quality["ridge_own"]) == 3
+    assert (
+        all(len(r.accuracy) == 10 for r in quality["ridge_own"]) and len(quality["ridge_own"]) == 3
+    )
     assert statistics.mean(a for r in quality["ridge_own"] for a in r.accuracy.tolist()) >= 0.90
 
 

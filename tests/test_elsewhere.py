@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NAMES, make
 from helpers import BACKBONE, DATA, PARAMS, refuses
+from helpers.tiny import NAMES, make
 
 from fpl import rounds
 from fpl.data import partitions
@@ -21,12 +21,21 @@ from fpl.prompts import PromptTree
 from fpl.rounds import Seeds, Training
 from fpl.state import Clients
 
-BOUND = {"pfedprompt", "majority", "zeroshot_own", "ridge_own", "ridge_all"}  # to the classes of training
+BOUND = {
+    "pfedprompt",
+    "majority",
+    "zeroshot_own",
+    "ridge_own",
+    "ridge_all",
+}  # to the classes of training
 RUN = Training(rounds=2, local_epochs=1, batch_size=4, lr=0.02, gate_lr=0.05)
 GEN = torch.Generator().manual_seed(0)
 LABELS = torch.randint(len(NAMES), (240,), generator=GEN)
 SPLIT = np.where(torch.rand(240, generator=GEN) < 0.4, "train", "test")
-FEATS, PATCHES = F.normalize(torch.randn(240, 32, generator=GEN), dim=-1), torch.randn(240, 3, 32, generator=GEN)
+FEATS, PATCHES = (
+    F.normalize(torch.randn(240, 32, generator=GEN), dim=-1),
+    torch.randn(240, 3, 32, generator=GEN),
+)
 NOVEL = LABELS >= 3
 
 
@@ -40,8 +49,12 @@ def people(clients=3, feats=FEATS, patches=PATCHES):
 def places(clip, text, clients):
     """Base classes as in training, and under the same names in another order; and novel classes."""
     found = partitions.elsewhere(Partition(classes="base"), LABELS.numpy(), SPLIT)
-    on = lambda name, labels: dataclasses.replace(clients, labels=labels, test=[torch.from_numpy(found[name])] * len(clients))  # noqa: E731
-    turned, novel = (PromptTree(clip, names, n_ctx=text.n_ctx) for names in (NAMES[2::-1], NAMES[3:]))
+    on = lambda name, labels: dataclasses.replace(
+        clients, labels=labels, test=[torch.from_numpy(found[name])] * len(clients)
+    )
+    turned, novel = (
+        PromptTree(clip, names, n_ctx=text.n_ctx) for names in (NAMES[2::-1], NAMES[3:])
+    )
     return {
         "base": (text, on("base", LABELS)),
         "turned": (turned, on("base", 2 - LABELS)),
@@ -56,22 +69,29 @@ def name(request):
 
 @pytest.fixture
 def base(clip, name):
-    method = dataclasses.replace(make(ROWS[name]), **({"n_ctx": 1} if name == "pfedmoap_oneword" else {}))
+    method = dataclasses.replace(
+        make(ROWS[name]), **({"n_ctx": 1} if name == "pfedmoap_oneword" else {})
+    )
     return method, PromptTree(clip, NAMES[:3], n_ctx=method.n_ctx)
 
 
 def play(method, text, clients, **options):
-    cfg = dataclasses.replace(RUN, **method.run)
-    return list(rounds.run_rounds(method, text, clients, cfg, Seeds(1, 1), **options))
+    training = dataclasses.replace(RUN, **method.training)
+    return list(rounds.run_rounds(method, text, clients, training, Seeds(1, 1), **options))
 
 
 def trained(played):
-    return [(r.number, r.accuracy.tolist(), str(r.loss), r.up.tolist(), r.down.tolist()) for r in played]
+    return [
+        (r.number, r.accuracy.tolist(), str(r.loss), r.up.tolist(), r.down.tolist()) for r in played
+    ]
 
 
 def test_a_run_does_not_notice_that_it_is_tested_elsewhere(base, clip, name):
     clients = people()
-    plain, tested = play(*base, clients), play(*base, clients, elsewhere=places(clip, base[1], clients))
+    plain, tested = (
+        play(*base, clients),
+        play(*base, clients, elsewhere=places(clip, base[1], clients)),
+    )
     assert trained(plain) == trained(tested)
     assert all(not r.elsewhere for r in [*plain, *tested[:-1]])
     assert set(tested[-1].elsewhere) == ({"base"} if name in BOUND else {"base", "turned", "novel"})
@@ -81,7 +101,9 @@ def test_a_run_does_not_notice_that_it_is_tested_elsewhere(base, clip, name):
 def test_novel_images_are_not_trained_on(base, clip, name):
     """With other novel images, nothing but the accuracy on them is another."""
     other = torch.Generator().manual_seed(1)
-    feats = torch.where(NOVEL.view(-1, 1), F.normalize(torch.randn(240, 32, generator=other), dim=-1), FEATS)
+    feats = torch.where(
+        NOVEL.view(-1, 1), F.normalize(torch.randn(240, 32, generator=other), dim=-1), FEATS
+    )
     patches = torch.where(NOVEL.view(-1, 1, 1), torch.randn(240, 3, 32, generator=other), PATCHES)
     first, second = (
         play(*base, clients, elsewhere=places(clip, base[1], clients))
@@ -125,11 +147,19 @@ def test_class_counts_of_the_released_base_classes(data):
     n_cls, n_base, wanted = SIZES[data]
     labels, split = np.repeat(np.arange(n_cls), 2), np.tile(["train", "test"], n_cls)
     train, test = partitions.make(Partition(classes="base"), labels, split, 1)
-    assert partitions.n_base(labels) == n_base and [len(set(labels[index])) for index in train] == wanted
+    assert (
+        partitions.n_base(labels) == n_base
+        and [len(set(labels[index])) for index in train] == wanted
+    )
     for parts, name in ((train, "train"), (test, "test")):
-        assert sorted(np.concatenate(parts)) == np.flatnonzero((labels < n_base) & (split == name)).tolist()
+        assert (
+            sorted(np.concatenate(parts))
+            == np.flatnonzero((labels < n_base) & (split == name)).tolist()
+        )
     found = partitions.elsewhere(Partition(classes="base"), labels, split)
-    assert labels[found["base"]].tolist() == [*range(n_base)] and labels[found["novel"]].tolist() == [*range(n_base, n_cls)]
+    assert labels[found["base"]].tolist() == [*range(n_base)] and labels[
+        found["novel"]
+    ].tolist() == [*range(n_base, n_cls)]
     assert set(split[np.concatenate([*found.values()])]) == {"test"}
 
 
@@ -140,18 +170,25 @@ WORLD = {
     "domain": DRAW.choice(["ink", "oil", "photo"], 3600),
     "client": DRAW.choice(["site a", "site b"], 3600),
 }
-LEFT_OUT = {"base": {"classes": "base"}, "held out": {"held_out": "oil"}, "both": {"classes": "base", "held_out": "oil"}}
+LEFT_OUT = {
+    "base": {"classes": "base"},
+    "held out": {"held_out": "oil"},
+    "both": {"classes": "base", "held_out": "oil"},
+}
 
 
 def deal(partition, keep):
     """Images of each client, numbered as in the whole world, when there are no others than these."""
     world = {k: v[keep] for k, v in WORLD.items()}
     where = np.flatnonzero(keep)
-    return [[where[index].tolist() for index in part] for part in partitions.make(partition, seed=1, **world)]
+    return [
+        [where[index].tolist() for index in part]
+        for part in partitions.make(partition, seed=1, **world)
+    ]
 
 
 @pytest.mark.parametrize("left", LEFT_OUT)
-@pytest.mark.parametrize("kind", partitions.KINDS)
+@pytest.mark.parametrize("kind", partitions.DEALERS)
 @pytest.mark.parametrize("clients", [2, 1])
 def test_what_is_left_out_might_as_well_not_exist(kind, left, clients):
     settings = LEFT_OUT[left]
@@ -168,11 +205,15 @@ def test_what_is_left_out_might_as_well_not_exist(kind, left, clients):
     dealt = deal(partition, np.full(3600, True))
     for part in dealt:
         assert len(part) == clients and all(part) and keep[np.concatenate(part)].all()
-    if not (kind == "pachinko" and "classes" in settings):  # which knows by their numbers what the 100 classes are
+    if not (
+        kind == "pachinko" and "classes" in settings
+    ):  # which knows by their numbers what the 100 classes are
         assert dealt == deal(Partition(kind, clients, 4), keep)
     everything, test = deal(dataclasses.replace(partition, shots=0), np.full(3600, True))
     for part, name in ((everything, "train"), (test, "test")):
-        assert sorted(np.concatenate(part)) == np.flatnonzero(keep & (WORLD["split"] == name)).tolist()
+        assert (
+            sorted(np.concatenate(part)) == np.flatnonzero(keep & (WORLD["split"] == name)).tolist()
+        )
 
 
 def test_a_class_of_the_held_out_domain_alone_is_dealt_to_nobody():
@@ -185,7 +226,9 @@ def test_a_class_of_the_held_out_domain_alone_is_dealt_to_nobody():
 def test_the_one_client_of_a_domain_has_its_classes_without_training_images():
     labels, split = np.array([0, 0, 1, 1, 2]), np.array(["train", "test", "train", "test", "test"])
     for kind in ("dirichlet", "domain"):
-        ((train,), (test,)) = partitions.make(Partition(kind, 1, min_size=1), labels, split, 1, np.full(5, "oil"))
+        ((train,), (test,)) = partitions.make(
+            Partition(kind, 1, min_size=1), labels, split, 1, np.full(5, "oil")
+        )
         assert train.tolist() == [0, 2] and test.tolist() == [1, 3, 4]
 
 
@@ -194,8 +237,13 @@ def test_one_client_per_domain_and_all_images_of_the_target():
     for part in deal(partition, np.full(3600, True)):
         assert [set(WORLD["domain"][index]) for index in part] == [{"ink"}, {"photo"}]
     world = [WORLD[k] for k in ("labels", "split", "domain")]
-    assert [*partitions.elsewhere(partition, *world)] == ["target"] and not partitions.elsewhere(Partition(), *world)
-    assert partitions.elsewhere(partition, *world)["target"].tolist() == np.flatnonzero(WORLD["domain"] == "oil").tolist()
+    assert [*partitions.elsewhere(partition, *world)] == ["target"] and not partitions.elsewhere(
+        Partition(), *world
+    )
+    assert (
+        partitions.elsewhere(partition, *world)["target"].tolist()
+        == np.flatnonzero(WORLD["domain"] == "oil").tolist()
+    )
     both = partitions.elsewhere(Partition(classes="base", held_out="oil"), *world)
     assert [*both] == [*partitions.ELSEWHERE]
     assert (WORLD["labels"][both["target"]] < 50).all()
@@ -207,25 +255,38 @@ def made(**settings):
 
 
 REFUSED = {
-    "classes": (lambda: Partition(classes="new"), ["classes 'new' is not known: use all or base"]),
-    "released": (lambda: Partition(form="released", classes="base"), ["use form ours"]),
-    "released domain": (lambda: Partition("domain", form="released", held_out="oil"), ["use form ours"]),
-    "loader": (lambda: Partition("domain", loader="both", held_out="oil"), ["loader right"]),
     "domain": (made(held_out="chalk"), ["'chalk'", "there are ink, oil, photo"]),
     "no domains": (
         lambda: partitions.make(Partition(held_out="oil"), WORLD["labels"], WORLD["split"], 1),
         ["'oil'", "not of several domains"],
     ),
     "one domain": (
-        lambda: partitions.make(Partition(held_out="own"), WORLD["labels"], WORLD["split"], 1, np.full(3600, "own")),
+        lambda: partitions.make(
+            Partition(held_out="own"), WORLD["labels"], WORLD["split"], 1, np.full(3600, "own")
+        ),
         ["'own'", "not of several domains"],
     ),
     "clients": (made(kind="domain", clients=3, held_out="oil"), ["3 clients", "2 domains"]),
     "one class": (
-        lambda: partitions.elsewhere(Partition(classes="base"), np.zeros(4, int), np.array(["train", "test"] * 2)),
+        lambda: partitions.elsewhere(
+            Partition(classes="base"), np.zeros(4, int), np.array(["train", "test"] * 2)
+        ),
         ["no novel images"],
     ),
 }
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"form": "released", "classes": "base"},
+        {"kind": "domain", "form": "released", "held_out": "oil"},
+        {"kind": "domain", "loader": "both", "held_out": "oil"},
+    ],
+)
+def test_the_released_splits_leave_nothing_out(settings):
+    with pytest.raises(ValueError, match="use form ours and loader right, or leave none out"):
+        Partition(**settings)
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -240,25 +301,39 @@ def right(feats, images, first, end):
     """Zero-shot accuracy on some images among the classes from `first` to before `end`, without the machinery of runs."""
     loaded, _ = cache.load_cached(DATA, BACKBONE, "cpu")
     t = PromptTree(loaded, feats.classes[first:end]).zero_shot()
-    return ((feats.feats[images] @ t.T).argmax(-1) == feats.labels[images] - first).float().mean().item()
+    return (
+        ((feats.feats[images] @ t.T).argmax(-1) == feats.labels[images] - first)
+        .float()
+        .mean()
+        .item()
+    )
 
 
 def test_zero_shot_accuracies_are_those_of_the_images_and_names(here):
     _, feats = cache.load_cached(DATA, BACKBONE, "cpu")
     labels, test = feats.labels.numpy(), feats.split == "test"
     (last,) = assemble.rounds_of(PARAMS.experiment("zeroshot", 1, classes="base"))
-    wanted = {"base": right(feats, (labels < 24) & test, 0, 24), "novel": right(feats, (labels >= 24) & test, 24, 48)}
-    assert {k: v.tolist() for k, v in last.elsewhere.items()} == {k: pytest.approx([v] * 4) for k, v in wanted.items()}
+    wanted = {
+        "base": right(feats, (labels < 24) & test, 0, 24),
+        "novel": right(feats, (labels >= 24) & test, 24, 48),
+    }
+    assert {k: v.tolist() for k, v in last.elsewhere.items()} == {
+        k: pytest.approx([v] * 4) for k, v in wanted.items()
+    }
     held_out = PARAMS.experiment("zeroshot", 1, kind="domain", clients=5, held_out="sketch")
     (last,) = assemble.rounds_of(held_out)
     wanted = right(feats, feats.domain == "sketch", 0, 48)
-    assert {k: v.tolist() for k, v in last.elsewhere.items()} == {"target": pytest.approx([wanted] * 5)}
+    assert {k: v.tolist() for k, v in last.elsewhere.items()} == {
+        "target": pytest.approx([wanted] * 5)
+    }
 
 
 def test_clients_of_a_base_run_have_base_classes_only(here):
     experiment = PARAMS.experiment("promptfl", 1, classes="base")
     clients = assemble.make_clients(experiment, "cpu")
-    assert clients.n_cls == 24 and all(clients.labels[index].max() < 24 for index in (*clients.train, *clients.test))
+    assert clients.n_cls == 24 and all(
+        clients.labels[index].max() < 24 for index in (*clients.train, *clients.test)
+    )
     assert sum(clients.counts(i) for i in range(4)).tolist() == [2] * 24
 
 
@@ -278,11 +353,15 @@ def test_records_and_frames_have_what_was_found_elsewhere(here):
         assert set(frame.columns) == {"row", *experiment.settings(), *stats.RESULTS}
         for name in partitions.ELSEWHERE:
             assert frame[name][~last].isna().all()
-            assert frame[name][last].tolist() == places.get(name, pytest.approx([math.nan] * last.sum(), nan_ok=True))
+            assert frame[name][last].tolist() == places.get(
+                name, pytest.approx([math.nan] * last.sum(), nan_ok=True)
+            )
     base = records.frame(paths).query("classes == 'base'")
     assert stats.by_seed(base).to_dict() == pytest.approx(
         {
-            (e.row, 1): records.frame([p])[lambda f: f["round"] == f["round"].max()]["accuracy"].mean()
+            (e.row, 1): records.frame([p])[lambda f: f["round"] == f["round"].max()][
+                "accuracy"
+            ].mean()
             for p, e in zip(paths, experiments[:2])
         }
     )
@@ -292,9 +371,18 @@ def test_records_and_frames_have_what_was_found_elsewhere(here):
 def test_the_harmonic_mean_is_that_of_each_seed():
     lines = [(seed, 1, c, *values) for seed, clients in ((1, [(1.0, 0.5, 0.2), (0.6, 0.5, 0.4)]), (2, [(0.5, 0.5, 0.5)] * 2))
              for c, values in enumerate(clients)]  # fmt: skip
-    runs = pd.DataFrame(lines, columns=["seed", "round", "client", "accuracy", "base", "novel"]).assign(method="a")
+    runs = pd.DataFrame(
+        lines, columns=["seed", "round", "client", "accuracy", "base", "novel"]
+    ).assign(method="a")
     runs = pd.concat([runs, runs.assign(round=0, accuracy=0.0, base=math.nan, novel=math.nan)])
     (found,) = tables.generalisation(runs).to_dict("records")
     first = 300 / (1 / 0.8 + 1 / 0.5 + 1 / 0.3)
-    wanted = {"local": 65, "base": 50, "novel": 40, "HM": (first + 50) / 2, "HM std": (50 - first) / math.sqrt(2), "seeds": 2}
+    wanted = {
+        "local": 65,
+        "base": 50,
+        "novel": 40,
+        "HM": (first + 50) / 2,
+        "HM std": (50 - first) / math.sqrt(2),
+        "seeds": 2,
+    }
     assert {k: found[k] for k in wanted} == pytest.approx(wanted, abs=0.005)

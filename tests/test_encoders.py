@@ -1,4 +1,5 @@
-"""Promise: an encoder is the model that its weights file was made from, whatever brought the file, and nothing in it is run."""
+"""Promise: an encoder is the model that its weights file was made from, whatever brought the file,
+and nothing in it is run."""
 
 import collections
 import hashlib
@@ -11,7 +12,7 @@ import open_clip
 import PIL.Image
 import pytest
 import torch
-from conftest import NAMES
+from helpers.tiny import NAMES
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
@@ -30,12 +31,18 @@ TRANSFORM = {"mean": (0.4, 0.5, 0.6), "resize_mode": "squash"}  # open_clip's de
 
 @pytest.fixture(scope="module", autouse=True)
 def small_models():
-    """The two kinds of towers in small widths; open_clip knows them, and weights "openai", as it knows the real ones."""
+    """The two kinds of towers in small widths; open_clip knows them, and weights "openai", as it
+    knows the real ones."""
     with pytest.MonkeyPatch.context() as patch:
         for name, vision in TOWERS.items():
             weights = {"hf_hub": f"owner/{name}.openai/", "quick_gelu": True, **TRANSFORM}
             for suffix in ("", QUICK):
-                config = {"embed_dim": 24, "quick_gelu": bool(suffix), "vision_cfg": vision, "text_cfg": TEXT}
+                config = {
+                    "embed_dim": 24,
+                    "quick_gelu": bool(suffix),
+                    "vision_cfg": vision,
+                    "text_cfg": TEXT,
+                }
                 patch.setitem(open_clip.factory._MODEL_CONFIGS, name + suffix, config)
                 patch.setitem(open_clip.pretrained._PRETRAINED, name + suffix, {"openai": weights})
         yield
@@ -50,13 +57,18 @@ def hub(tmp_path, monkeypatch):
 
 
 def original(name, dtype=torch.float32):
-    """A model of which no weight and no running statistic is 0 or 1: whatever is left out on loading would be seen."""
+    """A model of which no weight and no running statistic is 0 or 1: whatever is left out on
+    loading would be seen."""
     with torch.device("meta"):  # nothing is drawn that is not used
         model = open_clip.CLIP(**open_clip.get_model_config(name)).eval().requires_grad_(False)
     model.to_empty(device="cpu").attn_mask.fill_(-torch.inf).triu_(1)
     noise = 0.05 * torch.randn(2**20 + 1, generator=torch.Generator().manual_seed(0))
     for number, (key, value) in enumerate(model.state_dict().items()):
-        drawn = noise.roll(number).repeat(-(-value.numel() // len(noise)))[: value.numel()].reshape(value.shape)
+        drawn = (
+            noise.roll(number)
+            .repeat(-(-value.numel() // len(noise)))[: value.numel()]
+            .reshape(value.shape)
+        )
         scale = value.dim() == 1 and key.endswith(("weight", "running_var"))  # of norms
         value.copy_((scale + drawn).to(dtype))
     return model
@@ -70,7 +82,9 @@ def originals(small_models):
 @torch.no_grad()
 def image_features(clip, model):
     gen = np.random.default_rng(1)
-    images = [PIL.Image.fromarray(gen.integers(0, 256, (80, 100, 3)).astype("uint8")) for _ in range(2)]
+    images = [
+        PIL.Image.fromarray(gen.integers(0, 256, (80, 100, 3)).astype("uint8")) for _ in range(2)
+    ]
     return model.encode_image(torch.stack([clip.transform(image) for image in images]))
 
 
@@ -92,11 +106,15 @@ FORMATS = {  # how a state dict is stored -> file name, writer
     "torch": ("w.pt", lambda model, path: torch.save(model.state_dict(), path)),
     "torch before 1.6": (
         "w.pth",
-        lambda model, path: torch.save(model.state_dict(), path, _use_new_zipfile_serialization=False),
+        lambda model, path: torch.save(
+            model.state_dict(), path, _use_new_zipfile_serialization=False
+        ),
     ),
     "training checkpoint": (
         "epoch_3.pt",
-        lambda model, path: torch.save({"epoch": 3, "name": "run", "state_dict": as_module(model), "optimizer": {}}, path),
+        lambda model, path: torch.save(
+            {"epoch": 3, "name": "run", "state_dict": as_module(model), "optimizer": {}}, path
+        ),
     ),
 }
 
@@ -125,7 +143,13 @@ def test_features_are_those_of_the_model_that_was_stored(name, format, originals
 def test_checkpoints_in_the_shapes_of_the_papers_towers(name, dim, tmp_path):
     model = original(name, torch.float16)  # as OpenAI's are
     path = tmp_path / "w.safetensors"
-    save_file({key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}, path)
+    save_file(
+        {
+            key: value.half() if value.is_floating_point() else value
+            for key, value in model.state_dict().items()
+        },
+        path,
+    )
     clip = clips.load(name, path)
     same_features(clip, model)
     assert PromptTree(clip, NAMES).zero_shot().shape == (len(NAMES), dim)
@@ -184,7 +208,9 @@ def test_whatever_brings_the_file_it_is_the_same_encoder(name, originals, hub, t
 
 
 def test_an_older_repository_has_a_pickled_state_dict(originals, hub, tmp_path):
-    path = stored(originals[VIT], tmp_path, "torch").rename(tmp_path / "open_clip_pytorch_model.bin")
+    path = stored(originals[VIT], tmp_path, "torch").rename(
+        tmp_path / "open_clip_pytorch_model.bin"
+    )
     in_hub(hub, "owner/small-ViT.openai", path)
     clip = clips.load(VIT, "openai")
     same_features(clip, originals[VIT])
@@ -210,7 +236,9 @@ def torchscript(model, path):
     """An archive as OpenAI's are: the weights in half precision, and three numbers more."""
     top = Node()
     numbers = {"input_resolution": 32, "context_length": 77, "vocab_size": 49408}
-    for name, value in (model.state_dict() | {name: torch.tensor(number) for name, number in numbers.items()}).items():
+    for name, value in (
+        model.state_dict() | {name: torch.tensor(number) for name, number in numbers.items()}
+    ).items():
         *parents, leaf = name.split(".")
         node = top
         for parent in parents:
@@ -220,15 +248,51 @@ def torchscript(model, path):
     return path
 
 
-REFUSED = {  # model; its weights, or how to make them of (originals, a folder); what the sentence must say
-    "RN50 without QuickGELU": ("RN50", "openai", "'openai' were trained with QuickGELU", "`backbone.name` to RN50-quickgelu"),
-    "ViT-B/16 without QuickGELU": ("ViT-B-16", "openai", "with QuickGELU", "`backbone.name` to ViT-B-16-quickgelu"),
-    "QuickGELU where GELU was": ("ViT-B-16-quickgelu", "laion2b_s34b_b88k", "trained with GELU", "to ViT-B-16, not"),
-    "unknown model": ("ViT-B16-quickgelu", "openai", "unknown model 'ViT-B16-quickgelu': did you mean 'ViT-B-16-quickgelu'?"),
-    "unknown tag": ("RN50-quickgelu", "open-ai", "unknown weights 'open-ai' of RN50-quickgelu", "'openai'"),
-    "no weights named": ("RN50-quickgelu", None, "RN50-quickgelu needs weights", "`backbone.weights`", "'openai'"),
+# model; its weights, or how to make them of (originals, a folder); what the sentence must say
+REFUSED = {
+    "RN50 without QuickGELU": (
+        "RN50",
+        "openai",
+        "'openai' were trained with QuickGELU",
+        "`backbone.name` to RN50-quickgelu",
+    ),
+    "ViT-B/16 without QuickGELU": (
+        "ViT-B-16",
+        "openai",
+        "with QuickGELU",
+        "`backbone.name` to ViT-B-16-quickgelu",
+    ),
+    "QuickGELU where GELU was": (
+        "ViT-B-16-quickgelu",
+        "laion2b_s34b_b88k",
+        "trained with GELU",
+        "to ViT-B-16, not",
+    ),
+    "unknown model": (
+        "ViT-B16-quickgelu",
+        "openai",
+        "unknown model 'ViT-B16-quickgelu': did you mean 'ViT-B-16-quickgelu'?",
+    ),
+    "unknown tag": (
+        "RN50-quickgelu",
+        "open-ai",
+        "unknown weights 'open-ai' of RN50-quickgelu",
+        "'openai'",
+    ),
+    "no weights named": (
+        "RN50-quickgelu",
+        None,
+        "RN50-quickgelu needs weights",
+        "`backbone.weights`",
+        "'openai'",
+    ),
     "no file": ("RN50-quickgelu", "some/where", "no weights at some/where", "RN50-quickgelu"),
-    "weights of a folder": ("local-dir:x", "openai", "local-dir:x has weights of its own", "'openai'"),
+    "weights of a folder": (
+        "local-dir:x",
+        "openai",
+        "local-dir:x has weights of its own",
+        "'openai'",
+    ),
     "no network": (
         "RN50-quickgelu",
         "openai",
@@ -236,7 +300,11 @@ REFUSED = {  # model; its weights, or how to make them of (originals, a folder);
         "bring open_clip_model.safetensors of timm/resnet50_clip.openai to any place",
         "`backbone.weights` to its path",
     ),
-    "no network, a file of another name": ("ViTamin-S", "datacomp1b", "bring pytorch_model.bin of jienengchen/ViTamin-S to"),
+    "no network, a file of another name": (
+        "ViTamin-S",
+        "datacomp1b",
+        "bring pytorch_model.bin of jienengchen/ViTamin-S to",
+    ),
     "no network, a repository": (
         "hf-hub:owner/model",
         None,
@@ -244,19 +312,49 @@ REFUSED = {  # model; its weights, or how to make them of (originals, a folder);
         "open_clip_config.json and open_clip_model.safetensors",
         "`backbone.name` to local-dir:",
     ),
-    "another tower": (VIT, lambda models, folder: stored(models[RESNET], folder), "w.safetensors does not load as small-ViT"),
-    "another width": ("ViT-B-16", lambda models, folder: stored(models[VIT], folder), "w.safetensors does not load", "width"),
+    "another tower": (
+        VIT,
+        lambda models, folder: stored(models[RESNET], folder),
+        "w.safetensors does not load as small-ViT",
+    ),
+    "another width": (
+        "ViT-B-16",
+        lambda models, folder: stored(models[VIT], folder),
+        "w.safetensors does not load",
+        "width",
+    ),
     "a weight is missing": (
         VIT,
         lambda models, folder: saved({"logit_scale": torch.ones(())}, folder / "w.pt"),
         "w.pt does not load as small-ViT-quickgelu",
         "Missing key(s)",
     ),
-    "a cut file": (VIT, lambda models, folder: cut(stored(models[VIT], folder)), "w.safetensors is damaged"),
-    "a cut state dict": (VIT, lambda models, folder: cut(stored(models[VIT], folder, "torch")), "w.pt is no", "damaged"),
-    "no state dict": (VIT, lambda models, folder: saved(torch.ones(3), folder / "w.pt"), "w.pt is no state dict"),
-    "an empty one": (VIT, lambda models, folder: saved({"state_dict": {}}, folder / "w.pt"), "w.pt is no state dict"),
-    "numbers": (VIT, lambda models, folder: saved({"epoch": 3}, folder / "w.pt"), "w.pt is no state dict"),
+    "a cut file": (
+        VIT,
+        lambda models, folder: cut(stored(models[VIT], folder)),
+        "w.safetensors is damaged",
+    ),
+    "a cut state dict": (
+        VIT,
+        lambda models, folder: cut(stored(models[VIT], folder, "torch")),
+        "w.pt is no",
+        "damaged",
+    ),
+    "no state dict": (
+        VIT,
+        lambda models, folder: saved(torch.ones(3), folder / "w.pt"),
+        "w.pt is no state dict",
+    ),
+    "an empty one": (
+        VIT,
+        lambda models, folder: saved({"state_dict": {}}, folder / "w.pt"),
+        "w.pt is no state dict",
+    ),
+    "numbers": (
+        VIT,
+        lambda models, folder: saved({"epoch": 3}, folder / "w.pt"),
+        "w.pt is no state dict",
+    ),
     "TorchScript": (
         VIT,
         lambda models, folder: torchscript(models[VIT], folder / "ViT-B-16.pt"),
@@ -298,7 +396,8 @@ class Hostile:
 
 
 class Stumble:
-    """PyTorch's restricted reading raises TypeError for it, after which open_clip's loader reads without saying how."""
+    """PyTorch's restricted reading raises TypeError for it, after which open_clip's loader reads
+    without saying how."""
 
     def __reduce__(self):
         return collections.OrderedDict, (), (None, {})
@@ -315,7 +414,11 @@ def numpy_archive(content, path):
 
 HOSTILE = {  # file name, writer, what would run it
     "torch": ("w.pt", torch.save, lambda path: torch.load(path, weights_only=False)),
-    "torch, behind another ending": ("w.bin", torch.save, lambda path: torch.load(path, weights_only=False)),
+    "torch, behind another ending": (
+        "w.bin",
+        torch.save,
+        lambda path: torch.load(path, weights_only=False),
+    ),
     "torch before 1.6": (
         "w.pt",
         lambda content, path: torch.save(content, path, _use_new_zipfile_serialization=False),
@@ -331,7 +434,11 @@ HOSTILE = {  # file name, writer, what would run it
         lambda content, path: path.write_bytes(pickle.dumps(content)),
         lambda path: pickle.loads(path.read_bytes()),
     ),
-    "numpy archive": ("w.npz", numpy_archive, lambda path: np.load(path, allow_pickle=True)["content"]),
+    "numpy archive": (
+        "w.npz",
+        numpy_archive,
+        lambda path: np.load(path, allow_pickle=True)["content"],
+    ),
 }
 
 
@@ -354,12 +461,16 @@ def test_the_released_preprocessing_of_cifar(name, originals, tmp_path):
     path, gen = stored(originals[VIT], tmp_path), np.random.default_rng(2)
     usual, released = clips.load(VIT, path), clips.load(VIT, path, preprocessing=name)
     image = PIL.Image.fromarray(gen.integers(0, 256, (32, 32, 3)).astype("uint8"))
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in clips.RELEASED[name])
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in clips.PREPROCESSINGS[name])
     x = (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std
     size = usual.transform(image).shape[-2:]
-    expected = torch.nn.functional.interpolate(x.unsqueeze(0), size, mode="bilinear", align_corners=False)[0]
+    expected = torch.nn.functional.interpolate(
+        x.unsqueeze(0), size, mode="bilinear", align_corners=False
+    )[0]
     assert torch.allclose(released.transform(image), expected, atol=1e-5)
     assert not torch.allclose(usual.transform(image), expected, atol=0.1)
-    assert usual.provenance["transform"] != released.provenance["transform"]  # so features of one are refused with the other
+    assert (
+        usual.provenance["transform"] != released.provenance["transform"]
+    )  # so features of one are refused with the other
     with pytest.raises(ValueError, match="unknown preprocessing 'cifar': use cifar10 or cifar100"):
         clips.load(VIT, path, preprocessing="cifar")

@@ -1,4 +1,7 @@
-"""Promise: data sets come whole, verified and only into their folder, whatever the server, the line and the archive do."""
+"""Promise: data sets come whole, verified and only into their folder.
+
+Whatever the server, the line and the archive do.
+"""
 
 import dataclasses
 import gzip
@@ -16,8 +19,12 @@ from pathlib import Path
 
 import pytest
 import torchvision.datasets as tv
+from helpers.pickles import cifar_world, python2
 
 from fpl.data import datasets, fetch, files
+from fpl.data.datasets import domainnet10
+from fpl.data.datasets.layouts import File
+from fpl.data.manifest import SPLITS
 
 CONTENT = bytes(range(256)) * 40
 
@@ -40,23 +47,34 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(does.get("status", 404), b"")
         if len(server.asked) <= does.get("busy", 0):
             return self.answer(503, b"")
-        begin = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and not does.get("no ranges") else 0
+        begin = (
+            int(asked.removeprefix("bytes=").removesuffix("-"))
+            if asked and not does.get("no ranges")
+            else 0
+        )
         if begin >= len(content):
             return self.answer(416, b"", {"Content-Range": f"bytes */{len(content)}"})
-        headers = (
-            {"Content-Range": f"bytes {begin + does.get('other part', 0)}-{len(content) - 1}/{len(content)}"} if begin else {}
-        )
+        first = begin + does.get("other part", 0)
+        part = f"bytes {first}-{len(content) - 1}/{len(content)}"
+        headers = {"Content-Range": part} if begin else {}
         if does.get("chunked"):
-            return self.chunked(content[begin:], cut="cut" in does and len(server.asked) <= does["cut"])
+            return self.chunked(
+                content[begin:], cut="cut" in does and len(server.asked) <= does["cut"]
+            )
         part = content[begin:]
         cut = len(server.asked) <= does.get("cut", 0)
-        self.answer(206 if begin else 200, part[: len(part) // 2] if cut else part, headers, len(part))
+        self.answer(
+            206 if begin else 200, part[: len(part) // 2] if cut else part, headers, len(part)
+        )
         if cut:
             self.close_connection = True
 
     def answer(self, status, body, headers=None, stated=None):
         self.send_response(status)
-        for key, value in {"Content-Length": str(len(body) if stated is None else stated), **(headers or {})}.items():
+        for key, value in {
+            "Content-Length": str(len(body) if stated is None else stated),
+            **(headers or {}),
+        }.items():
             self.send_header(key, value)
         self.end_headers()
         self.wfile.write(body)
@@ -65,7 +83,10 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        self.wfile.write(b"%x\r\n%s\r\n" % (len(body), body[: len(body) // 2] if cut else body) + (b"" if cut else b"0\r\n\r\n"))
+        self.wfile.write(
+            b"%x\r\n%s\r\n" % (len(body), body[: len(body) // 2] if cut else body)
+            + (b"" if cut else b"0\r\n\r\n")
+        )
         self.close_connection = True
 
 
@@ -89,15 +110,15 @@ def base(server):
 
 def of(server, **changes):
     md5 = hashlib.md5(CONTENT).hexdigest()
-    return dataclasses.replace(fetch.File("x.bin", base(server), len(CONTENT), md5), **changes)
+    return dataclasses.replace(File("x.bin", f"{base(server)}x.bin", len(CONTENT), md5), **changes)
 
 
 def get(server, path, **changes):
-    fetch.download(of(server, **changes), path, progress=False)
+    fetch.download(of(server, **changes), path)
     assert path.read_bytes() == CONTENT and [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-# --- downloads ------------------------------------------------------------------------------------------------------------------
+# --- downloads ------------------------------------------------------------------------------------
 
 
 def test_a_file_is_downloaded_once(server, tmp_path):
@@ -145,62 +166,65 @@ def test_a_busy_server_is_asked_again(server, tmp_path):
 
 def test_a_server_that_only_breaks_off_is_given_up_and_what_came_is_kept(server, tmp_path):
     server.does = {"cut": 10**6, "no ranges": True}
-    with pytest.raises(OSError, match=f"x.bin: the connection ended after 5120 of {len(CONTENT)} bytes; fetch again to go on"):
-        fetch.download(of(server), tmp_path / "x.bin", progress=False)
+    ended = f"x.bin: the connection ended after 5120 of {len(CONTENT)} bytes"
+    with pytest.raises(OSError, match=f"{ended}; fetch again to go on"):
+        fetch.download(of(server), tmp_path / "x.bin")
     assert len(server.asked) == fetch.TRIES + 1 and (tmp_path / "x.bin.part").stat().st_size == 5120
 
 
 def test_an_unreachable_server_is_given_up(server, tmp_path):
-    file = of(server, base="http://127.0.0.1:9/")
+    file = of(server, url="http://127.0.0.1:9/x.bin")
     with pytest.raises(OSError, match=r"http://127.0.0.1:9/x.bin: .*refused.*put the file at"):
-        fetch.download(file, tmp_path / "x.bin", progress=False)
+        fetch.download(file, tmp_path / "x.bin")
 
 
 @pytest.mark.parametrize("status", [403, 404, 410])
 def test_a_file_that_is_gone_is_not_asked_for_again(status, server, tmp_path):
     server.does = {"status": status}
     with pytest.raises(ValueError, match=f"x.bin answers {status}"):
-        fetch.download(of(server), tmp_path / "x.bin", progress=False)
+        fetch.download(of(server), tmp_path / "x.bin")
     assert len(server.asked) == 1
 
 
 @pytest.mark.parametrize("wrong", [{"md5": "0" * 32}, {"md5": "0" * 32, "size": 0}])
 def test_a_wrong_checksum_leaves_nothing_behind(wrong, server, tmp_path):
-    with pytest.raises(
-        ValueError, match=f"has the MD5 {hashlib.md5(CONTENT).hexdigest()} where 0000.* was published: it is removed"
-    ):
-        fetch.download(of(server, **wrong), tmp_path / "x.bin", progress=False)
+    found = hashlib.md5(CONTENT).hexdigest()
+    with pytest.raises(ValueError, match=f"MD5 {found} where 0000.* was published: it is removed"):
+        fetch.download(of(server, **wrong), tmp_path / "x.bin")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_wrong_size_is_seen_before_anything_is_received(server, tmp_path):
     with pytest.raises(ValueError, match="has 10240 bytes where 10241 were published"):
-        fetch.download(of(server, size=len(CONTENT) + 1), tmp_path / "x.bin", progress=False)
+        fetch.download(of(server, size=len(CONTENT) + 1), tmp_path / "x.bin")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_server_that_sends_too_much_is_stopped(server, tmp_path):
     server.does = {"chunked": True}
     with pytest.raises(ValueError, match="sends more than 100 bytes"):
-        fetch.download(of(server, size=100), tmp_path / "x.bin", progress=False)
+        fetch.download(of(server, size=100), tmp_path / "x.bin")
 
 
 def test_a_file_that_was_there_is_verified_and_not_touched(server, tmp_path):
     path = tmp_path / "x.bin"
-    for content, message in ((CONTENT[:-1], "10239 bytes where 10240"), (CONTENT[:-1] + b"?", "has the MD5")):
+    for content, message in (
+        (CONTENT[:-1], "10239 bytes where 10240"),
+        (CONTENT[:-1] + b"?", "has the MD5"),
+    ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"{message}.*delete it and fetch again"):
-            fetch.download(of(server), path, progress=False)
+            fetch.download(of(server), path)
         assert path.read_bytes() == content and not server.asked
 
 
 def test_a_full_disk_is_seen_before_anything_is_received(server, tmp_path, monkeypatch):
     monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 95, 5))
     with pytest.raises(ValueError, match="needs 10240 bytes more"):
-        fetch.download(of(server), tmp_path / "x.bin", progress=False)
+        fetch.download(of(server), tmp_path / "x.bin")
 
 
-# --- archives -------------------------------------------------------------------------------------------------------------------
+# --- archives -------------------------------------------------------------------------------------
 
 
 def zipped(entries):
@@ -241,7 +265,7 @@ def place(tmp_path):
 def unpack(content, place, name="a.zip", **more):
     archive = place.parent.parent / name
     archive.write_bytes(content)
-    fetch.extract(archive, place, progress=False, **more)
+    fetch.extract(archive, place, **more)
 
 
 GOOD = [
@@ -251,14 +275,23 @@ GOOD = [
     ("o.txt", b"o", None),
 ]
 BOTH = pytest.mark.parametrize(
-    ("name", "pack"), [("a.zip", lambda e: zipped([(n, c, None) for n, c, _ in e])), ("a.tar.gz", tarred), ("a.tgz", tarred)]
+    ("name", "pack"),
+    [
+        ("a.zip", lambda e: zipped([(n, c, None) for n, c, _ in e])),
+        ("a.tar.gz", tarred),
+        ("a.tgz", tarred),
+    ],
 )
 
 
 @BOTH
 def test_archives_are_unpacked(name, pack, place):
     unpack(pack(GOOD), place, name)
-    assert files_under(place) == {"set/a.txt": b"A", "set/deep/er/b.jpg": b"B" * 9999, "o.txt": b"o"}
+    assert files_under(place) == {
+        "set/a.txt": b"A",
+        "set/deep/er/b.jpg": b"B" * 9999,
+        "o.txt": b"o",
+    }
 
 
 @BOTH
@@ -274,29 +307,91 @@ def test_only_the_asked_folders_are_unpacked(name, pack, place):
 
 LINK, DEVICE = stat.S_IFLNK | 0o777, stat.S_IFIFO | 0o644
 HOSTILE = {
-    "zip: a parent": ("a.zip", zipped([("../escaped.txt", b"x", None)]), "'../escaped.txt' leads out of"),
-    "zip: a parent in the middle": ("a.zip", zipped([("set/../../escaped.txt", b"x", None)]), "leads out of"),
-    "zip: an absolute path": ("a.zip", zipped([("/tmp/fpl_escaped.txt", b"x", None)]), "'/tmp/fpl_escaped.txt' leads out of"),
+    "zip: a parent": (
+        "a.zip",
+        zipped([("../escaped.txt", b"x", None)]),
+        "'../escaped.txt' leads out of",
+    ),
+    "zip: a parent in the middle": (
+        "a.zip",
+        zipped([("set/../../escaped.txt", b"x", None)]),
+        "leads out of",
+    ),
+    "zip: an absolute path": (
+        "a.zip",
+        zipped([("/tmp/fpl_escaped.txt", b"x", None)]),
+        "'/tmp/fpl_escaped.txt' leads out of",
+    ),
     "zip: a backslash": ("a.zip", zipped([("..\\escaped.txt", b"x", None)]), "leads out of"),
     "zip: the folder itself": ("a.zip", zipped([(".", b"x", None)]), "'.' leads out of"),
-    "zip: a link": ("a.zip", zipped([("set", b"/tmp", LINK), ("set/escaped.txt", b"x", None)]), "'set' is a link"),
-    "zip: a device": ("a.zip", zipped([("pipe", b"", DEVICE)]), "'pipe' is a device"),
-    "zip: a bomb": ("a.zip", zipped([("zeros", bytes(2**21), None)]), "with its member 'zeros' it has more than 1048576 bytes"),
-    "zip: many empty files": ("a.zip", zipped([(f"{i}", b"", None) for i in range(300)]), "it has more than"),
-    "tar: a parent": ("a.tgz", tarred([("../escaped.txt", b"x", None)]), "'../escaped.txt' leads out of"),
-    "tar: an absolute path": ("a.tgz", tarred([("/tmp/fpl_escaped.txt", b"x", None)]), "leads out of"),
-    "tar: a link": ("a.tgz", tarred([("set", b"", {"type": tarfile.SYMTYPE, "linkname": ".."})]), "'set' is a link"),
-    "tar: a hard link": ("a.tgz", tarred([("p", b"", {"type": tarfile.LNKTYPE, "linkname": "/etc/passwd"})]), "'p' is a link"),
-    "tar: a link inside": ("a.tgz", tarred([("p", b"", {"type": tarfile.SYMTYPE, "linkname": "q"})]), "'p' is a link"),
-    "tar: a device": ("a.tgz", tarred([("d", b"", {"type": tarfile.CHRTYPE})]), "'d' is a device"),
-    "tar: a pipe": ("a.tgz", tarred([("d", b"", {"type": tarfile.FIFOTYPE})]), "'d' is a device"),
-    "tar: a bomb": ("a.tgz", tarred([("zeros", bytes(2**21), None)]), "it has more than 1048576 bytes"),
-    "tar: a header as large as memory": ("a.tgz", tarred([("n" * 2**25, b"", None)]), "a header asks for 3355"),
+    "zip: a link": (
+        "a.zip",
+        zipped([("set", b"/tmp", LINK), ("set/escaped.txt", b"x", None)]),
+        "'set' is a link or a device",
+    ),
+    "zip: a device": ("a.zip", zipped([("pipe", b"", DEVICE)]), "'pipe' is a link or a device"),
+    "zip: a bomb": (
+        "a.zip",
+        zipped([("zeros", bytes(2**21), None)]),
+        "its member 'zeros' is beyond the limit of 1048576 bytes",
+    ),
+    "zip: many empty files": (
+        "a.zip",
+        zipped([(f"{i}", b"", None) for i in range(300)]),
+        "is beyond the limit of",
+    ),
+    "tar: a parent": (
+        "a.tgz",
+        tarred([("../escaped.txt", b"x", None)]),
+        "'../escaped.txt' leads out of",
+    ),
+    "tar: an absolute path": (
+        "a.tgz",
+        tarred([("/tmp/fpl_escaped.txt", b"x", None)]),
+        "leads out of",
+    ),
+    "tar: a link": (
+        "a.tgz",
+        tarred([("set", b"", {"type": tarfile.SYMTYPE, "linkname": ".."})]),
+        "'set' is a link or a device",
+    ),
+    "tar: a hard link": (
+        "a.tgz",
+        tarred([("p", b"", {"type": tarfile.LNKTYPE, "linkname": "/etc/passwd"})]),
+        "'p' is a link or a device",
+    ),
+    "tar: a link inside": (
+        "a.tgz",
+        tarred([("p", b"", {"type": tarfile.SYMTYPE, "linkname": "q"})]),
+        "'p' is a link or a device",
+    ),
+    "tar: a device": (
+        "a.tgz",
+        tarred([("d", b"", {"type": tarfile.CHRTYPE})]),
+        "'d' is a link or a device",
+    ),
+    "tar: a pipe": (
+        "a.tgz",
+        tarred([("d", b"", {"type": tarfile.FIFOTYPE})]),
+        "'d' is a link or a device",
+    ),
+    "tar: a bomb": (
+        "a.tgz",
+        tarred([("zeros", bytes(2**21), None)]),
+        "is beyond the limit of 1048576 bytes",
+    ),
+    "tar: a header as large as memory": (
+        "a.tgz",
+        tarred([("n" * 2**25, b"", None)]),
+        "a header asks for 3355",
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_hostile_archive_is_refused_by_its_member_and_nothing_leaves_the_folder(kind, place, tmp_path):
+def test_a_hostile_archive_is_refused_by_its_member_and_nothing_leaves_the_folder(
+    kind, place, tmp_path
+):
     name, content, message = HOSTILE[kind]
     with pytest.raises(ValueError, match=message.replace("..", r"\.\.")):
         unpack(content, place, name, limit=2**20)
@@ -310,14 +405,19 @@ def flipped(content, at):
 
 
 def with_a_broken_header():
-    """A tar.gz, itself sound, in which the second of three headers is not one: tarfile ends there without a word."""
+    """A sound tar.gz in which the second of three headers is none: tarfile ends there silently."""
     raw = bytearray(gzip.decompress(tarred([(f"{i}.txt", b"x" * 600, None) for i in range(3)])))
     raw[1536 + 100 : 1536 + 157] = b"?" * 57
     return gzip.compress(bytes(raw))
 
 
-ENCRYPTED = zipped([("x.txt", b"x", None)]).replace(b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01")
-PACKED = {"a.zip": zipped([("x.txt", os.urandom(5000), None)]), "a.tgz": tarred([("x.txt", os.urandom(5000), None)])}
+ENCRYPTED = zipped([("x.txt", b"x", None)]).replace(
+    b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01"
+)
+PACKED = {
+    "a.zip": zipped([("x.txt", os.urandom(5000), None)]),
+    "a.tgz": tarred([("x.txt", os.urandom(5000), None)]),
+}
 DAMAGED = {
     "no zip": ("a.zip", b"<html>sign in</html>"),
     "no gzip": ("a.tgz", b"<html>sign in</html>"),
@@ -340,20 +440,25 @@ def test_a_damaged_archive_is_told(kind, place):
         unpack(content, place, name)
 
 
-# --- whole data sets ------------------------------------------------------------------------------------------------------------
+# --- whole data sets ------------------------------------------------------------------------------
 
 
 def served(server, monkeypatch, name, content):
-    """The real table of a data set, but from the local server, which has these files: name -> content."""
+    """Describe a data set as it is, but with the local server, which has the files `content`."""
     server.files = content
 
     def local(file):
+        if not file.url:
+            return file
         there = content.get(Path(file.path).name, b"")
-        known = {"base": base(server), "size": len(there), "md5": hashlib.md5(there).hexdigest()}
-        return dataclasses.replace(file, **known) if file.base else file
+        url = base(server) + Path(file.path).name
+        return dataclasses.replace(
+            file, url=url, size=len(there), md5=hashlib.md5(there).hexdigest()
+        )
 
-    source = fetch.SOURCES[name]
-    monkeypatch.setitem(fetch.SOURCES, name, dataclasses.replace(source, files=tuple(map(local, source.files))))
+    dataset = datasets.DATASETS[name]
+    here = dataclasses.replace(dataset, files=tuple(map(local, dataset.files)))
+    monkeypatch.setitem(datasets.DATASETS, name, here)
 
 
 def tree(folder):
@@ -373,48 +478,80 @@ def small(name, made):
         savemat(made / "imagelabels.mat", {"labels": [[1, 2, 1]]})
         savemat(made / "setid.mat", {"trnid": [[1, 2]], "valid": [[3]], "tstid": [[3]]})
         jpg = tarred([(f"jpg/image_{i:05d}.jpg", b"jpeg", None) for i in (1, 2, 3)])
-        return {"102flowers.tgz": jpg} | {f: (made / f).read_bytes() for f in ("imagelabels.mat", "setid.mat")}
+        return {"102flowers.tgz": jpg} | {
+            f: (made / f).read_bytes() for f in ("imagelabels.mat", "setid.mat")
+        }
     if name == "oxfordpets":
         lists = [(f"annotations/{s}.txt", b"Bengal_1 1 1 1\n", None) for s in ("trainval", "test")]
-        return {"images.tar.gz": tarred([("images/Bengal_1.jpg", b"jpeg", None)]), "annotations.tar.gz": tarred(lists)}
+        return {
+            "images.tar.gz": tarred([("images/Bengal_1.jpg", b"jpeg", None)]),
+            "annotations.tar.gz": tarred(lists),
+        }
     if name == "food101":
-        lists = [(f"food-101/meta/{s}.json", json.dumps({"waffles": ["waffles/1"]}).encode(), None) for s in ("train", "test")]
-        return {"food-101.tar.gz": tarred([*lists, ("food-101/images/waffles/1.jpg", b"jpeg", None)])}
+        lists = [
+            (f"food-101/meta/{s}.json", json.dumps({"waffles": ["waffles/1"]}).encode(), None)
+            for s in ("train", "test")
+        ]
+        return {
+            "food-101.tar.gz": tarred([*lists, ("food-101/images/waffles/1.jpg", b"jpeg", None)])
+        }
     if name == "caltech101":
-        inner = tarred([(f"101_ObjectCategories/{c}/image_{i:04d}.jpg", b"j", None) for c in ("Faces", "ant") for i in range(9)])
-        more = [("caltech-101/Annotations.tar", b"not needed", None), ("__MACOSX/caltech-101/._Annotations.tar", b"x", None)]
-        return {"caltech-101.zip": zipped([("caltech-101/101_ObjectCategories.tar.gz", inner, None), *more])}
+        inner = tarred(
+            [
+                (f"101_ObjectCategories/{c}/image_{i:04d}.jpg", b"j", None)
+                for c in ("Faces", "ant")
+                for i in range(9)
+            ]
+        )
+        more = [
+            ("caltech-101/Annotations.tar", b"not needed", None),
+            ("__MACOSX/caltech-101/._Annotations.tar", b"x", None),
+        ]
+        return {
+            "caltech-101.zip": zipped(
+                [("caltech-101/101_ObjectCategories.tar.gz", inner, None), *more]
+            )
+        }
     if name == "dtd":
-        lists = [(f"dtd/labels/{s}1.txt", b"banded/banded_0001.jpg\n", None) for s in datasets.SPLITS]
-        return {"dtd-r1.0.1.tar.gz": tarred([*lists, ("dtd/images/banded/banded_0001.jpg", b"jpeg", None)])}
+        lists = [(f"dtd/labels/{s}1.txt", b"banded/banded_0001.jpg\n", None) for s in SPLITS]
+        return {
+            "dtd-r1.0.1.tar.gz": tarred(
+                [*lists, ("dtd/images/banded/banded_0001.jpg", b"jpeg", None)]
+            )
+        }
     if name == "domainnet10":
         files = {
-            f"{d}_{s}.txt": f"{d}/whale/{s}.jpg 1\n{d}/zigzag/1.jpg 2\n".encode() for d in datasets.SIX for s in ("train", "test")
+            f"{d}_{s}.txt": f"{d}/whale/{s}.jpg 1\n{d}/zigzag/1.jpg 2\n".encode()
+            for d in domainnet10.DOMAINS
+            for s in ("train", "test")
         }
         images = ("whale/train.jpg", "whale/test.jpg", "zigzag/1.jpg")
-        return files | {f"{d}.zip": zipped([(f"{d}/{i}", b"jpeg", None) for i in images]) for d in datasets.SIX}
-    from test_datasets import cifar_world, python2
-
+        return files | {
+            f"{d}.zip": zipped([(f"{d}/{i}", b"jpeg", None) for i in images])
+            for d in domainnet10.DOMAINS
+        }
     cifar_world(made, name, python2)
     return {f"{name.replace('cifar', 'cifar-')}-python.tar.gz": tree(made / name)}
 
 
 @pytest.mark.parametrize("name", [name for name in datasets.DATASETS if name != "office_caltech10"])
-def test_a_set_is_fetched_into_what_its_reader_reads_and_not_a_second_time(name, server, tmp_path, monkeypatch):
+def test_a_set_is_fetched_into_what_its_reader_reads_and_not_a_second_time(
+    name, server, tmp_path, monkeypatch
+):
     (tmp_path / "made").mkdir()
     served(server, monkeypatch, name, small(name, tmp_path / "made"))
     root = tmp_path / "data"
-    left = fetch.fetch(name, root, progress=False)
+    left = fetch.fetch(name, root)
     manifest = datasets.read(name, root)
     assert manifest.folder == root / datasets.DATASETS[name].folders[0]
     assert all((manifest.folder / row["path"]).exists() for row in manifest.rows)
     assert not list(root.rglob("zigzag")) and not (root / "__MACOSX").exists()
     assert len(left) == ("cifar" not in name)
     asked = len(server.asked)
-    assert fetch.fetch(name, root, progress=False) == left and len(server.asked) == asked
+    assert fetch.fetch(name, root) == left and len(server.asked) == asked
     for archive in [p for p in root.rglob("*") if p.name.endswith((".zip", ".tgz", ".tar.gz"))]:
         archive.unlink()  # they may go once unpacked
-    assert fetch.fetch(name, root, progress=False) == left and len(server.asked) == asked
+    assert fetch.fetch(name, root) == left and len(server.asked) == asked
 
 
 def test_a_fetch_that_was_killed_while_unpacking_goes_on(server, tmp_path, monkeypatch):
@@ -422,21 +559,31 @@ def test_a_fetch_that_was_killed_while_unpacking_goes_on(server, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(fetch.shutil, "copyfileobj", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            fetch.fetch("dtd", tmp_path, progress=False)
-    fetch.fetch("dtd", tmp_path, progress=False)
+            fetch.fetch("dtd", tmp_path)
+    fetch.fetch("dtd", tmp_path)
     assert len(datasets.read("dtd", tmp_path).rows) == 3 and len(server.asked) == 1
 
 
-def test_what_has_no_stable_source_is_asked_for_by_name_and_place_and_unpacked_when_it_is_there(tmp_path):
+def test_what_has_no_stable_source_is_asked_for_by_name_and_place_and_unpacked_when_it_is_there(
+    tmp_path,
+):
     (line,) = fetch.fetch("office_caltech10", tmp_path)
     archive = tmp_path / "office_caltech_10_dataset.zip"
-    assert f"bring {archive.name} (images and split, linked in " in line and line.endswith(f"put it at {archive}")
+    assert f"bring {archive.name} (images and split, linked in " in line and line.endswith(
+        f"put it at {archive}"
+    )
     images = [
-        (f"office_caltech_10/{d}/mug/{i}.jpg", b"x", None) for d in ("amazon", "caltech", "dslr", "webcam") for i in range(5)
+        (f"office_caltech_10/{d}/mug/{i}.jpg", b"x", None)
+        for d in ("amazon", "caltech", "dslr", "webcam")
+        for i in range(5)
     ]
     archive.write_bytes(zipped([*images, ("dtd/images/escaped.txt", b"x", None)]))
-    assert fetch.fetch("office_caltech10", tmp_path, progress=False) == []
-    assert len(datasets.read("office_caltech10", tmp_path).rows) == 20 and archive.exists() and not (tmp_path / "dtd").exists()
+    assert fetch.fetch("office_caltech10", tmp_path) == []
+    assert (
+        len(datasets.read("office_caltech10", tmp_path).rows) == 20
+        and archive.exists()
+        and not (tmp_path / "dtd").exists()
+    )
 
 
 @pytest.mark.parametrize("name", ["flowers102", "oxfordpets", "food101", "caltech101", "dtd"])
@@ -451,19 +598,27 @@ def test_the_split_of_coop_is_asked_for_until_it_is_there(name, tmp_path):
 
 
 def test_every_set_has_a_source_and_terms_of_use():
-    assert fetch.SOURCES.keys() == datasets.DATASETS.keys()
-    assert all(fetch.terms(name).rpartition("See ")[2].startswith("https://") for name in fetch.SOURCES)
-    for call in (fetch.terms, lambda name: fetch.by_hand(name, Path()), lambda name: fetch.fetch(name, Path())):
+    assert all(dataset.files for dataset in datasets.DATASETS.values())
+    assert all(
+        fetch.terms(name).rpartition("See ")[2].startswith("https://") for name in datasets.DATASETS
+    )
+    for call in (
+        fetch.terms,
+        lambda name: fetch.by_hand(name, Path()),
+        lambda name: fetch.fetch(name, Path()),
+    ):
         with pytest.raises(ValueError, match="'flowers' is none of"):
             call("flowers")
 
 
 def test_addresses_and_checksums_are_those_of_torchvision():
     prefix = tv.Flowers102._download_url_prefix
-    theirs = {prefix + name: md5 for name, md5 in tv.Flowers102._file_dict.values()} | dict(tv.OxfordIIITPet._RESOURCES)
+    theirs = {prefix + name: md5 for name, md5 in tv.Flowers102._file_dict.values()} | dict(
+        tv.OxfordIIITPet._RESOURCES
+    )
     theirs |= {tv.Food101._URL: tv.Food101._MD5, tv.DTD._URL: tv.DTD._MD5}
     theirs |= {c.url: c.tgz_md5 for c in (tv.CIFAR10, tv.CIFAR100)}
-    ours = {f.url: f.md5 for source in fetch.SOURCES.values() for f in source.files if f.base and f.md5}
+    ours = {f.url: f.md5 for dataset in datasets.DATASETS.values() for f in dataset.files if f.md5}
     (caltech,) = ours.keys() - theirs.keys()  # torchvision has it inside a function
     text = Path(tv.caltech.__file__).read_text()
     assert caltech in text and ours.pop(caltech) in text and ours == theirs

@@ -1,4 +1,5 @@
-"""Files are whole or not there, stages of the pipeline run one at a time, and what DVC left half written is found."""
+"""Files are whole or not there, stages of the pipeline run one at a time, and what DVC left half
+written is found."""
 
 import subprocess
 import sys
@@ -24,7 +25,10 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 
 def test_the_lock_makes_others_wait_until_its_holder_ends(tmp_path):
     lock, done = tmp_path / "lock", tmp_path / "done"
-    code = f"from fpl.data import files\nprint('up', flush=True)\nwith files.file_lock({str(lock)!r}): open({str(done)!r}, 'w')"
+    code = (
+        "from fpl.data import files\nprint('up', flush=True)\n"
+        f"with files.file_lock({str(lock)!r}): open({str(done)!r}, 'w')"
+    )
     with files.file_lock(lock):
         child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         assert child.stdout.readline() == "up\n"
@@ -36,7 +40,10 @@ def test_the_lock_makes_others_wait_until_its_holder_ends(tmp_path):
 
 def test_a_killed_holder_lets_go(tmp_path):
     lock = tmp_path / "lock"
-    code = f"from fpl.data import files\nimport time\nwith files.file_lock({str(lock)!r}): print('held', flush=True); time.sleep(60)"
+    code = (
+        "from fpl.data import files\nimport time\n"
+        f"with files.file_lock({str(lock)!r}): print('held', flush=True); time.sleep(60)"
+    )
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "held\n"
     child.kill()
@@ -46,7 +53,14 @@ def test_a_killed_holder_lets_go(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "whole"), [("", False), ('{"a"', False), ("stages: {", False), ('{"a": 1}', True), ("schema: '2.0'\n", True)]
+    ("text", "whole"),
+    [
+        ("", False),
+        ('{"a"', False),
+        ("stages: {", False),
+        ('{"a": 1}', True),
+        ("schema: '2.0'\n", True),
+    ],
 )
 def test_half_written_files_are_told_from_whole_ones(text, whole, tmp_path):
     (tmp_path / "file").write_text(text)

@@ -1,4 +1,4 @@
-"""Promise: the ledger has every defect once, and its numbers compare rows that differ by the named switch alone."""
+"""Promise: the ledger has every defect once, and compares rows that differ by one named switch."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from helpers import ROOT
 from matplotlib.colors import to_hex
 
 from fpl.audit import ledger
-from fpl.experiments import plots, settings, stats
+from fpl.experiments import plots, settings
 from fpl.experiments.settings import ROWS
 
 ITEMS = ledger.read(ROOT / "data/ledger.yaml")
@@ -25,7 +25,9 @@ def experiments():
     found = {}
     for table in ledger.TABLES:
         for label, experiment in PARAMS.runs(table):
-            assert experiment.seed not in found.setdefault(label, {}), f"two rows are called {label}"
+            assert experiment.seed not in found.setdefault(label, {}), (
+                f"two rows are called {label}"
+            )
             found[label][experiment.seed] = experiment
     return found
 
@@ -40,16 +42,19 @@ def flat(experiment):
 
 def of(rows):
     """Runs of {row: accuracies (seeds, rounds, clients)}."""
-    lines = [
-        {"row": row, "seed": s + 1, "round": r, "client": i, "accuracy": a}
-        for row, runs in rows.items()
-        for (s, r, i), a in np.ndenumerate(np.array(runs, float))
-    ]
+    lines = []
+    for row, runs in rows.items():
+        for (s, r, i), a in np.ndenumerate(np.array(runs, float)):
+            line = {"row": row, "run": f"{row}-{s}", "seed": s + 1, "round": r}
+            lines.append(line | {"client": i, "accuracy": a})
     return pd.DataFrame(lines)
 
 
 def item(**changes):
-    return ledger.Item(**{"item": "D0", "kind": "B", "where": "w", "does": "d", "paper": "p", "evidence": "e"} | changes)
+    return ledger.Item(
+        **{"item": "D0", "kind": "B", "where": "w", "does": "d", "paper": "p", "evidence": "e"}
+        | changes
+    )
 
 
 def test_every_defect_is_there_once():
@@ -61,23 +66,32 @@ def test_no_word_is_missing(item):
     words = {field.name: getattr(item, field.name) for field in dataclasses.fields(item)}
     optional = {key for key in ("inference", "without") if not words[key]}
     assert all(
-        isinstance(v, str) and v.strip() == v != "" for key, v in words.items() if key not in {"costs", "spreads", *optional}
+        isinstance(v, str) and v.strip() == v != ""
+        for key, v in words.items()
+        if key not in {"costs", "spreads", *optional}
     )
     assert item.kind in "ABC" and item.evidence in EVIDENCE
-    assert bool(item.without) != bool(item.costs or item.spreads), "a number, or the reason why there is none"
+    assert bool(item.without) != bool(item.costs or item.spreads), (
+        "a number, or the reason why there is none"
+    )
     assert item.evidence != "inference" or item.inference
 
 
 @pytest.mark.parametrize(("item", "pair"), PAIRS, ids=NAMES)
 def test_the_rows_of_a_pair_differ_by_the_named_switch_alone(item, pair):
-    """Runs that were equal by mistake, such as a setting that another one overrides, would cost nothing and say so."""
+    """Runs that were equal by mistake would cost nothing, and say so.
+
+    A setting that another one overrides is such a mistake.
+    """
     assert {*pair.switch} <= {*ROWS, *settings.parameter_names(), "views"}
     released, paper = EXPERIMENTS[pair.released], EXPERIMENTS[pair.paper]
     assert released.keys() == paper.keys() == {*PARAMS.seeds}
     for seed in PARAMS.seeds:
         one, other = flat(released[seed]), flat(paper[seed])
         differ = {key for key in one if one[key] != other[key]}
-        assert one.keys() == other.keys() and differ == {"method" if name in ROWS else name for name in pair.switch}
+        assert one.keys() == other.keys() and differ == {
+            "method" if name in ROWS else name for name in pair.switch
+        }
         assert all(name in (one["method"], other["method"]) for name in pair.switch if name in ROWS)
         assert "method" not in differ or type(released[seed].method) is not type(paper[seed].method)
     assert pair.switch or pair.rule != "last round"
@@ -85,7 +99,9 @@ def test_the_rows_of_a_pair_differ_by_the_named_switch_alone(item, pair):
 
 
 def test_every_run_is_for_a_number():
-    assert EXPERIMENTS.keys() == {label for _, pair in PAIRS for label in (pair.released, pair.paper)}
+    assert EXPERIMENTS.keys() == {
+        label for _, pair in PAIRS for label in (pair.released, pair.paper)
+    }
 
 
 def test_every_item_with_a_number_is_in_the_tables_of_the_notebook():
@@ -104,23 +120,45 @@ def test_every_item_with_a_number_is_in_the_tables_of_the_notebook():
     assert words.index.tolist() == [item.item for item in ITEMS]
     for i in ITEMS:
         said = words.loc[i.item, "cost"]
-        assert said == f"no number: {i.without}" if i.without else all(p.what in said for p in [*i.costs, *i.spreads])
+        assert (
+            said == f"no number: {i.without}"
+            if i.without
+            else all(p.what in said for p in [*i.costs, *i.spreads])
+        )
     book = (ROOT / "notebooks/21_ledger.ipynb").read_text()
-    assert all(f'\\"{name}\\"' in book for name in ("ledger", "ledger_spread", "ledger_items"))
+    assert all(
+        f'\\"21_ledger/{name}\\"' in book for name in ("ledger", "ledger_spread", "ledger_items")
+    )
 
 
 def test_a_cost_by_hand():
     """Four clients in two seeds; the rounds before the last say nothing."""
-    runs = of({"theirs": [[[0, 0], [0.8, 0.6]], [[0, 0], [0.9, 0.5]]], "ours": [[[1, 1], [0.9, 0.5]], [[1, 1], [1.0, 0.7]]]})
+    runs = of(
+        {
+            "theirs": [[[0, 0], [0.8, 0.6]], [[0, 0], [0.9, 0.5]]],
+            "ours": [[[1, 1], [0.9, 0.5]], [[1, 1], [1.0, 0.7]]],
+        }
+    )
     table = ledger.costs([item(costs=[ledger.Pair("it", "theirs", "ours", ["lam"])])], runs)
     line = table.loc[("D0", "it")]
     assert line["difference"] == pytest.approx(-7.5)  # of -10, 10, -10, -20
-    assert line["low"] == pytest.approx(-17.5) and line["high"] == pytest.approx(5)  # of two-level samples, LOW of 256
+    assert line["low"] == pytest.approx(-17.5) and line["high"] == pytest.approx(
+        5
+    )  # of two-level samples, LOW of 256
     means = [0, -15]
     half = 12.706 * np.std(means, ddof=1) / math.sqrt(2)
     assert line[["t_low", "t_high"]].tolist() == pytest.approx([-7.5 - half, -7.5 + half], abs=0.01)
-    assert line["evidence"] == "e" and table.columns.tolist() == ["difference", "low", "high", "t_low", "t_high", "evidence"]
-    same = ledger.costs([item(costs=[ledger.Pair("it", "ours", "ours", ["lam"])])], runs).loc[("D0", "it")]
+    assert line["evidence"] == "e" and table.columns.tolist() == [
+        "difference",
+        "low",
+        "high",
+        "t_low",
+        "t_high",
+        "evidence",
+    ]
+    same = ledger.costs([item(costs=[ledger.Pair("it", "ours", "ours", ["lam"])])], runs).loc[
+        ("D0", "it")
+    ]
     assert (same.drop("evidence") == 0).all()
     with pytest.raises(ValueError, match="no runs of row"):
         ledger.costs([item(costs=[ledger.Pair("it", "nowhere", "ours")])], runs)
@@ -130,40 +168,68 @@ def test_the_interval_of_a_cost_is_that_of_pairs():
     """Clients differ much, their differences do not: the interval is narrow, and holds the mean."""
     ours = np.random.default_rng(2).uniform(0.2, 0.8, (3, 1, 10))
     theirs = ours - 0.1 + np.random.default_rng(3).normal(0, 0.01, ours.shape)
-    line = ledger.costs([item(costs=[ledger.Pair("it", "theirs", "ours")])], of({"theirs": theirs, "ours": ours})).loc[
-        ("D0", "it")
-    ]
+    line = ledger.costs(
+        [item(costs=[ledger.Pair("it", "theirs", "ours")])], of({"theirs": theirs, "ours": ours})
+    ).loc[("D0", "it")]
     assert -11.5 < line["low"] < line["difference"] < line["high"] < -8.5
     assert -11.5 < line["t_low"] < line["difference"] < line["t_high"] < -8.5
 
 
 def test_the_best_round_by_hand():
-    """A round is chosen for all clients of a run together, the first of equal ones, in each seed for itself."""
+    """A round is chosen for all clients of a run together, the first of equal ones."""
     runs = of({"a": [[[0.2, 0.9], [0.9, 0.1], [0.5, 0.6]], [[0.1, 0.1], [0.3, 0.3], [0.2, 0.3]]]})
     best = ledger.best_round(runs)
-    assert best[["seed", "round", "accuracy"]].to_numpy().tolist() == [[1, 0, 0.2], [1, 0, 0.9], [2, 1, 0.3], [2, 1, 0.3]]
+    assert best[["seed", "round", "accuracy"]].to_numpy().tolist() == [
+        [1, 0, 0.2],
+        [1, 0, 0.9],
+        [2, 1, 0.3],
+        [2, 1, 0.3],
+    ]
     pair = ledger.Pair("best", "a", "a", rule="best round")
-    assert ledger.costs([item(costs=[pair])], runs).loc[("D0", "best"), "difference"] == 2.5  # the last rounds have 0.55 and 0.25
-    assert "best round" not in stats.RULES  # our tables cannot be reported by it
+    assert (
+        ledger.costs([item(costs=[pair])], runs).loc[("D0", "best"), "difference"] == 2.5
+    )  # the last rounds have 0.55 and 0.25
+
+
+def test_the_mean_of_the_last_five_rounds_by_hand():
+    """Every client's own mean; a run of fewer rounds has them all."""
+    curve = [0.9, 0.1, 0.2, 0.3, 0.4, 0.6]  # the first is the best
+    runs = of({"long": [[[v, v + 0.1] for v in curve]], "short": [[[0.9, 1.0], [0.1, 0.2]]]})
+    found = ledger.last_five(runs[runs["row"] == "long"])
+    assert found["accuracy"].tolist() == pytest.approx([0.32, 0.42])
+    assert found["round"].tolist() == [5, 5]
+    found = ledger.last_five(runs[runs["row"] == "short"])
+    assert found["accuracy"].tolist() == pytest.approx([0.5, 0.6])
 
 
 def test_spreads_by_hand():
     """Two seeds of one client; F(1, 1) has 647.789 at 0.975."""
     runs = of({"fixed": [[[0.5]], [[0.6]]], "free": [[[0.4]], [[0.8]]]})
-    line = ledger.spreads([item(spreads=[ledger.Pair("it", "fixed", "free", ["split_seed"])])], runs).loc[("D0", "it")]
-    assert line.tolist() == pytest.approx([28.28, 7.07, 0.25, 0.25 / math.sqrt(647.789), 0.25 * math.sqrt(647.789)], abs=0.01)
+    line = ledger.spreads(
+        [item(spreads=[ledger.Pair("it", "fixed", "free", ["split_seed"])])], runs
+    ).loc[("D0", "it")]
+    assert line.tolist() == pytest.approx(
+        [28.28, 7.07, 0.25, 0.25 / math.sqrt(647.789), 0.25 * math.sqrt(647.789)], abs=0.01
+    )
 
 
 def test_the_spread_of_the_last_five_rounds():
     means = [[9, 1, 2, 3, 4, 5], [9, 2, 4, 6, 8, 10]]  # the first is not one of the five
     runs = of({"a": [[[m / 100 - 0.01, m / 100 + 0.01] for m in seed] for seed in means]})
-    assert ledger.last_rounds(runs) == pytest.approx(math.sqrt((2.5 + 10) / 2) / 100)
-    line = ledger.spreads([item(spreads=[ledger.Pair("it", "a", "a", rule=ledger.ONE_RUN)])], runs).loc[("D0", "it")]
-    assert line["as released"] == 2.5 and line["over seeds"] == pytest.approx(3.54) and math.isnan(line["low"])
+    assert ledger.spread_of_rounds(runs) == pytest.approx(math.sqrt((2.5 + 10) / 2) / 100)
+    line = ledger.spreads(
+        [item(spreads=[ledger.Pair("it", "a", "a", rule=ledger.ONE_RUN)])], runs
+    ).loc[("D0", "it")]
+    assert (
+        line["as released"] == 2.5
+        and line["over seeds"] == pytest.approx(3.54)
+        and math.isnan(line["low"])
+    )
 
 
 @pytest.mark.parametrize(
-    ("change", "word"), [({"cost": []}, "cost"), ({"does": None}, "does"), ({"costs": [{"what": "x"}]}, "released")]
+    ("change", "word"),
+    [({"cost": []}, "cost"), ({"does": None}, "does"), ({"costs": [{"what": "x"}]}, "released")],
 )
 def test_a_wrong_entry_is_refused(tmp_path, change, word):
     entry = {k: v for k, v in (vars(item()) | change).items() if v}
@@ -175,14 +241,23 @@ def test_a_wrong_entry_is_refused(tmp_path, change, word):
 
 
 def test_the_figure_shows_which_intervals_hold_0():
-    lines = [("D1", "far", -60, -61, -59, -64, -56), ("D2", "both", 0.2, -1, 1, -2, 2), ("D3", "one", 0.5, 0.2, 0.8, -1, 2)]
+    lines = [
+        ("D1", "far", -60, -61, -59, -64, -56),
+        ("D2", "both", 0.2, -1, 1, -2, 2),
+        ("D3", "one", 0.5, 0.2, 0.8, -1, 2),
+    ]
     lines.append(("D4", "none", 0.5, 0.3, 0.7, 0.1, 0.9))
-    table = pd.DataFrame(lines, columns=["item", "what", "difference", "low", "high", "t_low", "t_high"]).set_index(
-        ["item", "what"]
-    )
+    table = pd.DataFrame(
+        lines, columns=["item", "what", "difference", "low", "high", "t_low", "t_high"]
+    ).set_index(["item", "what"])
     figure = plots.forest(table)
     marks = [line for ax in figure.axes for line in ax.lines if line.get_marker() == "o"]
-    assert [to_hex(mark.get_markerfacecolor()) for mark in marks] == ["#000000", "#ffffff", "#aaaaaa", "#000000"]
+    assert [to_hex(mark.get_markerfacecolor()) for mark in marks] == [
+        "#000000",
+        "#ffffff",
+        "#aaaaaa",
+        "#000000",
+    ]
     assert [[t.get_text() for t in ax.get_yticklabels()] for ax in figure.axes] == [
         ["far  D1"],
         ["both  D2", "one  D3", "none  D4"],

@@ -1,4 +1,7 @@
-"""Promise: a pack is one file with all that the tables need; a damaged or foreign one is refused, and importing loses nothing."""
+"""Promise: a pack is one file with all that the tables need, and importing it loses nothing.
+
+A damaged or foreign one is refused.
+"""
 
 import json
 import shutil
@@ -14,6 +17,9 @@ from helpers import BACKBONE, DATA, PARAMS, build, standing_in, store_clip
 from fpl import cli
 from fpl.data import encoders as clips
 from fpl.data import features, pack
+from fpl.data.extraction import extract
+from fpl.data.manifest import read_manifest
+from fpl.data.views import Views
 from fpl.experiments import records, runner
 
 FILES = {content: features.file_of(DATA.features, content) for content in features.CONTENT}
@@ -33,11 +39,14 @@ def world(tmp_path_factory):
     with standing_in(folder):
         (folder / "params.yaml").write_text(yaml.safe_dump(SETTINGS))
         lines = DATA.manifest.read_text().splitlines()
-        lines = [lines[0] + ",client", *(f"{line},site {i % 3}" for i, line in enumerate(lines[1:]))]
+        lines = [
+            lines[0] + ",client",
+            *(f"{line},site {i % 3}" for i, line in enumerate(lines[1:])),
+        ]
         DATA.manifest.write_text("\n".join(lines) + "\n")
-        manifest, tower = features.read_manifest(DATA.manifest), clips.load(BACKBONE.name)
+        manifest, tower = read_manifest(DATA.manifest), clips.load(BACKBONE.name)
         for content, path in FILES.items():
-            features.extract(manifest, tower, path, content, views=features.Views(2))
+            extract(manifest, tower, path, content, Views(2))
         pack.export(FILES, DATA.name, folder / "shapes.pack")
     return folder
 
@@ -89,7 +98,9 @@ def test_the_pack_alone_makes_the_tables(world, elsewhere, capsys):
     one, other = (json.loads(p.read_text()) for p in (record, path))
     assert one["rounds"] == other["rounds"] and one["features"] == other["features"]
     cli.main(["features", "import", str(world / "shapes.pack")])
-    assert capsys.readouterr().out.splitlines()[-3:] == [f"features: {path}, which was there already" for path in FILES.values()]
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        f"features: {path}, which was there already" for path in FILES.values()
+    ]
 
 
 def test_exporting_twice_gives_the_same_bytes(here, tmp_path):
@@ -101,7 +112,11 @@ def test_exporting_twice_gives_the_same_bytes(here, tmp_path):
 
 
 def test_pooled_features_alone_are_a_pack_too(here, tmp_path):
-    said = pack.export({**FILES, "patches": tmp_path / "none", "views": tmp_path / "none"}, DATA.name, tmp_path / "pack")
+    said = pack.export(
+        {**FILES, "patches": tmp_path / "none", "views": tmp_path / "none"},
+        DATA.name,
+        tmp_path / "pack",
+    )
     assert "patches" not in said and list(h5py.File(tmp_path / "pack")) == ["feats"]
 
 
@@ -117,17 +132,28 @@ def test_the_command_says_what_is_in_it(here, tmp_path, capsys):
     pooled = features.load(DATA.features)
     assert (said["data set"], said["model"]) == ("shapes", BACKBONE.name)
     assert (said["images"], said["classes"], said["clients"]) == ("48 test, 96 train", "48", "3")
-    assert "photo" in said["domains"] and said["skipped"] == "none" and said["weights"] == pooled.provenance["weights"]
+    assert (
+        "photo" in said["domains"]
+        and said["skipped"] == "none"
+        and said["weights"] == pooled.provenance["weights"]
+    )
     assert said["feats"] == f"144 x 32, sha256 {pooled.sha256}"
-    assert said["patches"].startswith("144 x 4 x 32, ") and said["views"].startswith("96 x 2 x 32, ")
+    assert said["patches"].startswith("144 x 4 x 32, ") and said["views"].startswith(
+        "96 x 2 x 32, "
+    )
 
 
 def test_a_flipped_byte_changes_nothing_unnoticed(world, tmp_path):
     raw, path = (world / "shapes.pack").read_bytes(), tmp_path / "flipped"
     good = pack.verify(world / "shapes.pack")
     with h5py.File(world / "shapes.pack") as f:
-        content = {f[c][name].id.get_offset() for c in f for name in (c, "labels")} | {raw.index(b"plain circle")}
-        content |= {f[c][c].id.get_offset() + f[c][c].nbytes - 1 for c in f} | {raw.index(b'"weights"'), raw.index(b"shapes", 96)}
+        content = {f[c][name].id.get_offset() for c in f for name in (c, "labels")} | {
+            raw.index(b"plain circle")
+        }
+        content |= {f[c][c].id.get_offset() + f[c][c].nbytes - 1 for c in f} | {
+            raw.index(b'"weights"'),
+            raw.index(b"shapes", 96),
+        }
     for position in sorted(content | set(range(0, len(raw), 997))):
         path.write_bytes(raw[:position] + bytes([raw[position] ^ 8]) + raw[position + 1 :])
         try:
@@ -168,18 +194,33 @@ def infinite(f):
 
 
 FOREIGN = {  # a pack with good checksums that is none: what makes it so, and what must be said
-    "another format": (lambda f: f.attrs.update(format="other"), "not one of `fpl features export`"),
+    "another format": (
+        lambda f: f.attrs.update(format="other"),
+        "not one of `fpl features export`",
+    ),
     "no pooled features": (lambda f: f.__delitem__("feats"), "holds patches, views"),
     "something more": (lambda f: f.create_group("more"), "holds feats, more, patches, views"),
-    "a column more": (lambda f: f["feats"].create_dataset("more", data=[1]), "wrong columns in feats"),
+    "a column more": (
+        lambda f: f["feats"].create_dataset("more", data=[1]),
+        "wrong columns in feats",
+    ),
     "a column less": (lambda f: f["feats"].__delitem__("split"), "wrong columns in feats"),
-    "views without their images": (lambda f: f["views"].__delitem__("rows"), "wrong columns in views"),
+    "views without their images": (
+        lambda f: f["views"].__delitem__("rows"),
+        "wrong columns in views",
+    ),
     "a link to another file": (
         replaced("feats/domain", h5py.ExternalLink("secret.h5", "/x")),
         "has a link in the place of feats/domain",
     ),
-    "a link within": (replaced("feats/split", h5py.SoftLink("/feats/domain")), "has a link in the place of feats/split"),
-    "a group as a column": (lambda f: (f["feats"].__delitem__("split"), f["feats"].create_group("split")), "feats/split"),
+    "a link within": (
+        replaced("feats/split", h5py.SoftLink("/feats/domain")),
+        "has a link in the place of feats/split",
+    ),
+    "a group as a column": (
+        lambda f: (f["feats"].__delitem__("split"), f["feats"].create_group("split")),
+        "feats/split",
+    ),
     "bytes of another file": (
         lambda f: (
             f["feats"].__delitem__("labels"),
@@ -187,24 +228,60 @@ FOREIGN = {  # a pack with good checksums that is none: what makes it so, and wh
         ),
         "something else in the place of feats/labels",
     ),
-    "single precision": (replaced("feats/feats", lambda f: f["patches/patches"][:, 0].astype("f4")), "place of feats/feats"),
-    "pooled features of three dimensions": (replaced("feats/feats", lambda f: f["patches/patches"][:]), "of shape (144, 4, 32)"),
-    "labels that are too few": (replaced("feats/labels", np.zeros(7, "i8")), "has 7 feats/labels for 144 images"),
-    "labels beyond the classes": (replaced("feats/labels", np.full(144, 48)), "labels beyond its 48 classes"),
+    "single precision": (
+        replaced("feats/feats", lambda f: f["patches/patches"][:, 0].astype("f4")),
+        "place of feats/feats",
+    ),
+    "pooled features of three dimensions": (
+        replaced("feats/feats", lambda f: f["patches/patches"][:]),
+        "of shape (144, 4, 32)",
+    ),
+    "labels that are too few": (
+        replaced("feats/labels", np.zeros(7, "i8")),
+        "has 7 feats/labels for 144 images",
+    ),
+    "labels beyond the classes": (
+        replaced("feats/labels", np.full(144, 48)),
+        "labels beyond its 48 classes",
+    ),
     "negative labels": (replaced("feats/labels", np.full(144, -1)), "labels beyond its 48 classes"),
-    "a class name twice": (replaced("feats/classes", lambda f: ["cat"] * 48), "has a class name twice"),
+    "a class name twice": (
+        replaced("feats/classes", lambda f: ["cat"] * 48),
+        "has a class name twice",
+    ),
     "values that are not finite": (infinite, "has patches of 1 images that are not finite"),
-    "the wrong content": (set_provenance("feats", content="views"), "has views in the place of feats"),
-    "a path in the model": (set_provenance("feats", model="local-dir:/srv/clip"), "names /srv/clip, a path of one machine"),
+    "the wrong content": (
+        set_provenance("feats", content="views"),
+        "has views in the place of feats",
+    ),
+    "a path in the model": (
+        set_provenance("feats", model="local-dir:/srv/clip"),
+        "names /srv/clip, a path of one machine",
+    ),
     "a path of an image": (
         replaced("feats/image_id", lambda f: [r"C:\images\x.png"] * 144),
         r"names C:\images\x.png, a path of one machine",
     ),
-    "patches of other weights": (set_provenance("patches", weights="x"), "has patches made with weights 'x' and pooled features"),
-    "views of fewer images": (set_provenance("views", skipped="1 images, x"), "has views made with skipped '1 images, x'"),
-    "views of other images": (replaced("views/rows", np.arange(96) + 48), "has views of other images"),
-    "views of images beyond": (replaced("views/rows", np.arange(96) + 96), "has views of other images"),
-    "patches in another order": (replaced("patches/image_id", lambda f: list(f["patches/image_id"][:])[::-1]), "of other images"),
+    "patches of other weights": (
+        set_provenance("patches", weights="x"),
+        "has patches made with weights 'x' and pooled features",
+    ),
+    "views of fewer images": (
+        set_provenance("views", skipped="1 images, x"),
+        "has views made with skipped '1 images, x'",
+    ),
+    "views of other images": (
+        replaced("views/rows", np.arange(96) + 48),
+        "has views of other images",
+    ),
+    "views of images beyond": (
+        replaced("views/rows", np.arange(96) + 96),
+        "has views of other images",
+    ),
+    "patches in another order": (
+        replaced("patches/image_id", lambda f: list(f["patches/image_id"][:])[::-1]),
+        "of other images",
+    ),
     "features of no image": (
         lambda f: [replaced(f"feats/{n}", f[f"feats/{n}"][:0])(f) for n in list(f["feats"])],
         "beyond its 0",
@@ -227,9 +304,18 @@ def test_a_foreign_pack_is_refused(case, world, tmp_path):
         f.attrs["sha256"] = pack.seal(f)
     with pytest.raises(ValueError) as refused:
         pack.verify(path)
-    assert str(refused.value).startswith(f"{path} ") and said in str(refused.value) and "\n" not in str(refused.value)
+    assert (
+        str(refused.value).startswith(f"{path} ")
+        and said in str(refused.value)
+        and "\n" not in str(refused.value)
+    )
     with pytest.raises(ValueError):
-        pack.unpack(path, {content: tmp_path / file for content, file in FILES.items()}, DATA.name, BACKBONE.name)
+        pack.unpack(
+            path,
+            {content: tmp_path / file for content, file in FILES.items()},
+            DATA.name,
+            BACKBONE.name,
+        )
     assert [other.name for other in tmp_path.iterdir()] == ["foreign"]
 
 
@@ -247,33 +333,53 @@ def test_other_features_are_not_replaced_unless_by_force(world, elsewhere):
     FILES["patches"].write_bytes(b"something else")
     with pytest.raises(ValueError) as refused:
         unpack(world / "shapes.pack")
-    said = f"{FILES['patches']}, {FILES['views']} would be replaced by other features: move it away or give --force"
-    assert str(refused.value) == said
-    assert FILES["patches"].read_bytes() == b"something else" and features.load(FILES["views"], content="patches") is not None
-    assert unpack(world / "shapes.pack", force=True) == {FILES["feats"]: False, FILES["patches"]: True, FILES["views"]: True}
+    assert str(refused.value) == (
+        f"{FILES['patches']}, {FILES['views']} would be replaced by other features: "
+        "move it away or give --force"
+    )
+    assert (
+        FILES["patches"].read_bytes() == b"something else"
+        and features.load(FILES["views"], content="patches") is not None
+    )
+    assert unpack(world / "shapes.pack", force=True) == {
+        FILES["feats"]: False,
+        FILES["patches"]: True,
+        FILES["views"]: True,
+    }
     assert features.load(FILES["patches"], content="patches").sha256 == other.sha256
 
 
-@pytest.mark.parametrize(("setting", "value"), [("data", {"name": "food101"}), ("backbone", {"name": "RN50"})])
-def test_a_pack_of_something_else_than_the_settings_say_is_refused(setting, value, world, elsewhere):
+@pytest.mark.parametrize(
+    ("setting", "value"), [("data", {"name": "food101"}), ("backbone", {"name": "RN50"})]
+)
+def test_a_pack_of_something_else_than_the_settings_say_is_refused(
+    setting, value, world, elsewhere
+):
     (elsewhere / "params.yaml").write_text(yaml.safe_dump(SETTINGS | {setting: value}))
     with pytest.raises(SystemExit) as end:
         cli.main(["features", "import", str(world / "shapes.pack")])
     found = {"data": "data set 'shapes'", "backbone": f"model {BACKBONE.name!r}"}[setting]
-    assert end.value.code.endswith(f"has features of {found}, params.yaml says {value['name']!r}: correct it there")
+    assert end.value.code.endswith(
+        f"has features of {found}, params.yaml says {value['name']!r}: correct it there"
+    )
     assert not FILES["feats"].parent.exists()
 
 
 def test_what_others_could_not_use_is_not_exported(here, tmp_path):
-    """Features by a model that is named by a path of this machine, or patches that belong to other features."""
-    manifest, path = features.read_manifest(DATA.manifest.resolve()), tmp_path / "f.h5"
-    features.extract(manifest, clips.load(f"local-dir:{here}/clip"), path)
-    with pytest.raises(ValueError, match=f"no pack that others could use: it names {here}/clip, a path of one machine"):
+    """Features by a model that a path of this machine names, or patches of other features."""
+    manifest, path = read_manifest(DATA.manifest.resolve()), tmp_path / "f.h5"
+    extract(manifest, clips.load(f"local-dir:{here}/clip"), path)
+    with pytest.raises(
+        ValueError,
+        match=f"no pack that others could use: it names {here}/clip, a path of one machine",
+    ):
         pack.export({"feats": path}, DATA.name, tmp_path / "pack")
     store_clip(tmp_path / "clip", seed=1)
     with standing_in(tmp_path):
-        features.extract(manifest, clips.load("local-dir:clip"), tmp_path / "other.h5", "patches")
-    with pytest.raises(ValueError, match="no pack that others could use: it has patches made with weights"):
+        extract(manifest, clips.load("local-dir:clip"), tmp_path / "other.h5", "patches")
+    with pytest.raises(
+        ValueError, match="no pack that others could use: it has patches made with weights"
+    ):
         pack.export({**FILES, "patches": tmp_path / "other.h5"}, DATA.name, tmp_path / "pack")
     assert not (tmp_path / "pack").exists()
 
@@ -284,7 +390,10 @@ COMMANDS = {
     "a name too many": (["extract", "x.pack"], "`fpl features extract` takes no file (x.pack)"),
     "no such pack": (["verify", "nowhere.pack"], "there is no file nowhere.pack"),
     "no such pack to import": (["import", "nowhere.pack"], "there is no file nowhere.pack"),
-    "the features themselves": (["export", str(FILES["patches"])], f"a pack at {FILES['patches']} would replace the features"),
+    "the features themselves": (
+        ["export", str(FILES["patches"])],
+        f"a pack at {FILES['patches']} would replace the features",
+    ),
 }
 
 
@@ -299,4 +408,7 @@ def test_a_wrong_command_is_one_sentence(case, here):
 def test_there_is_no_pack_without_features(elsewhere):
     with pytest.raises(SystemExit) as end:
         cli.main(["features", "export", "x.pack"])
-    assert end.value.code == f"fpl features: no features at {DATA.features}: make them with `fpl features`"
+    assert (
+        end.value.code
+        == f"fpl features: no features at {DATA.features}: make them with `fpl features`"
+    )

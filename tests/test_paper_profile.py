@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import yaml
 from helpers import standing_in, store_clip
-from prove_paper import few_shot, fpl, project, smaller
+from prove_paper import few_shot, fpl, paper_profile, project, smaller
 
 from fpl import cli
 from fpl.bench import plan
@@ -19,25 +19,47 @@ from fpl.data import datasets
 from fpl.experiments import settings, tables
 from fpl.methods import METHODS, PFedMoAP
 
-FILE = Path(__file__).parents[1] / "paper" / "params.yaml"
+FILE = Path(__file__).parents[1] / "paper" / "profile.yaml"
 PAPER = settings.read(FILE)
 FIVE = {"flowers102", "oxfordpets", "food101", "caltech101", "dtd"}
 RN50, VIT = "RN50-quickgelu", "ViT-B-16-quickgelu"
-FEW = {"kind": "pathological", "clients": 10, "rounds": 10, "participation": 1.0, "local_epochs": 5, "n_ctx": 16}
-MANY = {"kind": "dirichlet", "clients": 100, "concentration": 0.5, "rounds": 120, "participation": 0.1, "shots": 0}
+FEW = {
+    "kind": "pathological",
+    "clients": 10,
+    "rounds": 10,
+    "participation": 1.0,
+    "local_epochs": 5,
+    "n_ctx": 16,
+}
+MANY = {
+    "kind": "dirichlet",
+    "clients": 100,
+    "concentration": 0.5,
+    "rounds": 120,
+    "participation": 0.1,
+    "shots": 0,
+}
 DOMAIN = {"kind": "domain", "concentration": 0.3, "rounds": 25, "local_epochs": 5, "shots": 0}
 PUBLISHED = {  # of pFedMoAP's tables: data sets, encoder, and what the paper states of the protocol
     "table1": (FIVE, RN50, FEW),
     "table2": ({"cifar10", "cifar100"}, RN50, MANY | {"local_epochs": 5}),
     "table3": ({"domainnet10"}, VIT, DOMAIN | {"clients": 30, "participation": 0.25}),
     "table3 ": ({"office_caltech10"}, VIT, DOMAIN | {"clients": 20, "participation": 0.5}),
-    "table3_released": ({"domainnet10"}, VIT, DOMAIN | {"clients": 30, "form": "released", "loader": "mismatched"}),
+    "table3_released": (
+        {"domainnet10"},
+        VIT,
+        DOMAIN | {"clients": 30, "form": "released", "loader": "mismatched"},
+    ),
     "table7": (FIVE, RN50, FEW),
     "table8": ({"domainnet10"}, VIT, DOMAIN | {"clients": 30, "participation": 0.25}),
     "d_gate": (FIVE, RN50, FEW),
     "figure5": ({"cifar10"}, RN50, MANY),
     "shots": (FIVE, RN50, FEW),
-    "base_to_novel": ({f"{name}_vit" for name in FIVE}, VIT, {"classes": "base", "rounds": 25, "local_epochs": 2, "clients": 10}),
+    "base_to_novel": (
+        {f"{name}_vit" for name in FIVE},
+        VIT,
+        {"classes": "base", "rounds": 25, "local_epochs": 2, "clients": 10},
+    ),
 }
 
 
@@ -45,15 +67,23 @@ PUBLISHED = {  # of pFedMoAP's tables: data sets, encoder, and what the paper st
 def test_protocols_are_the_published_ones(table):
     names, encoder, protocol = PUBLISHED[table]
     found = [e for _, e in PAPER.runs(table.strip()) if e.source.name in names]
-    assert {e.source.name for e in found} == names and {e.source.backbone.name for e in found} == {encoder}
-    assert {e.seed for e in found} == {1, 2, 3} and {e.source.backbone.weights for e in found} == {"openai"}
+    assert {e.source.name for e in found} == names and {e.source.backbone.name for e in found} == {
+        encoder
+    }
+    assert {e.seed for e in found} == {1, 2, 3} and {e.source.backbone.weights for e in found} == {
+        "openai"
+    }
     for e in found:
         own = {"rounds", "local_epochs", "participation"} if e.row == "coop" else set()
         wanted = {key: value for key, value in protocol.items() if key not in own}
         settings = {"n_ctx": 16} | e.settings()
         other = "n_ctx" if e.row == "pfedmoap_oneword" else ""
-        assert {key: settings[key] for key in wanted if key != other} == {k: v for k, v in wanted.items() if k != other}
-        assert e.run.lr == 0.002 and (e.row != "coop" or (e.run.rounds, e.run.local_epochs) == (1, 25))
+        assert {key: settings[key] for key in wanted if key != other} == {
+            k: v for k, v in wanted.items() if k != other
+        }
+        assert e.run.lr == 0.002 and (
+            e.row != "coop" or (e.run.rounds, e.run.local_epochs) == (1, 25)
+        )
 
 
 @pytest.mark.parametrize(
@@ -78,12 +108,16 @@ def test_the_profiles_have_the_same_tables_and_methods():
     demo = settings.read(Path(__file__).parents[1] / "params.yaml")
     assert [*PAPER.tables] == [*demo.tables] and PAPER.methods == demo.methods
     assert {e.row for _, e in PAPER.runs("table1")} >= {*METHODS, *CONTROLS}
-    assert {PAPER.source(name).data.name for name in PAPER.contents()} == {*datasets.DATASETS} == {*tables.PRINTED}
+    assert (
+        {PAPER.source(name).data.name for name in PAPER.contents()}
+        == {*datasets.DATASETS}
+        == {*tables.PRINTED}
+    )
 
 
 def test_the_proof_in_small_has_all_tables_with_runs_that_its_clients_can_make(tmp_path):
     path = tmp_path / "params.yaml"
-    path.write_text(yaml.safe_dump(smaller(yaml.safe_load(FILE.read_text())), sort_keys=False))
+    path.write_text(yaml.safe_dump(smaller(paper_profile()), sort_keys=False))
     small = settings.read(path)
     for name in PAPER.tables:
         runs = [e for _, e in small.runs(name)]
@@ -104,8 +138,16 @@ SMALL = {
     "run": {"rounds": 2, "local_epochs": 2, "batch_size": 2},
     "datasets": {"dtd": {"data": {"name": "dtd"}}},
     "seeds": [1, 2],
-    "methods": {"zeroshot": {}, "coop": {"rounds": 1}, "promptfl": {}, "pfedmoap": {"n_experts": 2, "d_gate": 16, "heads": 4}},
-    "tables": {"table1": {"data": ["flowers102", "dtd"]}, "lam": {"rows": ["promptfl", "pfedmoap"], "vary": {"lam": [0, 0.5]}}},
+    "methods": {
+        "zeroshot": {},
+        "coop": {"rounds": 1},
+        "promptfl": {},
+        "pfedmoap": {"n_experts": 2, "d_gate": 16, "heads": 4},
+    },
+    "tables": {
+        "10_table1": {"table1": {"data": ["flowers102", "dtd"]}},
+        "11_ablations": {"lam": {"rows": ["promptfl", "pfedmoap"], "vary": {"lam": [0, 0.5]}}},
+    },
 }
 
 
@@ -132,8 +174,14 @@ def test_what_is_missing_is_named_and_what_is_there_is_counted(small, capsys):
 
 
 def test_weights_that_are_not_there_are_named(small):
-    other = dataclasses.replace(small, backbone=settings.Backbone("ViT-B-16-quickgelu", "../none.pt"))
-    (todo,) = [todo for need, todo in plan.needs(other)[["need", "todo"]].itertuples(index=False) if need == "weights" and todo]
+    other = dataclasses.replace(
+        small, backbone=settings.Backbone("ViT-B-16-quickgelu", "../none.pt")
+    )
+    (todo,) = [
+        todo
+        for need, todo in plan.needs(other)[["need", "todo"]].itertuples(index=False)
+        if need == "weights" and todo
+    ]
     assert "../none.pt" in todo
 
 
@@ -149,45 +197,85 @@ def test_too_little_disk_is_named(small, monkeypatch):
 
 def test_sizes_are_those_of_the_files(small):
     sizes = plan.disk(small).set_index("files")["GB"] * 1e9
-    assert sizes["data/features/flowers102.h5"] == pytest.approx(30 * 32 * 2)  # images, joint width, bytes
-    assert sizes["data/features/dtd.h5"] == pytest.approx((2820 + 1692) * 32 * 2)  # as published, since it is not there
+    assert sizes["data/features/flowers102.h5"] == pytest.approx(
+        30 * 32 * 2
+    )  # images, joint width, bytes
+    assert sizes["data/features/dtd.h5"] == pytest.approx(
+        (2820 + 1692) * 32 * 2
+    )  # as published, since it is not there
 
 
 def test_runs_and_steps_are_counted(small):
     stages = plan.stages(small, Rates({CLIP: 1e12}, {CLIP: 10.0}))
     stages = stages.set_index("stage")
-    assert stages["number"].tolist() == [1, 1, 2 * 2 * 8, 2]  # 4 methods and 4 controls; of lam only 0 is new
+    assert stages["number"].tolist() == [
+        1,
+        1,
+        2 * 2 * 8,
+        2,
+    ]  # 4 methods and 4 controls; of lam only 0 is new
     assert (stages["there"] == 0).all()
     assert stages.loc["features flowers102", "hours"] == pytest.approx(30 / 10 / 3600)
-    assert stages["hours"].iloc[2:].tolist() == pytest.approx((stages["PFLOP"].iloc[2:] * 1e3 / 3600).tolist())
+    assert stages["hours"].iloc[2:].tolist() == pytest.approx(
+        (stages["PFLOP"].iloc[2:] * 1e3 / 3600).tolist()
+    )
 
 
 def test_steps_of_clients(small):
-    (e,) = [e for _, e in small.runs("table1") if (e.row, e.seed, e.source.name) == ("promptfl", 1, "flowers102")]
+    (e,) = [
+        e
+        for _, e in small.runs("table1")
+        if (e.row, e.seed, e.source.name) == ("promptfl", 1, "flowers102")
+    ]
     assert plan.steps_per_epoch(e) == 6 * 2 / 3 / 2  # classes, shots, clients, batch
     assert e.run.participants(e.partition.clients) == 3
-    full = dataclasses.replace(e, partition=dataclasses.replace(e.partition, kind="dirichlet", shots=0))
+    full = dataclasses.replace(
+        e, partition=dataclasses.replace(e.partition, kind="dirichlet", shots=0)
+    )
     assert plan.steps_per_epoch(full) == 18 / 3 / 2
     # three clients with two epochs of two steps, a forward and a backward of the tree each, and three clients in the test
-    tokens = 1 + 16 + 4 * 6  # one group; in the one layer six of them are read, the others give keys and values
+    tokens = (
+        1 + 16 + 4 * 6
+    )  # one group; in the one layer six of them are read, the others give keys and values
     forward = 2 * 16 * (tokens * 3 * 16 + 6 * 9 * 16 + 2 * tokens**2)
     assert plan.cost(e) == 2 * (3 * 2 * 2 * 2 + 3) * forward
 
 
 def test_table_1_of_flowers_has_the_steps_of_the_cost_model():
-    (e,) = [e for _, e in PAPER.runs("table1") if (e.row, e.seed, e.source.name) == ("promptfl", 1, "flowers102")]
+    (e,) = [
+        e
+        for _, e in PAPER.runs("table1")
+        if (e.row, e.seed, e.source.name) == ("promptfl", 1, "flowers102")
+    ]
     with standing_in(Path(__file__).parents[1] / "paper"):
         epochs = e.run.rounds * e.run.local_epochs * e.run.participants(e.partition.clients)
-        assert epochs * plan.steps_per_epoch(e) == pytest.approx(5100)  # 102 classes x 16 shots / 16 in a batch, 50 epochs
+        assert epochs * plan.steps_per_epoch(e) == pytest.approx(
+            5100
+        )  # 102 classes x 16 shots / 16 in a batch, 50 epochs
 
 
-PER_STEP = {"zeroshot": 0, "promptfl": 1, "fedprox": 1, "fedotp": 2, "fedpgp": 2, "pfedmoap": 1, "fedpgp_released": 4}
-READ = {"zeroshot": 1, "promptfl": 5, "fedotp": 10, "pfedmoap": 10}  # by the test of five clients, and five experts
+PER_STEP = {
+    "zeroshot": 0,
+    "promptfl": 1,
+    "fedprox": 1,
+    "fedotp": 2,
+    "fedpgp": 2,
+    "pfedmoap": 1,
+    "fedpgp_released": 4,
+}
+READ = {
+    "zeroshot": 1,
+    "promptfl": 5,
+    "fedotp": 10,
+    "pfedmoap": 10,
+}  # by the test of five clients, and five experts
 
 
 @pytest.mark.parametrize("row", [*PER_STEP])
 def test_prompts_of_a_step_are_counted_from_the_method(row):
-    e = settings.Settings().experiment(row, 1, n_ctx=4, local_epochs=1, **({"n_experts": 4} if row == "pfedmoap" else {}))
+    e = settings.Settings().experiment(
+        row, 1, n_ctx=4, local_epochs=1, **({"n_experts": 4} if row == "pfedmoap" else {})
+    )
     trained, read = plan.encodings(e.method, 5, e.run, Tower(256, 4, 16, 2))
     assert trained == PER_STEP[row] and read == READ.get(row, read)
 
@@ -197,27 +285,40 @@ def test_prompts_of_a_step_are_counted_from_the_method(row):
 
 def test_the_chain_runs_and_goes_on_where_it_was(tmp_path):
     """`make paper` on two small data sets: check, features, runs, a notebook; and a second time."""
-    settings = {**SMALL, "tables": {"table1": {"data": ["flowers102", "dtd"]}}}
+    settings = SMALL | {"tables": {"10_table1": {"table1": {"data": ["flowers102", "dtd"]}}}}
     paper = project(tmp_path, settings)
     store_clip(tmp_path / "clip")
     for name in ("flowers102", "dtd"):
         few_shot(tmp_path / "data" / "images", name)
     said = {"capture_output": True, "text": True}
     checked = fpl(paper, "plan", "--check", **said)
-    assert checked.returncode == 0 and "nothing is missing" in checked.stdout and "hours on this machine" in checked.stdout
-    done = fpl(paper, "repro", "notebook@10_table1", **said)
+    assert (
+        checked.returncode == 0
+        and "nothing is missing" in checked.stdout
+        and "hours on this machine" in checked.stdout
+    )
+    done = fpl(paper, "repro", "results@10_table1", **said)
     assert done.returncode == 0, done.stderr[-3000:]
-    made = pd.read_csv(paper / "results" / "tables" / "table1.csv")
-    assert made.groupby("data").size().to_dict() == {"flowers102": 8, "dtd": 8} and made["mean"].between(0, 100).all()
+    made = pd.read_csv(paper / "results" / "tables" / "10_table1" / "table1.csv")
+    assert (
+        made.groupby("data").size().to_dict() == {"flowers102": 8, "dtd": 8}
+        and made["mean"].between(0, 100).all()
+    )
     shown = made.set_index(["data", "method"])["paper"]
     assert shown["flowers102", "promptfl"] == 72.80 and math.isnan(shown["dtd", "majority"])
-    assert tables.NOTE_REAL in (paper / "results" / "tables" / "table1.md").read_text()
-    assert str(tmp_path) not in nbformat.writes(nbformat.read(paper / "results/notebooks/10_table1.ipynb", 4))
+    assert (
+        tables.NOTE_REAL in (paper / "results" / "tables" / "10_table1" / "table1.md").read_text()
+    )
+    assert str(tmp_path) not in nbformat.writes(
+        nbformat.read(paper / "results/notebooks/10_table1.ipynb", 4)
+    )
     assert not (tmp_path / "results").exists()
     kept = {path: path.stat().st_mtime_ns for path in (paper / "results" / "records").iterdir()}
     assert len(kept) == 2 * 2 * 8
     next(iter(kept)).unlink()  # as after a kill
     again = fpl(paper, "sweep", **said)
-    assert again.returncode == 0 and {path for path in kept if path.stat().st_mtime_ns != kept[path]} == {next(iter(kept))}
+    assert again.returncode == 0 and {
+        path for path in kept if path.stat().st_mtime_ns != kept[path]
+    } == {next(iter(kept))}
     left = fpl(paper, "plan", "--no-calibration", **said)
     assert "0 files and runs to make" in left.stdout, left.stdout + left.stderr

@@ -1,10 +1,14 @@
-"""Promise: clients get the classes of the paper's rule, their shots and all their test images, and a seed says which."""
+"""Promise: clients get the classes of the paper's rule, their shots and all their test images, and
+a seed says which."""
 
+import dataclasses
 import functools
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 from helpers import refuses
+from pydantic import ValidationError
 
 from fpl.data import partitions
 from fpl.data.partitions import Partition
@@ -23,7 +27,8 @@ PAPER = {
 
 
 def world(n_cls, train=20, test=6):
-    """Labels and split of a data set in an order that has nothing to do with its classes; class 0 has five training images."""
+    """Labels and split of a data set in an order that has nothing to do with its classes; class 0
+    has five training images."""
     labels = np.repeat(np.arange(n_cls), train + test)
     split = np.tile(np.array(["train"] * train + ["test"] * test), n_cls)
     keep = (labels != 0) | (split == "test") | (np.arange(len(labels)) < 5)
@@ -36,9 +41,11 @@ def with_domains(n_cls):
     return labels, split, np.random.default_rng(1).choice(["one", "two", "three"], len(labels))
 
 
-KINDS = [kind for kind in partitions.KINDS if kind != "column"]
+KINDS = [kind for kind in partitions.DEALERS if kind != "column"]
 WORLDS = {kind: with_domains(100 if kind == "pachinko" else 12) for kind in KINDS}
-WORLDS["iid"] = tuple(column[WORLDS["iid"][0] > 0] for column in WORLDS["iid"])  # the rare class is too rare
+WORLDS["iid"] = tuple(
+    column[WORLDS["iid"][0] > 0] for column in WORLDS["iid"]
+)  # the rare class is too rare
 WORLDS["iid"][0][:] -= 1
 
 
@@ -71,10 +78,15 @@ def test_class_counts_of_the_papers_rule(name):
         assert classes(train, labels) == classes(test, labels)
 
 
-@pytest.mark.parametrize(("n_cls", "clients"), [(48, 10), (37, 10), (37, 36), (37, 37), (102, 50), (5, 1)])
+@pytest.mark.parametrize(
+    ("n_cls", "clients"), [(48, 10), (37, 10), (37, 36), (37, 37), (102, 50), (5, 1)]
+)
 def test_even_differs_by_at_most_one(n_cls, clients):
     labels, split = world(n_cls)
-    counts = [len(own) for own in classes(partitions.make(Partition("even", clients), labels, split, 1)[0], labels)]
+    counts = [
+        len(own)
+        for own in classes(partitions.make(Partition("even", clients), labels, split, 1)[0], labels)
+    ]
     assert len(counts) == clients and max(counts) - min(counts) <= 1 and sum(counts) == n_cls
 
 
@@ -86,10 +98,14 @@ def test_classes_are_disjoint_and_complete_and_images_are_theirs(kind, shots):
     own = classes(train, labels)
     assert sorted(c for part in own for c in part) == list(range(37))
     for mine, train_index, test_index in zip(own, train, test, strict=True):
-        assert len(set(train_index.tolist())) == len(train_index) and set(split[train_index]) == {"train"}
+        assert len(set(train_index.tolist())) == len(train_index) and set(split[train_index]) == {
+            "train"
+        }
         counts = np.bincount(labels[train_index], minlength=37)
         assert all(counts[c] == min(shots, 5 if c == 0 else 20) for c in mine)
-        assert test_index.tolist() == [i for i in range(len(labels)) if labels[i] in mine and split[i] == "test"]
+        assert test_index.tolist() == [
+            i for i in range(len(labels)) if labels[i] in mine and split[i] == "test"
+        ]
 
 
 @pytest.mark.parametrize("kind", ["pathological", "even"])
@@ -103,10 +119,15 @@ def test_a_seed_is_a_split(kind):
     assert set(np.concatenate(first[0]).tolist()) != set(np.concatenate(other[0]).tolist())
 
 
-@pytest.mark.parametrize("other", [Partition(clients=5, shots=4), Partition("even", 10, 4), Partition(clients=48, shots=4)])
+@pytest.mark.parametrize(
+    "other",
+    [Partition(clients=5, shots=4), Partition("even", 10, 4), Partition(clients=48, shots=4)],
+)
 def test_who_has_a_class_does_not_decide_its_shots(other):
     labels, split = world(48)
-    chosen, differently = (partitions.make(p, labels, split, 1)[0] for p in (Partition(clients=10, shots=4), other))
+    chosen, differently = (
+        partitions.make(p, labels, split, 1)[0] for p in (Partition(clients=10, shots=4), other)
+    )
     assert classes(chosen, labels) != classes(differently, labels)
     assert set(np.concatenate(chosen).tolist()) == set(np.concatenate(differently).tolist())
 
@@ -117,28 +138,51 @@ def test_the_streams_are_separate(kind, stream, monkeypatch):
     """With one stream changed, what the other ones draw stays."""
     before, generator = deal(kind, shots=0), np.random.default_rng
     few = deal(kind, shots=2)
-    monkeypatch.setattr(np.random, "default_rng", lambda key: generator([99, *key] if bytes(key[1:]) == stream.encode() else key))
+    monkeypatch.setattr(
+        np.random,
+        "default_rng",
+        lambda key: generator([99, *key] if bytes(key[1:]) == stream.encode() else key),
+    )
     after = deal(kind, shots=0)
-    same = [np.array_equal(tally(a, kind), tally(b, kind)) for a, b in zip(before, after, strict=True)]
-    assert same == [stream != "classes" or kind == "iid"] * 2  # how many of each class: iid draws nothing there
-    if kind in ("pathological", "even"):  # whole classes: which images these are is decided by the shots
-        chosen, differently = (set(np.concatenate(parts).tolist()) for parts in (few[0], deal(kind, shots=2)[0]))
+    same = [
+        np.array_equal(tally(a, kind), tally(b, kind)) for a, b in zip(before, after, strict=True)
+    ]
+    assert (
+        same == [stream != "classes" or kind == "iid"] * 2
+    )  # how many of each class: iid draws nothing there
+    if kind in (
+        "pathological",
+        "even",
+    ):  # whole classes: which images these are is decided by the shots
+        chosen, differently = (
+            set(np.concatenate(parts).tolist()) for parts in (few[0], deal(kind, shots=2)[0])
+        )
         assert (chosen == differently) == (stream != "shots")
     elif stream != "classes":
-        assert [same_sets(a, b) for a, b in zip(before, after, strict=True)] == [stream != "shots", stream != "test"]
+        assert [same_sets(a, b) for a, b in zip(before, after, strict=True)] == [
+            stream != "shots",
+            stream != "test",
+        ]
 
 
 def test_split_and_shots_can_have_seeds_of_their_own():
-    """With both fixed, as the releases do, the run's seed changes nothing; with one, only the other."""
+    """With both fixed, as the releases do, the run's seed changes nothing; with one, only the
+    other."""
     labels, split = world(48)
-    make = lambda seed, **fixed: partitions.make(Partition(clients=10, shots=4, **fixed), labels, split, seed)[0]  # noqa: E731
+    make = lambda seed, **fixed: partitions.make(
+        Partition(clients=10, shots=4, **fixed), labels, split, seed
+    )[0]
     images = lambda parts: set(np.concatenate(parts).tolist())  # noqa: E731
     both = [make(seed, split_seed=2023, shot_seed=2023) for seed in (1, 2)]
     assert all(map(np.array_equal, *both)) and all(map(np.array_equal, both[0], make(2023)))
     same_split = [make(seed, split_seed=2023) for seed in (1, 2)]
-    assert classes(same_split[0], labels) == classes(same_split[1], labels) and images(same_split[0]) != images(same_split[1])
+    assert classes(same_split[0], labels) == classes(same_split[1], labels) and images(
+        same_split[0]
+    ) != images(same_split[1])
     same_shots = [make(seed, shot_seed=2023) for seed in (1, 2)]
-    assert classes(same_shots[0], labels) != classes(same_shots[1], labels) and images(same_shots[0]) == images(same_shots[1])
+    assert classes(same_shots[0], labels) != classes(same_shots[1], labels) and images(
+        same_shots[0]
+    ) == images(same_shots[1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -175,7 +219,9 @@ def test_a_seed_decides_everything(kind):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_dirichlet_deals_test_images_like_training_images_and_nothing_to_those_who_have_their_share(seed):
+def test_dirichlet_deals_test_images_like_training_images_and_nothing_to_those_who_have_their_share(
+    seed,
+):
     counts = np.full((2, 12), 40)
     partition = Partition("dirichlet", 5, concentration=0.3, min_size=30)
     (train, test), _ = partitions.dirichlet(partition, counts, 5, np.random.default_rng(seed))
@@ -192,18 +238,25 @@ def test_dirichlet_draws_again_until_all_have_the_least():
 
 def smallest_set(seed, least):
     partition = Partition("dirichlet", 6, 0, concentration=0.3, min_size=least)
-    return min(len(part) for parts in partitions.make(partition, *WORLDS["dirichlet"][:2], seed) for part in parts)
+    return min(
+        len(part)
+        for parts in partitions.make(partition, *WORLDS["dirichlet"][:2], seed)
+        for part in parts
+    )
 
 
 def of_a_class(seed):
     """What the first client of Dir(0.3) takes of the first class, when nobody has anything yet."""
     partition, counts = Partition("dirichlet", concentration=0.3), np.full((2, 20), 10**6)
-    return partitions.dirichlet(partition, counts, 5, np.random.default_rng(seed))[0][0, 0, 0] / 10**6
+    return (
+        partitions.dirichlet(partition, counts, 5, np.random.default_rng(seed))[0][0, 0, 0] / 10**6
+    )
 
 
 @functools.cache
 def of_superclass_3(seed):
-    """Images of its five classes that the first client takes, in training and in test, when nothing is used up."""
+    """Images of its five classes that the first client takes, in training and in test, when nothing
+    is used up."""
     partition, counts = Partition("pachinko", concentration=0.3), np.full((2, 100), 10**6)
     dealt, _ = partitions.pachinko(partition, counts, 50, np.random.default_rng(seed))
     return dealt[:, 0, list(partitions.SUPERCLASSES[3])]
@@ -216,7 +269,11 @@ def of_its_first_class(seed):
 
 DRAWN = {  # a share -> its mean and its concentration
     "a class of dirichlet": (of_a_class, 1 / 5, 0.3 * 5),
-    "a superclass of pachinko": (lambda seed: of_superclass_3(seed)[0].sum() / (2 * 10**6), 1 / 20, 0.3 * 20),
+    "a superclass of pachinko": (
+        lambda seed: of_superclass_3(seed)[0].sum() / (2 * 10**6),
+        1 / 20,
+        0.3 * 20,
+    ),
     "a class of its superclass": (of_its_first_class, 1 / 5, 10 * 5),
 }
 
@@ -226,7 +283,10 @@ def test_shares_vary_as_their_dirichlet_does(name):
     share, mean, concentration = DRAWN[name]
     drawn = np.array([share(seed) for seed in range(150)])
     std = np.sqrt(mean * (1 - mean) / (1 + concentration))
-    assert abs(np.nanmean(drawn) - mean) < 4 * std / np.sqrt(len(drawn)) and 0.75 < np.nanstd(drawn) / std < 1.3
+    assert (
+        abs(np.nanmean(drawn) - mean) < 4 * std / np.sqrt(len(drawn))
+        and 0.75 < np.nanstd(drawn) / std < 1.3
+    )
 
 
 def test_pachinko_takes_test_images_by_the_weights_of_training():
@@ -238,7 +298,14 @@ def test_pachinko_takes_test_images_by_the_weights_of_training():
 def test_domains_have_clients_of_their_own_in_their_order():
     _, _, domain = WORLDS["domain"]
     for parts in deal("domain", shots=0):
-        assert [set(domain[part].tolist()) for part in parts] == [{"one"}, {"one"}, {"three"}, {"three"}, {"two"}, {"two"}]
+        assert [set(domain[part].tolist()) for part in parts] == [
+            {"one"},
+            {"one"},
+            {"three"},
+            {"three"},
+            {"two"},
+            {"two"},
+        ]
         counts = tally(parts, "domain")
         assert not np.array_equal(counts[0], counts[2]) and not np.array_equal(counts[2], counts[4])
 
@@ -246,25 +313,29 @@ def test_domains_have_clients_of_their_own_in_their_order():
 @pytest.mark.parametrize("name", ["train", "test"])
 def test_iid_clients_differ_by_one_image_in_a_class_and_in_all(name):
     counts = tally(deal("iid", shots=0)[name == "test"], "iid")
-    assert counts[:, :11].min() > 0 and np.ptp(counts, axis=0).max() <= 1 and np.ptp(counts.sum(1)) <= 1
+    assert (
+        counts[:, :11].min() > 0
+        and np.ptp(counts, axis=0).max() <= 1
+        and np.ptp(counts.sum(1)) <= 1
+    )
 
 
 @pytest.mark.parametrize("concentration", [0.5, 1e-9])
 def test_pachinko_deals_everything_in_equal_sizes(concentration):
     """Also where all weights but one round to 0, and that one is used up."""
     counts = np.full((2, 100), [[7], [3]])
-    dealt, _ = partitions.pachinko(Partition("pachinko", concentration=concentration), counts, 9, np.random.default_rng(1))
+    dealt, _ = partitions.pachinko(
+        Partition("pachinko", concentration=concentration), counts, 9, np.random.default_rng(1)
+    )
     assert np.array_equal(dealt.sum(1), counts) and np.ptp(dealt.sum(2), axis=1).max() <= 1
 
 
 WORLD = WORLDS["dirichlet"]
 REFUSED = {
-    "kind": (lambda: Partition("shards"), ["'shards'", "pachinko or column"]),
-    "clients": (lambda: Partition(clients=0), ["clients (0)", "at least 1"]),
-    "shots": (lambda: Partition(shots=-1), ["shots (-1)", "at least 0", "all training images"]),
-    "concentration": (lambda: Partition("dirichlet", concentration=0.0), ["concentration (0.0)", "above 0"]),
-    "min_size": (lambda: Partition("dirichlet", min_size=0), ["min_size (0)", "at least 1"]),
-    "no domains": (lambda: partitions.make(Partition("domain"), *WORLD[:2], 1), ["domain of each image", "use dirichlet"]),
+    "no domains": (
+        lambda: partitions.make(Partition("domain"), *WORLD[:2], 1),
+        ["partition by domain", "domain of each image", "a column domain"],
+    ),
     "clients and domains": (
         lambda: partitions.make(Partition("domain", 10), *WORLD[:2], 1, WORLD[2]),
         ["10", "3 domains", "of 3"],
@@ -273,8 +344,14 @@ REFUSED = {
         lambda: partitions.make(Partition("dirichlet", 10, min_size=30), *WORLD[:2], 1),
         ["100 draws of Dir(0.5)", "10 clients", "30 training and test images", "use fewer clients"],
     ),
-    "tiny shares": (lambda: partitions.make(Partition("dirichlet", 12, concentration=1e-9), *WORLD[:2], 1), ["Dir(1e-09)"]),
-    "a rare class": (lambda: partitions.make(Partition("iid", 21), *WORLD[:2], 1), ["21 clients", "5 training", "class 0"]),
+    "tiny shares": (
+        lambda: partitions.make(Partition("dirichlet", 12, concentration=1e-9), *WORLD[:2], 1),
+        ["Dir(1e-09)"],
+    ),
+    "a rare class": (
+        lambda: partitions.make(Partition("iid", 21), *WORLD[:2], 1),
+        ["21 clients", "5 training", "class 0"],
+    ),
     "no superclasses": (
         lambda: partitions.make(Partition("pachinko"), *WORLD[:2], 1),
         ["100 classes", "have 12", "use dirichlet"],
@@ -306,26 +383,72 @@ def test_every_number_of_clients_is_dealt_or_refused_with_one_that_works(n_cls):
 def test_a_column_names_the_clients():
     labels, split, _ = WORLDS["dirichlet"]
     client = np.random.default_rng(2).choice(["site b", "site a", "site c"], len(labels))
-    train, test = partitions.make(Partition("column", clients=3, shots=0), labels, split, 1, client=client)
+    train, test = partitions.make(
+        Partition("column", clients=3, shots=0), labels, split, 1, client=client
+    )
     for name, own, tested in zip(["site a", "site b", "site c"], train, test, strict=True):
         assert sorted(own) == np.flatnonzero((client == name) & (split == "train")).tolist()
         assert tested.tolist() == np.flatnonzero((client == name) & (split == "test")).tolist()
-    few, _ = partitions.make(Partition("column", clients=3, shots=2), labels, split, 1, client=client)
-    assert all(np.bincount(labels[own]).max() <= 2 and set(own) <= set(whole) for own, whole in zip(few, train, strict=True))
+    few, _ = partitions.make(
+        Partition("column", clients=3, shots=2), labels, split, 1, client=client
+    )
+    assert all(
+        np.bincount(labels[own]).max() <= 2 and set(own) <= set(whole)
+        for own, whole in zip(few, train, strict=True)
+    )
 
 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        (lambda: partitions.make(Partition("column"), *WORLDS["dirichlet"][:2], 1), "column client"),
         (
-            lambda: partitions.make(Partition("column"), *WORLDS["dirichlet"][:2], 1, client=WORLDS["dirichlet"][2]),
+            lambda: partitions.make(Partition("column"), *WORLDS["dirichlet"][:2], 1),
+            "column client",
+        ),
+        (
+            lambda: partitions.make(
+                Partition("column"), *WORLDS["dirichlet"][:2], 1, client=WORLDS["dirichlet"][2]
+            ),
             "names 3 clients, asked for are 10: set clients to 3",
         ),
-        (lambda: Partition(form="theirs"), "form 'theirs' is not known: use ours or released"),
-        (lambda: Partition("domain", loader="wrong"), "loader 'wrong' is not known: use right, mismatched, misnamed or both"),
     ],
 )
-def test_columns_forms_and_loaders_that_cannot_be(settings, sentence):
+def test_columns_that_cannot_be(settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         settings()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "allowed"),
+    [
+        ({"kind": "shards"}, "'pachinko' or 'column'"),
+        ({"form": "theirs"}, "'ours' or 'released'"),
+        ({"loader": "wrong"}, "'right', 'mismatched', 'misnamed' or 'both'"),
+        ({"classes": "new"}, "'all' or 'base'"),
+        ({"clients": 0}, "greater than 0"),
+        ({"clients": 2.5}, "integer"),
+        ({"shots": -1}, "greater than or equal to 0"),
+        ({"concentration": 0.0}, "greater than 0"),
+        ({"min_size": 0}, "greater than 0"),
+    ],
+)
+def test_a_setting_says_what_it_may_be(wrong, allowed):
+    with pytest.raises(ValidationError) as refused:
+        Partition(**wrong)
+    (found,) = refused.value.errors()
+    assert found["loc"] == tuple(wrong) and allowed in found["msg"]
+
+
+def test_every_kind_can_be_dealt():
+    (kind,) = (field for field in dataclasses.fields(Partition) if field.name == "kind")
+    assert set(get_args(get_type_hints(Partition)[kind.name])) == set(partitions.DEALERS)
+
+
+def test_settings_are_a_dataclass_like_the_others():
+    partition = Partition("dirichlet", clients=4)
+    assert dataclasses.replace(partition, shots=0) == Partition("dirichlet", clients=4, shots=0)
+    assert Partition(**dataclasses.asdict(partition)) == partition
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        partition.clients = 5
+    with pytest.raises(ValidationError):
+        dataclasses.replace(partition, form="theirs")

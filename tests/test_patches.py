@@ -1,20 +1,23 @@
-"""Promise: patch features are those that the image tower has behind the joint projection, and their file is like the other."""
+"""Promise: patch features are those that the image tower has behind the joint projection, and their
+file is like the other."""
 
 import dataclasses
 import tracemalloc
 
+import h5py
 import open_clip
 import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import error
 from helpers import BACKBONE, DATA, ROOT, build, standing_in
+from helpers.tiny import error
 
 from fpl import cli
 from fpl.data import encoders as clips
-from fpl.data import features
+from fpl.data import extraction, features
+from fpl.data.manifest import read_manifest
 from fpl.prompts import Clip
 
 VIT = {"image_size": 32, "patch_size": 8, "layers": 2, "width": 32, "head_width": 16}
@@ -30,13 +33,22 @@ TOWERS = {  # open_clip class, image tower, QuickGELU, number of patches
 
 
 def random_clip(kind=open_clip.CLIP, vision=VIT, quick_gelu=False):
-    """No weight and no running statistic is 0 or 1, as some are before training: whatever is left out would be seen."""
+    """No weight and no running statistic is 0 or 1, as some are before training: whatever is left
+    out would be seen."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = kind(embed_dim=24, vision_cfg=vision, text_cfg=TEXT, quick_gelu=quick_gelu).eval().requires_grad_(False)
+        model = (
+            kind(embed_dim=24, vision_cfg=vision, text_cfg=TEXT, quick_gelu=quick_gelu)
+            .eval()
+            .requires_grad_(False)
+        )
         for name, value in model.visual.state_dict().items():
             if value.is_floating_point():
-                value.add_(torch.rand_like(value) if name.endswith("running_var") else 0.1 * torch.randn_like(value))
+                value.add_(
+                    torch.rand_like(value)
+                    if name.endswith("running_var")
+                    else 0.1 * torch.randn_like(value)
+                )
     return Clip(model)
 
 
@@ -54,7 +66,10 @@ def vit_by_hand(tower, image):
     """All tokens of one image, the class token first; one patch of pixels after the other."""
     size = tower.conv1.kernel_size[0]
     pixels = image.unfold(1, size, size).unfold(2, size, size).permute(1, 2, 0, 3, 4).flatten(0, 1)
-    embedded = [tower.class_embedding, *((tower.conv1.weight * patch).sum((1, 2, 3)) for patch in pixels)]
+    embedded = [
+        tower.class_embedding,
+        *((tower.conv1.weight * patch).sum((1, 2, 3)) for patch in pixels),
+    ]
     x = tower.ln_pre(torch.stack(embedded) + tower.positional_embedding)[None]
     for block in tower.transformer.resblocks:
         x = block(x)
@@ -62,14 +77,18 @@ def vit_by_hand(tower, image):
 
 
 def resnet_by_hand(tower, image):
-    """The attention pool's output at the mean and at every position of one image's last feature map."""
+    """The attention pool's output at the mean and at every position of one image's last feature
+    map."""
     x = image[None]
     for number in "123":
         for layer in ("conv", "bn", "act"):
             x = getattr(tower, layer + number)(x)
     for layer in (tower.avgpool, tower.layer1, tower.layer2, tower.layer3, tower.layer4):
         x = layer(x)
-    pool, places = tower.attnpool, [x[0, :, i, j] for i in range(x.shape[2]) for j in range(x.shape[3])]
+    pool, places = (
+        tower.attnpool,
+        [x[0, :, i, j] for i in range(x.shape[2]) for j in range(x.shape[3])],
+    )
     x = torch.stack([sum(places) / len(places), *places]) + pool.positional_embedding
     width, out = x.shape[1] // pool.num_heads, []
     for query in pool.q_proj(x):
@@ -85,7 +104,11 @@ def resnet_by_hand(tower, image):
 def test_tokens_are_those_of_the_modules_one_by_one(case):
     clip, images, patches = case
     pooled, found = clips.tokens(clip, images)
-    by_hand = resnet_by_hand if isinstance(clip.model.visual, open_clip.modified_resnet.ModifiedResNet) else vit_by_hand
+    by_hand = (
+        resnet_by_hand
+        if isinstance(clip.model.visual, open_clip.modified_resnet.ModifiedResNet)
+        else vit_by_hand
+    )
     own = torch.stack([by_hand(clip.model.visual, image) for image in images])
     assert found.shape == (3, patches, 24) and own.flatten(0, 1).std(0).min() > 1e-3
     assert error(pooled, own[:, 0]) < 1e-12
@@ -100,16 +123,30 @@ def test_pooled_is_what_the_model_gives(case):
 def test_one_pass_that_leaves_the_model_as_it_was(case):
     clip, images, _ = case
     before = {name: value.clone() for name, value in clip.model.state_dict().items()}
-    settings = [{k: v for k, v in vars(m).items() if isinstance(v, bool | int | str)} for m in clip.model.modules()]
-    convolutions, calls = [m for m in clip.model.visual.modules() if isinstance(m, torch.nn.Conv2d)], []
-    handles = [m.register_forward_hook(lambda module, *_: calls.append(module)) for m in convolutions]
+    settings = [
+        {k: v for k, v in vars(m).items() if isinstance(v, bool | int | str)}
+        for m in clip.model.modules()
+    ]
+    convolutions, calls = (
+        [m for m in clip.model.visual.modules() if isinstance(m, torch.nn.Conv2d)],
+        [],
+    )
+    handles = [
+        m.register_forward_hook(lambda module, *_: calls.append(module)) for m in convolutions
+    ]
     clips.tokens(clip, images)
     for handle in handles:
         handle.remove()
     assert len(calls) == len(convolutions) and set(calls) == set(convolutions)
     assert all(torch.equal(value, before[name]) for name, value in clip.model.state_dict().items())
-    assert settings == [{k: v for k, v in vars(m).items() if isinstance(v, bool | int | str)} for m in clip.model.modules()]
-    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in clip.model.modules())
+    assert settings == [
+        {k: v for k, v in vars(m).items() if isinstance(v, bool | int | str)}
+        for m in clip.model.modules()
+    ]
+    assert not any(
+        m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)
+        for m in clip.model.modules()
+    )
 
 
 OTHERS = {
@@ -127,9 +164,10 @@ def test_a_tower_without_patch_features_is_refused(name, manifest, tower, tmp_pa
     if name == "another architecture":
         clip.model.visual = torch.nn.Flatten()
     with pytest.raises(
-        ValueError, match=r"^this image tower \(\w+\) has no patch features.* VisionTransformer.* ModifiedResNet"
+        ValueError,
+        match=r"^this image tower \(\w+\) has no patch features.* VisionTransformer.* ModifiedR",
     ) as e:
-        features.extract(manifest, clip, tmp_path / "f.h5", content="patches")
+        extraction.extract(manifest, clip, tmp_path / "f.h5", content="patches")
     assert "\n" not in str(e.value) and not list(tmp_path.iterdir())
 
 
@@ -141,7 +179,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def manifest(world):
-    return features.read_manifest(world / DATA.folder / "manifest.csv")
+    return read_manifest(world / DATA.folder / "manifest.csv")
 
 
 @pytest.fixture(scope="module")
@@ -149,28 +187,46 @@ def tower(world):
     return clips.load(BACKBONE.name)
 
 
-@pytest.mark.parametrize(("name", "shape"), [("clip", (4, 32)), (f"{ROOT}/data/demo_clip", (64, 256))], ids=["random", "demo"])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("clip", (4, 32)), (f"{ROOT}/data/demo_clip", (64, 256))],
+    ids=["random", "demo"],
+)
 def test_both_files_are_one_pass(name, shape, manifest, tmp_path):
-    """Patches stay as they are stored, in half precision and not normalised; the pooled ones of the other file go with them."""
+    """Patches stay as they are stored, in half precision and not normalised; the pooled ones of the
+    other file go with them."""
     clip = clips.load(f"local-dir:{name}")
-    pixels = [clip.transform(PIL.Image.open(manifest.folder / row["path"]).convert("RGB")) for row in manifest.rows]
+    pixels = [
+        clip.transform(PIL.Image.open(manifest.folder / row["path"]).convert("RGB"))
+        for row in manifest.rows
+    ]
     pooled, patches = clips.tokens(clip, torch.stack(pixels))
     assert torch.equal(pooled, clip.model.encode_image(torch.stack(pixels)))
     stored = {
-        c: features.load(features.extract(manifest, clip, tmp_path / f"{c}.h5", content=c), content=c) for c in features.CONTENT
+        c: features.load(
+            extraction.extract(manifest, clip, tmp_path / f"{c}.h5", content=c), content=c
+        )
+        for c in features.CONTENT
     }
-    assert stored["patches"].feats.dtype == torch.float16 and stored["patches"].feats.shape == (len(pixels), *shape)
+    assert stored["patches"].feats.dtype == torch.float16 and stored["patches"].feats.shape == (
+        len(pixels),
+        *shape,
+    )
     torch.testing.assert_close(stored["patches"].feats.float(), patches, rtol=2**-10, atol=1e-5)
-    torch.testing.assert_close(stored["feats"].feats, F.normalize(pooled, dim=-1), rtol=2**-10, atol=1e-6)
+    torch.testing.assert_close(
+        stored["feats"].feats, F.normalize(pooled, dim=-1), rtol=2**-10, atol=1e-6
+    )
     assert torch.equal(stored["patches"].labels, stored["feats"].labels)
 
 
 @pytest.mark.parametrize(("held", "wanted"), [("feats", "patches"), ("patches", "feats")])
 def test_one_is_not_opened_as_the_other(held, wanted, manifest, tower, tmp_path):
-    path = features.extract(manifest, tower, tmp_path / "f.h5", content=held)
+    path = extraction.extract(manifest, tower, tmp_path / "f.h5", content=held)
     with pytest.raises(ValueError) as refused:
         features.load(path, content=wanted)
-    assert str(refused.value).startswith(f"{path} was made with content {held!r}, asked for is {wanted!r}: run `fpl features")
+    assert str(refused.value).startswith(
+        f"{path} was made with content {held!r}, asked for is {wanted!r}: run `fpl features"
+    )
 
 
 def test_a_missing_file_says_how_it_is_made(tmp_path):
@@ -181,8 +237,8 @@ def test_a_missing_file_says_how_it_is_made(tmp_path):
 def test_opening_takes_little_more_memory_than_the_file(manifest, tower, tmp_path):
     """What numpy and HDF5 allocate; the tensor shares it."""
     path, made = tmp_path / "f.h5", features.provenance(manifest, tower, "patches")
-    features.create(path, manifest, "patches", (1024, 64), made)
-    with features.h5py.File(path, "r+") as f:
+    extraction.create(path, manifest, "patches", (1024, 64), made)
+    with h5py.File(path, "r+") as f:
         f.attrs["sha256"] = features.digest(f)
     tracemalloc.start()
     try:
@@ -195,7 +251,10 @@ def test_opening_takes_little_more_memory_than_the_file(manifest, tower, tmp_pat
 
 
 def test_the_command_makes_both_files(world, tmp_path):
-    settings = {"data": {"train_per_class": 2, "test_per_class": 1}, "backbone": {"name": f"local-dir:{world}/clip"}}
+    settings = {
+        "data": {"train_per_class": 2, "test_per_class": 1},
+        "backbone": {"name": f"local-dir:{world}/clip"},
+    }
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(settings))
     with standing_in(tmp_path):
         cli.main(["features"])
@@ -203,6 +262,11 @@ def test_the_command_makes_both_files(world, tmp_path):
         alone = DATA.features.read_bytes()
         cli.main(["features", "--patches"])
         assert DATA.features.read_bytes() == alone
-        assert sorted(path.name for path in DATA.features.parent.iterdir()) == ["shapes.h5", "shapes_patches.h5"]
+        assert sorted(path.name for path in DATA.features.parent.iterdir()) == [
+            "shapes.h5",
+            "shapes_patches.h5",
+        ]
         pooled = features.load(DATA.features)
-        assert len(features.load(DATA.patches, pooled.provenance, content="patches").feats) == len(pooled.feats)
+        assert len(features.load(DATA.patches, pooled.provenance, content="patches").feats) == len(
+            pooled.feats
+        )

@@ -1,7 +1,11 @@
-"""Promise: pictures of prompts and gates show what the run had: its attention, its experts, its distances, the nearest words."""
+"""Promise: figures and what they show of prompts and gates are what the run had.
+
+That is its attention, its experts, its distances, and the words nearest to its prompts.
+"""
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,32 +14,43 @@ import torch
 from conftest import make
 from helpers import PARAMS, refuses
 from scipy import stats
-from test_identities import RUN, SEEDS
 
 from fpl import rounds
 from fpl.experiments import assemble, inspect, plots
 from fpl.methods import PFedMoAP, PromptFL
+from fpl.state import generator
 
-MANY = dataclasses.replace(RUN, participation=0.67)  # four of six clients in a round
+# Four of six clients in a round.
+MANY = rounds.Training(
+    rounds=3, local_epochs=2, batch_size=4, lr=0.02, gate_lr=0.05, participation=0.67
+)
+SEEDS = rounds.Seeds(init=3, order=4)
 
 
 @pytest.fixture(scope="module")
 def learnt(text, clients):
-    """A run of a gate that has learnt to prefer, after three rounds of which one client has seen none before the last."""
+    """The end of a run whose gates prefer some experts, and in which a client trained only once."""
     method = make(PFedMoAP)
     *_, before, last = rounds.run_rounds(method, text, clients, MANY, SEEDS)
     server = dataclasses.replace(before.server, round=last.number)
     gen = torch.Generator().manual_seed(1)
-    deployed = {k: v + torch.randn(v.shape, generator=gen) * k.startswith("gate_") for k, v in last.deployed.items()}
-    init = method.init(text, rounds.generator(SEEDS.init, "init"))
-    return inspect.Learnt(method, text, clients, init, deployed, server, torch.arange(6))
+    evaluated = {
+        k: v + torch.randn(v.shape, generator=gen) * k.startswith("gate_")
+        for k, v in last.evaluated.items()
+    }
+    init = method.init(text, generator(SEEDS.init, "init"))
+    return inspect.Learnt(method, text, clients, init, evaluated, server, torch.arange(6))
 
 
 def by_hand(learnt, client, prompts, name):
     """A[h, b, k] of one client and class, expert by expert and head by head."""
-    method, p = learnt.method, {k: v[client] for k, v in learnt.deployed.items()}
+    method, p = learnt.method, {k: v[client] for k, v in learnt.evaluated.items()}
     c, e = learnt.text.names.index(name), method.d_gate // method.heads
-    q = learnt.clients.feats[learnt.clients.test[client]][:, :: 32 // method.d_gate] @ p["gate_wq"].T + p["gate_bq"]
+    q = (
+        learnt.clients.feats[learnt.clients.test[client]][:, :: 32 // method.d_gate]
+        @ p["gate_wq"].T
+        + p["gate_bq"]
+    )
     texts = torch.stack([learnt.text(prompt)[c] for prompt in prompts])[:, :: 32 // method.d_gate]
     k = texts @ p["gate_wk"].T + p["gate_bk"]
     heads = [slice(h * e, (h + 1) * e) for h in range(method.heads)]
@@ -45,42 +60,60 @@ def by_hand(learnt, client, prompts, name):
 @pytest.mark.parametrize("name", ["red circle", "cat"])
 def test_attention_is_that_of_the_gate_on_the_prompts_that_were_downloaded(learnt, name):
     found = inspect.attention(learnt).query("`class` == @name")
-    assert [*found["client"].unique()] == learnt.who.tolist() and len(learnt.who) > 3
+    assert [*found["client"].unique()] == learnt.client_ids.tolist() and len(learnt.client_ids) > 3
     for client, lines in found.groupby("client"):
-        pool = learnt.server.pool["ctx"]
+        pool = learnt.server.uploads["ctx"]
         own, *others = lines.sort_values("rank").itertuples()
-        a = by_hand(learnt, client, [learnt.deployed["ctx"][client], *(pool[line.expert] for line in others)], name)
+        a = by_hand(
+            learnt,
+            client,
+            [learnt.evaluated["ctx"][client], *(pool[line.expert] for line in others)],
+            name,
+        )
         assert own.expert == client and own.rank == 0
         assert lines["share"].tolist() == pytest.approx(a.mean((0, 1)).tolist(), abs=1e-6)
         entropy = -(a * a.log()).sum(-1).mean().item() / math.log(3)
         assert own.evenness == pytest.approx(entropy, abs=1e-5) and entropy < 0.99
-    assert found.groupby("client")["share"].sum().tolist() == pytest.approx([1.0] * len(learnt.who), abs=1e-5)
+    assert found.groupby("client")["share"].sum().tolist() == pytest.approx(
+        [1.0] * len(learnt.client_ids), abs=1e-5
+    )
 
 
 def test_a_gate_without_a_preference_is_even(learnt):
-    silent = {k: torch.zeros_like(v) if k in ("gate_wq", "gate_bq") else v for k, v in learnt.deployed.items()}
-    found = inspect.attention(dataclasses.replace(learnt, deployed=silent))
+    silent = {
+        k: torch.zeros_like(v) if k in ("gate_wq", "gate_bq") else v
+        for k, v in learnt.evaluated.items()
+    }
+    found = inspect.attention(dataclasses.replace(learnt, evaluated=silent))
     assert np.allclose(found["share"], 1 / 3) and np.allclose(found["evenness"], 1)
 
 
 def test_the_gate_as_drawn_is_the_one_before_training_and_prompts_stay(learnt):
-    drawn = inspect.with_gate_as_drawn(learnt).deployed
-    assert torch.equal(drawn["ctx"], learnt.deployed["ctx"])
+    drawn = inspect.with_gate_as_drawn(learnt).evaluated
+    assert torch.equal(drawn["ctx"], learnt.evaluated["ctx"])
     assert all(torch.equal(drawn[k][4], v) for k, v in learnt.init.items() if k != "ctx")
-    assert not torch.equal(drawn["gate_wq"], learnt.deployed["gate_wq"])
+    assert not torch.equal(drawn["gate_wq"], learnt.evaluated["gate_wq"])
 
 
 def test_experts_are_the_downloaded_prompts_in_their_order(learnt):
-    found, who = inspect.experts(learnt), learnt.who
-    down = learnt.method.download(learnt.server, who, learnt.clients)["experts"]
-    assert len(found) == len(who) * 2
+    found = inspect.experts(learnt)
+    ids = learnt.client_ids
+    down = learnt.method.download(learnt.server, ids, learnt.clients)["experts"]
+    assert len(found) == len(ids) * 2
     for line in found.itertuples():
-        assert torch.equal(down[who.tolist().index(line.client), line.rank - 1], learnt.server.pool["ctx"][line.expert])
+        assert torch.equal(
+            down[ids.tolist().index(line.client), line.rank - 1],
+            learnt.server.uploads["ctx"][line.expert],
+        )
 
 
 @pytest.mark.parametrize(
     ("change", "word"),
-    [({"method": make(PromptFL)}, "mixing"), ({"mixing": "uniform"}, "mixing"), ({"n_experts": 0}, "n_experts")],
+    [
+        ({"method": make(PromptFL)}, "mixing"),
+        ({"mixing": "uniform"}, "mixing"),
+        ({"n_experts": 0}, "n_experts"),
+    ],
 )
 def test_refuses_runs_without_attention_or_experts(learnt, change, word):
     method = change.get("method") or dataclasses.replace(learnt.method, **change)
@@ -92,28 +125,36 @@ def test_learn_keeps_the_round_before_the_last_and_when_each_prompt_came(here):
     run, played = inspect.learn(experiment), [*assemble.rounds_of(experiment)]
     last = {int(i): r.number for r in played[:2] for i in r.participants}
     assert run.uploaded.tolist() == [last.get(i, -1) for i in range(4)]
-    assert run.who.tolist() == sorted(last) and run.server.round == 2
-    assert torch.equal(run.server.pool["ctx"], played[1].server.pool["ctx"])
-    assert torch.equal(run.deployed["ctx"], played[2].deployed["ctx"])
-    first = next(iter(assemble.rounds_of(PARAMS.experiment("pfedmoap", 1, lr=1e-12, weight_decay=0.0))))
+    assert run.client_ids.tolist() == sorted(last) and run.server.round == 2
+    assert torch.equal(run.server.uploads["ctx"], played[1].server.uploads["ctx"])
+    assert torch.equal(run.evaluated["ctx"], played[2].evaluated["ctx"])
+    first = next(
+        iter(assemble.rounds_of(PARAMS.experiment("pfedmoap", 1, lr=1e-12, weight_decay=0.0)))
+    )
     assert torch.allclose(first.server.params["ctx"], run.init["ctx"], atol=1e-6)
     refuses(lambda: inspect.learn(PARAMS.experiment("pfedmoap", 1, rounds=1)), ["rounds 1", "2"])
 
 
 def test_label_distance_is_0_for_equal_shares_and_1_for_disjoint_ones():
     far = inspect.variation(np.array([[2, 4, 0, 0], [1, 2, 0, 0], [0, 0, 9, 1], [3, 0, 3, 0]]))
-    assert np.allclose(far, [[0, 0, 1, 2 / 3], [0, 0, 1, 2 / 3], [1, 1, 0, 1 / 2], [2 / 3, 2 / 3, 1 / 2, 0]])
+    assert np.allclose(
+        far, [[0, 0, 1, 2 / 3], [0, 0, 1, 2 / 3], [1, 1, 0, 1 / 2], [2 / 3, 2 / 3, 1 / 2, 0]]
+    )
 
 
 def test_distances_are_of_the_clients_with_an_upload(learnt):
-    found, a, b = inspect.pairs(learnt), *learnt.who[[1, 3]].tolist()
-    assert len(found) == len(learnt.who) * (len(learnt.who) - 1) / 2
-    pool, clients = learnt.server.pool["ctx"], learnt.clients
+    found, a, b = inspect.pairs(learnt), *learnt.client_ids[[1, 3]].tolist()
+    assert len(found) == len(learnt.client_ids) * (len(learnt.client_ids) - 1) / 2
+    pool, clients = learnt.server.uploads["ctx"], learnt.clients
     means = [clients.training(i)[0].mean(0) for i in (a, b)]
     assert found.loc[a, b].tolist() == pytest.approx(
         [
             (pool[a] - pool[b]).norm().item(),
-            (clients.counts(a) / len(clients.train[a]) - clients.counts(b) / len(clients.train[b])).abs().sum().item() / 2,
+            (clients.counts(a) / len(clients.train[a]) - clients.counts(b) / len(clients.train[b]))
+            .abs()
+            .sum()
+            .item()
+            / 2,
             (means[0] - means[1]).norm().item(),
             abs(len(clients.train[a]) - len(clients.train[b])),
             abs(a - b),
@@ -136,7 +177,9 @@ def lopsided(gen, n):
 @pytest.mark.parametrize("world", [cloud, lopsided])
 def test_unrelated_distances_are_found_related_as_seldom_as_stated(world):
     gen = np.random.default_rng(1)
-    found = pd.DataFrame([inspect.related(world(gen, 8), world(gen, 8), draws=99) for _ in range(120)])
+    found = pd.DataFrame(
+        [inspect.related(world(gen, 8), world(gen, 8), draws=99) for _ in range(120)]
+    )
     assert 0 < (found["p"] <= 0.05).mean() <= 0.11  # three sigma are 0.06
     assert ((found["low"] <= 0) & (found["high"] >= 0)).mean() >= (0.93 if world is cloud else 0.8)
 
@@ -145,7 +188,9 @@ def test_correlation_is_spearmans_and_sees_order_alone():
     gen = np.random.default_rng(2)
     one, two = cloud(gen, 9), cloud(gen, 9)
     at = np.triu_indices(9, 1)
-    assert inspect.related(one, two, 99)["spearman"] == pytest.approx(stats.spearmanr(one[at], two[at]).statistic)
+    assert inspect.related(one, two, 99)["spearman"] == pytest.approx(
+        stats.spearmanr(one[at], two[at]).statistic
+    )
     same, turned = inspect.related(one, np.exp(one), 99), inspect.related(one, -one, 99)
     assert same[["spearman", "low", "p"]].tolist() == pytest.approx([1, 1, 0.01])
     assert turned[["spearman", "high", "p"]].tolist() == pytest.approx([-1, -1, 0.01])
@@ -162,24 +207,40 @@ VERDICTS = [
 
 
 @pytest.mark.parametrize(("spearman", "low", "high", "p", "verdict"), VERDICTS)
-def test_verdict_needs_both_the_interval_and_the_test(learnt, monkeypatch, spearman, low, high, p, verdict):
-    said = pd.Series({"spearman": spearman, "low": low, "high": high, "p": p, "clients": 5, "pairs": 10})
+def test_verdict_needs_both_the_interval_and_the_test(
+    learnt, monkeypatch, spearman, low, high, p, verdict
+):
+    said = pd.Series(
+        {"spearman": spearman, "low": low, "high": high, "p": p, "clients": 5, "pairs": 10}
+    )
     monkeypatch.setattr(inspect, "related", lambda *_: said)
     assert {*inspect.followed(learnt)["verdict"]} == {verdict}
 
 
 def test_the_plane_keeps_the_distances_of_prompts_that_lie_in_one():
     gen = torch.Generator().manual_seed(0)
-    flat = torch.randn(7, 2, generator=gen, dtype=torch.double) @ torch.randn(2, 12, generator=gen, dtype=torch.double) + 3
+    flat = (
+        torch.randn(7, 2, generator=gen, dtype=torch.double)
+        @ torch.randn(2, 12, generator=gen, dtype=torch.double)
+        + 3
+    )
     points, parts = inspect.plane(flat.view(7, 3, 4))
-    assert np.allclose(np.linalg.norm(points[:, None] - points, axis=-1), torch.cdist(flat, flat), atol=1e-6)
+    assert np.allclose(
+        np.linalg.norm(points[:, None] - points, axis=-1), torch.cdist(flat, flat), atol=1e-6
+    )
     assert sum(parts) == pytest.approx(1) and parts[0] >= parts[1]
 
 
 def test_the_nearest_word_of_an_embedding_is_that_word(clip):
     words = ["photo", "cat", "golden"]
-    found = inspect.nearest_words(clip, torch.cat([inspect.table_of_words(clip)[clip.tokenizer.encode(w)] for w in words]))
-    assert found["word 1"].tolist() == words and found["distance"].tolist() == [0, 0, 0] and found.index.tolist() == [1, 2, 3]
+    found = inspect.nearest_words(
+        clip, torch.cat([inspect.table_of_words(clip)[clip.tokenizer.encode(w)] for w in words])
+    )
+    assert (
+        found["word 1"].tolist() == words
+        and found["distance"].tolist() == [0, 0, 0]
+        and found.index.tolist() == [1, 2, 3]
+    )
     assert found["word 2"].isin(words).sum() == 0
 
 
@@ -187,14 +248,17 @@ def test_words_are_measured_to_other_words_and_vectors_to_all(clip):
     words = inspect.table_of_words(clip)
     far = (words[:1] - words).norm(dim=1)
     assert inspect.to_nearest(clip, words[:3] + 0).tolist() == [0, 0, 0]
-    assert inspect.to_nearest(clip, sample=2)[0] == pytest.approx(far[1:].min().item(), rel=1e-5)
+    assert inspect.between_words(clip, sample=2)[0] == pytest.approx(far[1:].min().item(), rel=1e-5)
 
 
 def saved(make, folder):
     """The figure that `make` returns, which saves to the same bytes when it is made again."""
     for name in "ab":
         plots.save(make(), folder / name)
-    assert all((folder / f"a.{kind}").read_bytes() == (folder / f"b.{kind}").read_bytes() for kind in ("png", "svg"))
+    assert all(
+        (folder / f"a.{kind}").read_bytes() == (folder / f"b.{kind}").read_bytes()
+        for kind in ("png", "svg")
+    )
     return make()
 
 
@@ -213,7 +277,10 @@ def test_the_map_enlarges_a_crowd_where_there_is_one(n, outlier, panels, tmp_pat
     points = np.random.default_rng(0).uniform(size=(n, 2))
     points[0] += 30 * outlier
     figure = saved(
-        lambda: plots.prompt_map(points, [*map(str, range(n))], ["a", "b"] * (n // 2), [(0, 1), (2, 3)], (0.5, 0.2)), tmp_path
+        lambda: plots.prompt_map(
+            points, [*map(str, range(n))], ["a", "b"] * (n // 2), [(0, 1), (2, 3)], (0.5, 0.2)
+        ),
+        tmp_path,
     )
     assert len(figure.axes) == panels
     for ax, inside in zip(figure.axes, (points, points[1:])):
@@ -221,47 +288,97 @@ def test_the_map_enlarges_a_crowd_where_there_is_one(n, outlier, panels, tmp_pat
         assert (inside >= [x0, y0]).all() and (inside <= [x1, y1]).all()
     shown = [{text.get_text() for text in ax.texts} for ax in figure.axes]
     assert {*map(str, range(n))} <= set().union(*shown)
-    assert panels == 1 or "1" not in shown[0] and "0" in shown[0], "the crowd has names where it is enlarged"
+    assert panels == 1 or "1" not in shown[0] and "0" in shown[0], (
+        "the crowd has names where it is enlarged"
+    )
 
 
 def test_points_are_moved_only_where_they_would_touch():
     points = np.array([[0, 0], [0, 0], [0.5, 0], [9, 9]])
-    moved = plots._apart(points, 1)
+    moved = plots.move_apart(points, 1)
     far = np.linalg.norm(moved[:, None] - moved, axis=-1)[np.triu_indices(4, 1)]
-    assert far.min() > 0.98 and np.abs(moved - points)[:3].max() < 1.2 and np.allclose(moved[3], 9, atol=1e-4)
+    assert (
+        far.min() > 0.98
+        and np.abs(moved - points)[:3].max() < 1.2
+        and np.allclose(moved[3], 9, atol=1e-4)
+    )
 
 
 def test_clients_worst_and_mean_stand_in_the_row_of_their_method(tmp_path):
-    runs = pd.DataFrame(
-        [("a", s, x) for s in (1, 2) for x in (0.1 * s, 0.9)] + [("b", 1, 0.4)], columns=["method", "seed", "accuracy"]
-    )
-    figure = saved(lambda: plots.by_client(runs, {"a": "A"}), tmp_path)
+    lines = [("A", seed, value) for seed in (1, 2) for value in (0.1 * seed, 0.9)] + [("b", 1, 0.4)]
+    runs = pd.DataFrame(lines, columns=["title", "seed", "accuracy"])
+    figure = saved(lambda: plots.by_client(runs), tmp_path)
     (ax,) = figure.axes
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["A", "b"] and ax.yaxis_inverted()
-    each, worst, mean = (part.get_offsets().tolist() for part in ax.collections[:3])
-    assert np.allclose(each, [[10, 0], [90, 0], [20, 0], [90, 0]]) and np.allclose(worst, [[10, 0], [20, 0]])
-    assert np.allclose(mean, [[52.5, -0.25]]) and np.allclose(ax.collections[3].get_offsets(), [[40, 1]])
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
+        "A",
+        "b",
+    ] and ax.yaxis_inverted()
+    each, worst, mean = (part.get_offsets().tolist() for part in ax.collections)
+    assert np.allclose(each, [[10, 0], [90, 0], [20, 0], [90, 0], [40, 1]])
+    assert np.allclose(worst, [[10, 0], [20, 0], [40, 1]])
+    assert np.allclose(mean, [[52.5, -0.25], [40, 0.75]])
+
+
+def test_controls_are_drawn_apart_and_each_data_set_has_a_panel(tmp_path):
+    lines = [("one", "A", 50), ("one", "guess", 20), ("two", "A", 60), ("two", "guess", 30)]
+    table = pd.DataFrame(lines, columns=["data", "row", "mean"])
+    table = table.assign(low=table["mean"] - 2, high=table["mean"] + 1).set_index(["data"])
+    figure = saved(
+        lambda: plots.rows(table.set_index("row", append=True, drop=False), ["guess"]), tmp_path
+    )
+    assert [ax.get_title("left") for ax in figure.axes] == ["one", "two"]
+    for ax, first in zip(figure.axes, (50, 60)):
+        methods, controls = (line for line in ax.lines if line.get_marker() in "os")
+        assert methods.get_xydata().tolist() == [[first, 0]] and methods.get_marker() == "o"
+        assert controls.get_xydata().tolist() == [[first - 30, 1]] and controls.get_marker() == "s"
+
+
+def test_a_curve_is_the_mean_of_clients_and_its_band_reaches_over_seeds(tmp_path):
+    lines = [(seed, number, 0.1 * seed + 0.2 * number) for seed in (1, 2) for number in (0, 1)]
+    runs = pd.DataFrame(lines * 2, columns=["seed", "round", "accuracy"]).assign(title="A")
+    (ax,) = saved(lambda: plots.curves(runs), tmp_path).axes
+    assert np.allclose(ax.lines[0].get_xydata(), [[1, 15], [2, 35]])
+    low, high = ax.collections[0].get_paths()[0].get_extents().get_points()
+    assert np.allclose(low, [1, 10]) and np.allclose(high, [2, 40])
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["A"] and not ax.get_title(
+        "left"
+    )
 
 
 def test_pairs_are_all_drawn_and_their_means_climb_with_them(tmp_path):
     x = np.arange(40.0)
     figure = saved(
-        lambda: plots.against({"climbs": (x, 2 * x, "x"), "one value": (0 * x, x, "x"), "third": (x, x, "x")}, "y"), tmp_path
+        lambda: plots.against(
+            {"climbs": (x, 2 * x, "x"), "one value": (0 * x, x, "x"), "third": (x, x, "x")}, "y"
+        ),
+        tmp_path,
     )
     assert len(figure.axes) == 3
     climbs, one, _ = figure.axes
     assert len(climbs.collections[0].get_offsets()) == 40
-    assert np.allclose(climbs.lines[0].get_ydata(), 2 * climbs.lines[0].get_xdata()) and len(climbs.lines[0].get_xdata()) == 8
+    assert (
+        np.allclose(climbs.lines[0].get_ydata(), 2 * climbs.lines[0].get_xdata())
+        and len(climbs.lines[0].get_xdata()) == 8
+    )
     assert one.lines[0].get_ydata().tolist() == [19.5]
 
 
 def test_heat_has_a_disc_for_every_share_and_hatches_gaps(tmp_path):
-    matrix = np.array([[1.0, np.nan], [0.5, 0.2]])
-    figure = saved(lambda: plots.heat(matrix, ["a", "b"], ["0", "1"], "t", "l", dots=np.array([[1.0, 0], [0.25, 0]])), tmp_path)
-    discs = figure.axes[0].collections[0]
+    matrix = pd.DataFrame([[1.0, np.nan], [0.5, 0.2]], ["a", "b"])
+    dots = pd.DataFrame([[1.0, 0], [0.25, 0]])
+    figure = saved(lambda: plots.heat(matrix, "t", "l", dots=dots), tmp_path)
+    ax = figure.axes[0]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "1"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
+    (discs,) = ax.collections
     assert discs.get_offsets().tolist() == [[0, 0], [0, 1]]
     assert discs.get_sizes()[1] == pytest.approx(discs.get_sizes()[0] / 4)
-    assert figure.axes[0].patch.get_hatch() and figure.axes[0].images[0].get_array().mask.tolist() == [
-        [False, True],
-        [False, False],
-    ]
+    assert ax.patch.get_hatch()
+    assert ax.images[0].get_array().mask.tolist() == [[False, True], [False, False]]
+
+
+def test_a_figure_goes_to_the_folder_of_its_notebook(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plots.save(plots.mask(np.eye(3), 1), "10_table1/mask")
+    made = sorted(str(path) for path in Path("results").rglob("*.*"))
+    assert made == ["results/tables/10_table1/mask.png", "results/tables/10_table1/mask.svg"]

@@ -6,7 +6,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NAMES, ROOT, error, golden, stored_clip, tiny_model
+from helpers.tiny import NAMES, ROOT, error, golden, stored_clip, tiny_model
 
 from fpl import rounds
 from fpl.data.encoders import load
@@ -14,14 +14,34 @@ from fpl.prompts import PRECISIONS, Clip, PromptTree, words
 
 LONGEST = " ".join(["cat"] * 58)  # with SOS, 16 context vectors, the full stop and EOS: 77 tokens
 LISTS = {
-    "all lengths": ["cat", "golden retriever", "bishop of llandaff", "pseudopseudohypoparathyroidism", LONGEST[4:], LONGEST],
+    "all lengths": [
+        "cat",
+        "golden retriever",
+        "bishop of llandaff",
+        "pseudopseudohypoparathyroidism",
+        LONGEST[4:],
+        LONGEST,
+    ],
     "one class": ["cat"],
     "prefixes": ["ice cream", "ice", "ice cream van", "ice hockey", "cream", "ice cream"],
-    "many groups": [f"{a} {b} {c}" for a in ("ice", "cream") for b in ("cat", "dog", "bus") for c in range(20)],
-    "spelling": ["spaghetti_carbonara", "Abyssinian", "colt's foot", "hard-leaved pocket orchid", "BMX"],
+    "many groups": [
+        f"{a} {b} {c}" for a in ("ice", "cream") for b in ("cat", "dog", "bus") for c in range(20)
+    ],
+    "spelling": [
+        "spaghetti_carbonara",
+        "Abyssinian",
+        "colt's foot",
+        "hard-leaved pocket orchid",
+        "BMX",
+    ],
 }
 FEW = ["golden retriever", "golden_eagle", LONGEST]
-TEMPLATES = ["a photo of a {}.", "a photo of a {}, a type of flower.", "a photo of {}, a type of food.", "{} texture."]
+TEMPLATES = [
+    "a photo of a {}.",
+    "a photo of a {}, a type of flower.",
+    "a photo of {}, a type of food.",
+    "{} texture.",
+]
 
 
 def towers(kind):
@@ -29,7 +49,10 @@ def towers(kind):
         return load(f"local-dir:{ROOT}/data/demo_clip")
     if kind == "ViT-B-16":  # its text tower; the image tower, which no prompt meets, is a tiny one
         return Clip(tiny_model(embed_dim=512, **open_clip.get_model_config(kind)["text_cfg"]))
-    custom = {"kind": open_clip.CustomTextCLIP, "proj_bias": True}  # other names of the same things in open_clip
+    custom = {
+        "kind": open_clip.CustomTextCLIP,
+        "proj_bias": True,
+    }  # other names of the same things in open_clip
     return Clip(tiny_model(**custom) if kind == "custom" else tiny_model())
 
 
@@ -43,7 +66,11 @@ def encode_text(clip, prompts, ctx=None):
     embedding = getattr(clip.model, "text", clip.model).token_embedding
 
     def put(module, args, x):
-        return x if ctx is None else torch.cat([x[:, :1], ctx.expand(len(x), -1, -1), x[:, 1 + len(ctx) :]], dim=1)
+        return (
+            x
+            if ctx is None
+            else torch.cat([x[:, :1], ctx.expand(len(x), -1, -1), x[:, 1 + len(ctx) :]], dim=1)
+        )
 
     with embedding.register_forward_hook(put):
         return clip.model.encode_text(clip.tokenizer(prompts), normalize=True)
@@ -52,7 +79,10 @@ def encode_text(clip, prompts, ctx=None):
 def compare(clip, names, n_ctx=16):
     """Largest difference of the features, relative difference of a gradient."""
     gen, text = torch.Generator().manual_seed(1), PromptTree(clip, names, n_ctx)
-    start, r = 0.02 * torch.randn(n_ctx, text.width, generator=gen), torch.randn(len(names), text.dim, generator=gen)
+    start, r = (
+        0.02 * torch.randn(n_ctx, text.width, generator=gen),
+        torch.randn(len(names), text.dim, generator=gen),
+    )
     prompts = [f"{'X ' * n_ctx}{name.replace('_', ' ')}." for name in names]
     found = []
     for encode in (text, lambda ctx: encode_text(clip, prompts, ctx)):
@@ -86,18 +116,29 @@ def test_text_tower_of_vit_b_16():
 
 
 def test_a_name_that_does_not_fit_is_refused_in_one_sentence(clip):
-    with pytest.raises(ValueError, match=r"^class name 'cat .*' with 16 context vectors takes 78 tokens, .* 77: shorten[^.]*$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^class name 'cat .*' with 16 context vectors takes 78 tokens, .* 77: shorten[^.]*$",
+    ):
         PromptTree(clip, ["dog", LONGEST + " cat"], n_ctx=16)
 
 
-@pytest.mark.parametrize("other", [{"kind": open_clip.CustomTextCLIP, "no_causal_mask": True}, {"qk_norm": True}], ids=str)
+@pytest.mark.parametrize(
+    "other",
+    [{"kind": open_clip.CustomTextCLIP, "no_causal_mask": True}, {"qk_norm": True}],
+    ids=str,
+)
 def test_a_tower_of_another_kind_is_refused(other):
-    with pytest.raises(ValueError, match="not causal, not read at EOS, or has blocks of another kind"):
+    with pytest.raises(
+        ValueError, match="not causal, not read at EOS, or has blocks of another kind"
+    ):
         PromptTree(Clip(tiny_model(**other)), NAMES)
 
 
 def test_stacked_clients_equal_single_ones(text):
-    ctx = torch.randn(2, 3, text.n_ctx, text.width, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    ctx = torch.randn(
+        2, 3, text.n_ctx, text.width, generator=torch.Generator().manual_seed(1)
+    ).requires_grad_()
     r = torch.randn(2, 3, text.n_cls, text.dim, generator=torch.Generator().manual_seed(2))
     stacked, alone = text(ctx), torch.stack([torch.stack([text(c) for c in row]) for row in ctx])
     assert error(stacked, alone) < 1e-5
@@ -120,7 +161,11 @@ def test_a_thousand_classes_are_encoded_client_by_client_and_block_by_block(clip
     ctx, r = torch.randn(3, 4, 32, generator=gen), torch.randn(3, len(names), 32, generator=gen)
     found, saved = {}, {}
     for budget in (1024, 10**9):
-        text, sizes, leaf = PromptTree(clip, names, 4, budget=budget), [], ctx.clone().requires_grad_()
+        text, sizes, leaf = (
+            PromptTree(clip, names, 4, budget=budget),
+            [],
+            ctx.clone().requires_grad_(),
+        )
         keep = lambda x, sizes=sizes: (sizes.append(x.numel()), x)[1]  # noqa: E731
         with passes(clip) as seen, torch.no_grad():
             text(ctx)
@@ -147,7 +192,12 @@ def test_for_as_many_clients_as_train_at_once_nothing_is_computed_twice(clip):
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_zero_shot_is_encode_text_of_the_template(tower, template):
     found = PromptTree(tower, NAMES, n_ctx=4).zero_shot(template)
-    assert error(found, encode_text(tower, [template.format(name.replace("_", " ")) for name in NAMES])) < 1e-5
+    assert (
+        error(
+            found, encode_text(tower, [template.format(name.replace("_", " ")) for name in NAMES])
+        )
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["text_w32_n5", "text_w64_n16"])
@@ -163,7 +213,11 @@ def test_golden_prompts_of_the_released_code(name):
 @pytest.mark.parametrize("case", ["words0", "words1"])
 def test_golden_context_made_of_words(case):
     z = golden("text_w32_n5")
-    clip, phrase, want = stored_clip(z), z[f"{case}.text"], F.normalize(z[f"{case}.features_raw"], dim=-1)
+    clip, phrase, want = (
+        stored_clip(z),
+        z[f"{case}.text"],
+        F.normalize(z[f"{case}.features_raw"], dim=-1),
+    )
     ctx = words(clip, phrase)
     text = PromptTree(clip, z["classnames"], n_ctx=len(ctx))
     assert torch.equal(ctx, z[f"{case}.ctx"])
@@ -186,7 +240,10 @@ def test_a_lower_precision_is_of_the_transformer_alone(clip, precision):
     """Features and gradients come in single precision and are near those of it: 8 or 11 bits instead of 24."""
     assert rounds.CHOICES["precision"] == tuple(PRECISIONS)
     made, gen = {}, torch.Generator().manual_seed(1)
-    start, r = 0.02 * torch.randn(3, 16, 32, generator=gen), torch.randn(3, len(NAMES), 32, generator=gen)
+    start, r = (
+        0.02 * torch.randn(3, 16, 32, generator=gen),
+        torch.randn(3, len(NAMES), 32, generator=gen),
+    )
     for kind in ("single", precision):
         ctx, text = start.clone().requires_grad_(), PromptTree(clip, NAMES, 16, precision=kind)
         features = text(ctx)
@@ -194,5 +251,8 @@ def test_a_lower_precision_is_of_the_transformer_alone(clip, precision):
         made[kind] = features.detach(), ctx.grad, text.zero_shot()
     (low, low_grad, low_zero), (full, grad, zero) = made[precision], made["single"]
     bound = {"bfloat16": 0.03, "half": 0.005}[precision]
-    assert 0 < (low - full).norm() / full.norm() < bound and 0 < (low_grad - grad).norm() / grad.norm() < bound
+    assert (
+        0 < (low - full).norm() / full.norm() < bound
+        and 0 < (low_grad - grad).norm() / grad.norm() < bound
+    )
     assert low.dtype == low_grad.dtype == torch.float32 and torch.equal(low_zero, zero)

@@ -85,8 +85,12 @@ def test_records_come_in_the_order_of_the_experiments(here):
 
 
 TABLES = {
-    "rows": settings.Table({"one": {"method": "promptfl", "rounds": 1}, "majority": {}}),
-    "experts": settings.Table({"pfedmoap": {}, "majority": {}}, vary={"n_experts": [1, 2]}),
+    "rows": settings.Table(
+        {"one": {"method": "promptfl", "rounds": 1}, "majority": {}}, notebook="10_rows"
+    ),
+    "experts": settings.Table(
+        {"pfedmoap": {}, "majority": {}}, vary={"n_experts": [1, 2]}, notebook="11_experts"
+    ),
 }
 
 
@@ -267,7 +271,7 @@ def test_frame(here):
     ]
     frame = records.frame(runner.sweep(experiments))
     assert len(frame) == 2 * 4 + 2 * 3 + 1 * 4  # rounds times clients; what learns nothing has one round
-    assert set(frame.columns) == {"row", *experiments[0].settings(), *stats.RESULTS}
+    assert {*stats.settings_of(frame)} == {*experiments[0].settings(), *experiments[2].settings()}
     assert frame["accuracy"].between(0, 1).all()
     for experiment in experiments:
         lines = frame[(frame["method"] == experiment.row) & (frame["seed"] == experiment.seed)]
@@ -275,57 +279,6 @@ def test_frame(here):
             range(experiment.partition.clients)
         )
         assert {k: lines[k].iloc[0] for k in experiment.settings()} == experiment.settings()
-
-
-def runs(*lines):
-    return pd.DataFrame(lines, columns=["method", "seed", "lam", "rounds", "round", "client", "accuracy"])
-
-
-RUNS = runs(
-    ("a", 1, 0.5, 2, 0, 0, 1.0), ("a", 1, 0.5, 2, 0, 1, 1.0), ("a", 1, 0.5, 2, 1, 0, 0.2), ("a", 1, 0.5, 2, 1, 1, 0.4),
-    ("a", 2, 0.5, 2, 0, 0, 0.9), ("a", 2, 0.5, 2, 0, 1, 0.9), ("a", 2, 0.5, 2, 1, 0, 0.6), ("a", 2, 0.5, 2, 1, 1, 0.8),
-    ("b", 1, None, 1, 0, 0, 0.5), ("b", 1, None, 1, 0, 1, 0.7), ("b", 2, None, 1, 0, 0, 0.0), ("b", 2, None, 1, 0, 1, 0.1),
-)  # fmt: skip
-
-
-def test_the_last_round_is_reported_never_the_best():
-    last = stats.last_round(RUNS)
-    assert last["accuracy"].tolist() == [0.2, 0.4, 0.6, 0.8, 0.5, 0.7, 0.0, 0.1]
-    assert stats.by_seed(RUNS).to_dict() == pytest.approx({("a", 1): 0.3, ("a", 2): 0.7, ("b", 1): 0.6, ("b", 2): 0.05})
-    assert stats.by_seed(RUNS[RUNS["method"] == "a"], "lam").to_dict() == pytest.approx({(0.5, 1): 0.3, (0.5, 2): 0.7})
-
-
-def test_what_a_run_found_does_not_tell_runs_apart():
-    """Clients without an upload receive less, so what travels differs by round and client within a run."""
-    moved = RUNS.assign(up=range(len(RUNS)), down=[1.0, None] * 6)
-    assert stats.by_seed(moved).equals(stats.by_seed(RUNS))
-
-
-def test_each_run_has_its_own_last_round():
-    """An ablation over the number of rounds has runs of one method and seed that end at different rounds."""
-    short = RUNS[(RUNS["method"] == "a") & (RUNS["round"] == 0)].assign(rounds=1)
-    both = pd.concat([short, RUNS[RUNS["method"] == "a"]])
-    assert stats.by_seed(both, "rounds").to_dict() == pytest.approx({(1, 1): 1.0, (1, 2): 0.9, (2, 1): 0.3, (2, 2): 0.7})
-
-
-BY_HAND = {  # mean, sample standard deviation, and the t interval: mean -+ t std / sqrt(n), t for n - 1 degrees of freedom
-    "three": ([0.80, 0.82, 0.87], 0.83, math.sqrt((0.03**2 + 0.01**2 + 0.04**2) / 2), 4.302653),
-    "two": ([0.5, 0.7], 0.6, math.sqrt(0.02), 12.706205),
-    "equal": ([0.4, 0.4, 0.4, 0.4], 0.4, 0.0, 3.182446),
-}
-
-
-@pytest.mark.parametrize("case", BY_HAND)
-def test_uncertainty_over_seeds(case):
-    values, mean, std, t = BY_HAND[case]
-    half = t * std / math.sqrt(len(values))
-    wanted = {"mean": mean, "std": std, "low": mean - half, "high": mean + half, "seeds": len(values)}
-    assert stats.over_seeds(values).to_dict() == pytest.approx(wanted, rel=1e-6, abs=1e-6)
-
-
-def test_one_seed_has_no_uncertainty():
-    found = stats.over_seeds([0.7])
-    assert found["mean"] == 0.7 and found["seeds"] == 1 and found[["std", "low", "high"]].isna().all()
 
 
 def test_a_record_of_other_images_or_another_model_is_not_taken(here):
@@ -346,7 +299,7 @@ def test_clients_of_domains_have_their_names(here, held_out):
     domains = cache.load_cached(DATA, BACKBONE, cache.device())[1].domain
     own = [{*domains[index.numpy()]} for index in assemble.make_clients(experiment, "cpu").train]
     assert own == [{domain} for domain in frame["domain"]] and frame["domain"].nunique() == (5 if held_out else 6)
-    table = tables.beside(frame, "Table 3", "DomainNet (10 classes)", "Average")
+    table = tables.beside(frame, "DomainNet (10 classes)")
     for name, of in frame.groupby("domain"):
         assert table[name.capitalize()].tolist() == [round(100 * of["accuracy"].mean(), 2)]
     assert records.frame(runner.sweep([PARAMS.experiment("majority", 1)]))["domain"].eq("").all()

@@ -1,13 +1,15 @@
-"""Promise: whole federated runs of the released code come out of our loop and our released rows, at every step."""
+"""Promise: whole runs of the released code come out of our loop and released rows, step by step."""
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import error, golden, stored_clip
+from helpers.runs import like
+from helpers.tiny import error, golden, stored_clip
 
 from fpl import methods, rounds
 from fpl.prompts import PromptTree
@@ -23,7 +25,7 @@ GATE = {f"gate_{part}": part for part in ("wq", "bq", "wk", "bk", "wv", "bv", "w
 class ReleasedOnePrompt(released.InTurn, released.PlaceholderAnchor):
     """FedPGP as released, but for the second prompt of its script."""
 
-    run = {"optimiser": "shared"}
+    training = {"optimiser": "shared"}
 
 
 def promptfl(z):
@@ -32,9 +34,12 @@ def promptfl(z):
 
 def pfedmoap(z):
     settings = {"lam": "lmbda", "d_gate": "d_gate", "heads": "gate_heads", "gate_scale": "scaling"}
-    k = min(int(z["num_experts"]), int(z["num_users"])) - 1  # the released number counts the local expert
-    method = released.ReleasedPFedMoAP(int(z["n_ctx"]), k, **{ours: z[theirs].item() for ours, theirs in settings.items()})
-    return method, {"ctx": z["ctx_init"], **{ours: z[f"gate_init.{theirs}"] for ours, theirs in GATE.items()}}
+    # the released number counts the local expert
+    k = min(int(z["num_experts"]), int(z["num_users"])) - 1
+    stored = {ours: z[theirs].item() for ours, theirs in settings.items()}
+    method = released.ReleasedPFedMoAP(int(z["n_ctx"]), k, **stored)
+    drawn = {ours: z[f"gate_init.{theirs}"] for ours, theirs in GATE.items()}
+    return method, {"ctx": z["ctx_init"], **drawn}
 
 
 def fedotp(z):
@@ -45,9 +50,12 @@ def fedotp(z):
 def fedpgp(z):
     two = int(z["num_prompt"]) == 2
     kind = released.ReleasedFedPGP if two else ReleasedOnePrompt
-    method = kind(int(z["n_ctx"]), rank=int(z["bottleneck"]), mu=z["mu"].item(), tau=z["tau"].item())
+    settings = {"rank": int(z["bottleneck"]), "mu": z["mu"].item(), "tau": z["tau"].item()}
     names = {"ctx": "sigma", "u": "U", "v": "V"}
-    return method, {ours: z[f"init.{theirs}"][slice(None) if two else 0] for ours, theirs in names.items()}
+    drawn = {ours: z[f"init.{theirs}"] for ours, theirs in names.items()}
+    if not two:
+        drawn = {name: value[0] for name, value in drawn.items()}
+    return kind(int(z["n_ctx"]), **settings), drawn
 
 
 MAKE = {
@@ -60,123 +68,150 @@ MAKE = {
 
 
 def clients_of(z):
-    """Training images of all clients, then test images; features of FedOTP have the pooled token in front of the patches."""
+    """Return clients whose images are those for training of all clients, then those for testing.
+
+    Features of FedOTP have the pooled token in front of the patches.
+    """
     n = range(int(z["num_users"]))
-    keys = [(f"client{i}.{part}image", f"client{i}.{part}label") for part in ("", "test_") for i in n]
-    images, labels = (torch.cat(parts) for parts in zip(*((z[image], z[label]) for image, label in keys), strict=True))
-    parts = torch.arange(len(labels)).split([len(z[label]) for _, label in keys])
+    names = [f"client{i}." for i in n] + [f"client{i}.test_" for i in n]
+    images = torch.cat([z[f"{name}image"] for name in names])
+    labels = torch.cat([z[f"{name}label"] for name in names])
+    parts = torch.arange(len(labels)).split([len(z[f"{name}label"]) for name in names])
     tokens = images.ndim == 3
     feats = F.normalize(images[:, 0] if tokens else images, dim=-1)
-    return Clients(feats, labels, parts[: len(n)], parts[len(n) :], len(z["classnames"]), images[:, 1:] if tokens else None)
+    patches = images[:, 1:] if tokens else None
+    return Clients(feats, labels, parts[: len(n)], parts[len(n) :], len(z["classnames"]), patches)
 
 
 def recorded(method, init):
-    """The method with stored initial values, and a log of what goes in and comes out of training and evaluation."""
+    """Return the method with stored initial values, and a log of training and evaluation."""
     log = SimpleNamespace(start=[], end=[], loss=[], server=[], logits=[])
 
     class Recorded(type(method)):
         def init(self, text, gen):
             return init
 
-        def start(self, own, down):
-            log.start.append(super().start(own, down))
+        def start(self, local, down):
+            log.start.append(super().start(local, down))
             return log.start[-1]
 
-        def loss(self, text, p, f, x, y):
-            log.loss.append(super().loss(text, p, f, x, y))
+        def loss(self, text, p, context, x, y):
+            log.loss.append(super().loss(text, p, context, x, y))
             return log.loss[-1]
 
-        def logits(self, text, t, p, f, x):
-            z = super().logits(text, t, p, f, x)
+        def logits(self, text, t, p, context, x):
+            z = super().logits(text, t, p, context, x)
             if not torch.is_grad_enabled():
                 log.logits.append(z[0])
             return z
 
-        def between(self, server, who, own):
-            if len(who):
-                log.end.append({k: v[who[0]] for k, v in own.items()})
+        def after_cohort(self, server, client_ids, local):
+            if len(client_ids):
+                log.end.append({k: v[client_ids[0]] for k, v in local.items()})
             else:
                 log.start.pop()  # of clients that were not drawn
-            return super().between(server, who, own)
+            return super().after_cohort(server, client_ids, local)
 
-        def aggregate(self, server, who, uploads, sizes):
-            log.server.append(super().aggregate(server, who, uploads, sizes))
+        def aggregate(self, server, client_ids, uploads, sizes):
+            log.server.append(super().aggregate(server, client_ids, uploads, sizes))
             return log.server[-1]
 
-    return Recorded(**{f.name: getattr(method, f.name) for f in dataclasses.fields(method)}), log
+    return like(Recorded, method), log
+
+
+def as_stored(z, monkeypatch):
+    """Let clients, batches and fixed experts be those of a golden file; return who trains when."""
+    n = int(z["num_users"])
+    epochs = int(z["local_epochs"])
+    visits = dict.fromkeys(range(n), 0)
+    orders = list(z["order"])
+    if "order_offsets" in z:
+        ends = z["order_offsets"].tolist()
+        orders = [z["order"][a:b] for a, b in pairwise(ends)]
+
+    def stored_batches(index, training, seed, number, client, stream):
+        first = visits[client] * epochs
+        visits[client] += 1
+        return index[z[f"client{client}.batches"][first : first + epochs].flatten(0, 1)]
+
+    monkeypatch.setattr(rounds, "select", lambda n, training, seed, number: orders[number])
+    monkeypatch.setattr(rounds, "batches", stored_batches)
+    if "permutation" in z:
+        places = z["permutation"].argsort().float().repeat(n, 1)
+        monkeypatch.setitem(methods.CHOICES, "fixed", lambda server, clients: places)
+    return orders
 
 
 def play(z, monkeypatch):
-    """Everything that a golden file stores, as it comes out of our loop: name -> list of tensors."""
+    """Return what a golden file stores, as it comes out of our loop: name -> list of tensors."""
     method, init = MAKE[z["file"]](z)
-    text, clients = PromptTree(stored_clip(z), z["classnames"], method.n_ctx), clients_of(z)
-    n, epochs, visits = len(clients), int(z["local_epochs"]), {}
-    if "order_offsets" in z:
-        orders = [z["order"][a:b] for a, b in zip(z["order_offsets"], z["order_offsets"][1:], strict=False)]
-    else:
-        orders = list(z["order"])
-
-    def stored_batches(index, run, seed, number, client, stream):
-        at = visits[client] = visits.get(client, -1) + 1
-        return index[z[f"client{client}.batches"][at * epochs : (at + 1) * epochs].flatten(0, 1)]
-
-    monkeypatch.setattr(rounds, "select", lambda n, r, seed, number: orders[number])
-    monkeypatch.setattr(rounds, "batches", stored_batches)
-    if "permutation" in z:
-        places = z["permutation"].argsort().float()
-        monkeypatch.setitem(methods.CHOICES, "fixed", lambda server, clients: places.repeat(n, 1))
-    lr = z["lr"].item() if "lr" in z else 0.002
+    text = PromptTree(stored_clip(z), z["classnames"], method.n_ctx)
+    clients = clients_of(z)
+    n = len(clients)
+    epochs = int(z["local_epochs"])
+    orders = as_stored(z, monkeypatch)
     watched, log = recorded(method, init)
-    cfg = Training(int(z["rounds"]), epochs, int(z["batch"]), lr, **method.run)
-    before, found = 0, {"lr_start": [], "test_accuracy": [], "test_macro_f1": []}
-    for result, order in zip(rounds.run_rounds(watched, text, clients, cfg, Seeds()), orders, strict=True):
+    lr = z["lr"].item() if "lr" in z else 0.002
+    training = Training(int(z["rounds"]), epochs, int(z["batch"]), lr, **method.training)
+    before = 0
+    found = {"lr_start": [], "test_accuracy": [], "test_macro_f1": []}
+    run = rounds.run_rounds(watched, text, clients, training, Seeds())
+    for result, order in zip(run, orders, strict=True):
         assert result.participants.tolist() == sorted(order.tolist())
-        found["lr_start"] += [torch.tensor(cfg.rate("ctx", 0, before + epochs * j)) for j in range(len(order))]
-        before += epochs * len(order)
+        for _ in order:
+            found["lr_start"].append(torch.tensor(training.rate("prompt", 0, before)))
+            before += epochs
         found["test_accuracy"].append(100 * result.accuracy)
-        tested = [i for who in watched.cohorts(log.server[-1], order) for i in who.tolist()]  # in this order
+        tested = torch.cat(watched.cohorts(log.server[-1], order)).tolist()  # in this order
         log.logits[-n:] = [log.logits[-n:][tested.index(i)] for i in range(n)]
-        found["test_macro_f1"].append(torch.stack([macro_f1(z[f"client{i}.test_label"], log.logits[i - n]) for i in range(n)]))
+        scores = [macro_f1(z[f"client{i}.test_label"], log.logits[i - n]) for i in range(n)]
+        found["test_macro_f1"].append(torch.stack(scores))
     return found | {"loss": log.loss, "test_logits": log.logits} | named(z, log)
 
 
 def macro_f1(truth, logits):
-    """In percent, over the classes that occur in the truth."""
+    """Return it in percent, over the classes that occur in the truth."""
     guess = logits.argmax(-1)
-    scores = [
-        2 * ((guess == c) & (truth == c)).sum().double() / ((guess == c).sum() + (truth == c).sum()) for c in truth.unique()
-    ]
+    scores = []
+    for c in truth.unique():
+        right = ((guess == c) & (truth == c)).sum().double()
+        scores.append(2 * right / ((guess == c).sum() + (truth == c).sum()))
     return 100 * torch.stack(scores).double().mean()
 
 
 def named(z, log):
-    """The tensors under the names that the file gives them."""
-    if "ctx_start" in z:
-        found = {"ctx_start": [p["ctx"][0] for p in log.start], "ctx_end": [p["ctx"] for p in log.end]}
-        if "gate_end.wq" in z:
-            found |= {f"gate_end.{theirs}": [p[ours] for p in log.end] for ours, theirs in GATE.items()}
-        return found | {"global_ctx": [server.params["ctx"] for server in log.server]}
-    if "start.ctx" in z:
-        ends = {"ctx": lambda p: torch.stack([p["ctx"], p["local"]])}
-    else:
-        one = z["num_prompt"] == 1
-        pick = {"sigma": "ctx", "U": "u", "V": "v"}
-        ends = {theirs: (lambda p, k=ours: p[k][None] if one else p[k]) for theirs, ours in pick.items()}
-    first = [{k: v[0] for k, v in p.items()} for p in log.start]
-    found = {f"start.{k}": [part(p) for p in first] for k, part in ends.items()}
-    found |= {f"end.{k}": [part(p) for p in log.end] for k, part in ends.items()}
+    """Return the tensors under the names that the file gives them."""
     shared = [server.params["ctx"] for server in log.server]
-    return found | {"global_part": [v.view_as(z["global_part"][0]) for v in shared]}
+    first = [{k: v[0] for k, v in p.items()} for p in log.start]
+    if "ctx_start" in z:
+        found = {"ctx_start": [p["ctx"] for p in first], "global_ctx": shared}
+        found["ctx_end"] = [p["ctx"] for p in log.end]
+        if "gate_end.wq" in z:
+            for ours, theirs in GATE.items():
+                found[f"gate_end.{theirs}"] = [p[ours] for p in log.end]
+        return found
+    found = {"global_part": [value.view_as(z["global_part"][0]) for value in shared]}
+    for prefix, tensors in (("start.", first), ("end.", log.end)):
+        if "start.ctx" in z:
+            found[f"{prefix}ctx"] = [torch.stack([p["ctx"], p["local"]]) for p in tensors]
+            continue
+        for theirs, ours in {"sigma": "ctx", "U": "u", "V": "v"}.items():
+            found[prefix + theirs] = [p[ours].view_as(z[prefix + theirs][0]) for p in tensors]
+    return found
 
 
 def failing(z, found):
-    """Names of arrays of which some piece is not the stored one."""
+    """Return the names of arrays of which some piece is not the stored one."""
+    scales = {"lr_start": 1.0, "test_accuracy": 100.0, "test_macro_f1": 100.0}
+    scales["loss"] = z["loss"].abs().max()
+    limits = {"lr_start": 1e-9, "test_accuracy": 1e-6, "test_macro_f1": 1e-6}
     wrong = []
     for name, pieces in found.items():
-        stored = z[name].reshape(len(pieces), *(pieces[0].shape)) if pieces[0].ndim else z[name].flatten()
-        scale = {"lr_start": 1.0, "test_accuracy": 100.0, "test_macro_f1": 100.0, "loss": z["loss"].abs().max()}.get(name)
-        limit = {"lr_start": 1e-9, "test_accuracy": 1e-6, "test_macro_f1": 1e-6}.get(name, LIMIT)
-        if not all(error(a.detach(), b, scale) <= limit for a, b in zip(pieces, stored, strict=True)):
+        shape = pieces[0].shape
+        stored = z[name].reshape(len(pieces), *shape) if shape else z[name].flatten()
+        pairs = zip(pieces, stored, strict=True)
+        errors = [error(a.detach(), b, scales.get(name)) for a, b in pairs]
+        if not all(e <= limits.get(name, LIMIT) for e in errors):
             wrong.append(name)
     return wrong
 
@@ -192,7 +227,8 @@ def case(request):
 def test_the_run_is_the_released_one_at_every_step(case):
     z, found = case
     assert failing(z, found) == []
-    stored = {k for k in z if k.startswith(("start.", "end.", "ctx_", "gate_end", "global_", "test_", "loss", "lr_start"))}
+    outputs = ("start.", "end.", "ctx_", "gate_end", "global_", "test_", "loss", "lr_start")
+    stored = {k for k in z if k.startswith(outputs)}
     assert found.keys() == stored - {"ctx_init"}
 
 
@@ -204,32 +240,39 @@ def test_a_perturbed_value_fails(case):
         assert failing({**z, name: changed.view_as(z[name])}, found) == [name]
 
 
+INPUTS = ["client0.image", "client0.label", "client1.batches", "client0.test_image"]
+INPUTS += ["sd.text_projection", "emb_rows"]
+
+
 @pytest.mark.parametrize("name", MAKE)
 def test_a_perturbed_input_fails(name, monkeypatch):
     z = {**golden(name), "file": name}
-    for key in ("client0.image", "client0.label", "client1.batches", "client0.test_image", "sd.text_projection", "emb_rows"):
+    for key in INPUTS:
         if z[key].is_floating_point():
-            changed = z[key] + 0.05 * z[key].abs().max() * torch.arange(z[key].numel()).cos().view_as(z[key])
+            wave = torch.arange(z[key].numel()).cos().view_as(z[key])
+            changed = z[key] + 0.05 * z[key].abs().max() * wave
         else:
             changed = z[key].flip(0).flip(-1).roll(1)
         with monkeypatch.context() as patch:
             assert failing(z, play({**z, key: changed}, patch)), key
 
 
+BOTH = {"optimiser": "shared", "schedule": "zigzag"}
 WITHOUT = {
-    "D6, experts": ((released.LeakingGate, released.LivePool), {"optimiser": "shared", "schedule": "zigzag"}),
-    "D7, pool": ((released.FixedExperts, released.LeakingGate), {"optimiser": "shared", "schedule": "zigzag"}),
-    "D8, gate": ((released.FixedExperts, released.LivePool), {"optimiser": "shared", "schedule": "zigzag"}),
+    "D6, experts": ((released.LeakingGate, released.LivePool), BOTH),
+    "D7, pool": ((released.FixedExperts, released.LeakingGate), BOTH),
+    "D8, gate": ((released.FixedExperts, released.LivePool), BOTH),
     "D8, velocity": ((released.ReleasedPFedMoAP,), {"schedule": "zigzag"}),
     "D9, schedule": ((released.ReleasedPFedMoAP,), {"optimiser": "shared"}),
 }
 
 
-@pytest.mark.parametrize(("bases", "run"), WITHOUT.values(), ids=WITHOUT)
-def test_without_any_one_quirk_the_run_is_another(bases, run, monkeypatch):
+@pytest.mark.parametrize(("bases", "training"), WITHOUT.values(), ids=WITHOUT)
+def test_without_any_one_quirk_the_run_is_another(bases, training, monkeypatch):
     z = {**golden("e2e_pfedmoap_official"), "file": "e2e_pfedmoap_official"}
     whole, init = pfedmoap(z)
-    fields = {f.name: getattr(whole, f.name) for f in dataclasses.fields(whole) if f.name != "choice"}
-    other = type("Other", bases, {"run": run})(**fields)
+    fields = {f.name: getattr(whole, f.name) for f in dataclasses.fields(whole)}
+    del fields["choice"]
+    other = type("Other", bases, {"training": training})(**fields)
     monkeypatch.setitem(MAKE, z["file"], lambda z: (other, init))
     assert set(failing(z, play(z, monkeypatch))) >= {"ctx_end", "loss", "test_logits"}

@@ -1,191 +1,248 @@
-"""Tables 3 and 4 of pFedMoAP beside a guess that sees no image.
+"""Tables 3 and 4 of pFedMoAP beside a guess that looks at no image.
 
-The released loader of the domain data sets pairs labels with unrelated images. All that can then be learned is which labels
-a client has. The functions here rebuild the clients from label counts, score the constant guess of each client's most
-frequent training label, and compare it with the published numbers. Accuracies are in [0, 1]; percent only in `wide`, `save`.
+The released loader of the data sets with domains pairs labels with unrelated images (D1). All that
+can be learnt then is which labels a client has. This module rebuilds the clients from label counts,
+scores the constant guess of each client's most frequent training label, and compares it with the
+published numbers. Accuracies are in [0, 1]; only `wide` and `save` give percent.
 
-Shape letters: n clients, c classes, v equally likely splits into train and test.
+Letters of shapes: n clients, c classes, v equally likely splits into train and test.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from pandas import DataFrame, Series
 from tqdm.auto import tqdm
 
-from fpl.data.files import atomic_write
+from fpl.data.files import ROOT, atomic_write
+from fpl.experiments import tables
 from fpl.released.splits import domain_dirichlet
 
-Counts = dict[str, np.ndarray]  # domain -> (v, 2, c) images per split, train or test, and class
-
+Counts = dict[str, np.ndarray]  # domain -> (v, 2, c) images per split, of train and test, per class
 MAJORITY = "majority guess of each client"
 SHARED = "one label per domain"
 
 
-def read_counts(path: str | Path) -> Counts:
-    """A file of `data/label_prior`, domains in alphabetic order.
+def read_counts(dataset: str) -> Counts:
+    """Return the label counts of a data set in data/label_prior, by domain in alphabetic order.
 
-    v = 1 where the file counts train and test apart; where it has totals only, every result of the stratified 80/20 rule.
+    There is one split (v = 1) where the file counts train and test apart. Where it has totals
+    only, there is every result of the stratified 80/20 rule.
     """
-    domains = pd.read_csv(path).sort_values("label").groupby("domain")
-    return {str(domain): _splits(rows) for domain, rows in domains}
+    table = pd.read_csv(ROOT / "data" / "label_prior" / f"{dataset}_counts.csv")
+    counts = {}
+    for domain, rows in table.sort_values("label").groupby("domain"):
+        if "images" in rows:
+            splits = stratified(rows["images"].to_numpy())
+        else:
+            splits = rows[["train", "test"]].to_numpy().T[None]
+        counts[str(domain)] = splits
+    return counts
 
 
-def _splits(rows: pd.DataFrame) -> np.ndarray:
-    if "images" in rows:
-        return stratified(rows["images"].to_numpy())
-    return rows[["train", "test"]].to_numpy().T[None]
+def stratified(totals: np.ndarray) -> np.ndarray:
+    """Return the counts of train and test (v, 2, c) that an 80/20 split of totals (c,) may have.
 
-
-def stratified(totals: np.ndarray, tenths: int = 2) -> np.ndarray:
-    """Train and test counts (v, 2, c) from class totals (c,), each class as near to its share as whole images allow.
-
-    The test set has ceil(tenths / 10 of all) images. Each class gives the whole part of its share, and the classes of the
-    largest remainders one more: the rule of scikit-learn's StratifiedShuffleSplit, used in FedBN's preprocessing. Where
-    classes of equal remainder compete scikit-learn draws by its seed, which is not known: all ways are returned, those that
-    favour the lowest labels first.
+    The test set has a fifth of all images, rounded up. Each class gives the whole part of its
+    share, and the classes of the largest remainders give one more: this is the rule of
+    scikit-learn's StratifiedShuffleSplit, which FedBN's preprocessing uses. Among classes of equal
+    remainder scikit-learn draws by a seed that is not known here, so all ways are returned, those
+    that favour the lowest labels first.
     """
-    n = int(totals.sum())
-    n_test = -(-n * tenths // 10)
-    whole, remainder = np.divmod(totals * n_test, n)  # whole numbers, so that a tie is a tie
+    n_images = int(totals.sum())
+    n_test = math.ceil(n_images / 5)
+    whole, remainder = np.divmod(totals * n_test, n_images)  # whole numbers, so that a tie is a tie
     left = n_test - whole.sum()
-    last = np.sort(remainder)[::-1][left - 1]  # left = 0: all remainders are 0 and nothing is handed out
-    sure, tied = remainder > last, np.flatnonzero(remainder == last)
-    tests = [whole + sure + np.isin(np.arange(len(totals)), extra) for extra in combinations(tied, left - sure.sum())]
-    return np.array([[totals - test, test] for test in tests])
+    last = np.sort(remainder)[::-1][left - 1]  # left = 0: no remainders, and nothing is handed out
+    sure = remainder > last
+    tied = np.flatnonzero(remainder == last)
+    splits = []
+    for extra in combinations(tied, left - sure.sum()):
+        test = whole + sure
+        test[list(extra)] += 1
+        splits.append([totals - test, test])
+    return np.array(splits)
 
 
-def clients(split: np.ndarray, **partition) -> np.ndarray:
-    """Images per client and class (2, n, c) of one domain with counts (2, c); options as `domain_dirichlet`.
+def clients(split: np.ndarray, beta: float = 0.3, seed: int = 0) -> np.ndarray:
+    """Return the images per client and class (2, n, c) of one domain with counts (2, c).
 
-    The counts of a client do not depend on the list order (see there), so sorted labels stand for FedBN's shuffled lists.
+    beta, seed: of the released partition, on whose list order the counts of a client do not
+    depend; so sorted labels stand for FedBN's shuffled lists.
     """
     n_classes = split.shape[1]
-    labels = [np.repeat(np.arange(n_classes), count) for count in split]
-    train, test = labels
-    parts = domain_dirichlet(train, test, **partition)
-    return np.array([[np.bincount(y[i], minlength=n_classes) for i in part] for y, part in zip(labels, parts)])
+    train, test = (np.repeat(np.arange(n_classes), count) for count in split)
+    of_train, of_test = domain_dirichlet((train, test), beta=beta, seed=seed)
+    counts = [
+        [np.bincount(train[part], minlength=n_classes) for part in of_train],
+        [np.bincount(test[part], minlength=n_classes) for part in of_test],
+    ]
+    return np.array(counts)
 
 
 def majority(histograms: np.ndarray) -> np.ndarray:
-    """Test accuracy (n,) of each client's most frequent training label (the lowest on ties); histograms (2, n, c)."""
+    """Return the test accuracy (n,) of guessing each client's most frequent training label.
+
+    histograms: (2, n, c), as `clients` returns them. Of equally frequent labels it is the lowest.
+    """
     train, test = histograms
-    return test[np.arange(len(test)), train.argmax(-1)] / test.sum(-1)
+    guess = train.argmax(-1)
+    correct = test[np.arange(len(test)), guess]
+    return correct / test.sum(-1)
 
 
 def scores(histograms: np.ndarray) -> dict[str, float]:
-    """Guesses without an image on the clients of one domain, mean over the clients; histograms (2, n, c).
+    """Return the accuracy of guesses on the clients (2, n, c) of one domain, as means over clients.
 
-    majority: as above; spread: its standard deviation over the clients; best: the best constant of each client on its test
-    set, the most that anything can expect there if images say nothing about labels; shared: the best single label for all
-    clients of the domain, the same limit for one prompt that all of them share.
+    majority: as above; spread: its standard deviation over the clients.
+    best: each client's best constant on its test set, the most that can be expected there where
+    images say nothing about labels.
+    shared: the best single label for all clients of the domain, the same limit for a prompt that
+    all of them share.
     """
-    rates = histograms[1] / histograms[1].sum(-1, keepdims=True)
+    test = histograms[1]
+    rates = test / test.sum(-1, keepdims=True)
     guess = majority(histograms)
-    return {"majority": guess.mean(), "spread": guess.std(), "best": rates.max(-1).mean(), "shared": rates.mean(0).max()}
+    return {
+        "majority": guess.mean(),
+        "spread": guess.std(),
+        "best": rates.max(-1).mean(),
+        "shared": rates.mean(0).max(),
+    }
 
 
-def guesses(counts: Counts, **partition) -> pd.DataFrame:
-    """`scores` of each domain, and "average" over all clients, with low and high: the range of majority over the v splits.
+def guesses(counts: Counts, beta: float = 0.3) -> DataFrame:
+    """Return the `scores` of each domain, and their "average" over all clients.
 
-    majority and spread are means over the splits; best and shared are limits, so their largest values.
+    majority and spread are means over the v splits; best and shared are limits, hence the largest
+    over the splits; low and high are the ends of the range of majority.
     """
-    frame = pd.DataFrame({domain: _guess(splits, **partition) for domain, splits in counts.items()}).T
-    between = frame["majority"].std(ddof=0)
-    frame.loc["average"] = frame.mean()  # every domain has the same number of clients
-    frame.loc["average", "spread"] = np.sqrt((frame["spread"].iloc[:-1] ** 2).mean() + between**2)  # over all clients
-    return frame.rename_axis("domain")
+    how = {"majority": "mean", "spread": "mean", "best": "max", "shared": "max"}
+    rows = {}
+    for domain, splits in counts.items():
+        each = DataFrame([scores(clients(split, beta)) for split in splits])
+        row = each.agg(how)
+        row["low"] = each["majority"].min()
+        row["high"] = each["majority"].max()
+        rows[domain] = row
+    table = DataFrame(rows).T
+    variance = (table["spread"] ** 2).mean() + table["majority"].std(ddof=0) ** 2
+    table.loc["average"] = table.mean()  # every domain has the same number of clients
+    table.loc["average", "spread"] = np.sqrt(variance)  # over all clients
+    return table.rename_axis("domain")
 
 
-def _guess(splits: np.ndarray, **partition) -> pd.Series:
-    each = pd.DataFrame([scores(clients(split, **partition)) for split in splits])
-    highest = each.max()
-    limits = {"best": highest["best"], "shared": highest["shared"]}
-    return pd.Series({**each.mean(), **limits, "low": each["majority"].min(), "high": highest["majority"]})
+def published(paper: str = "pFedMoAP", names: Sequence[str] = ("Table 3", "Table 4")) -> DataFrame:
+    """Return published numbers by domain, with mean and std in [0, 1] and domains in lower case.
+
+    paper: how its name in data/published.csv begins. names: its tables.
+    """
+    rows = tables.published().fillna({"variant": ""})
+    rows = rows[rows["paper"].str.startswith(paper) & rows["table"].isin(names)]
+    rows["domain"] = rows["domain_or_split"].str.lower()
+    rows[["mean", "std"]] /= 100
+    columns = ["dataset", "table", "domain", "method", "variant", "mean", "std"]
+    return rows[columns].reset_index(drop=True)
 
 
-def published(path: str | Path, paper: str = "pFedMoAP", tables: Iterable[str] = ("Table 3", "Table 4")) -> pd.DataFrame:
-    """Rows of `data/published.csv`: dataset, table, domain (lower case), method, variant, mean and std in [0, 1]."""
-    rows = pd.read_csv(path).fillna({"variant": ""})
-    rows = rows[rows["paper"].str.startswith(paper) & rows["table"].isin(list(tables))]
-    domain, mean, std = rows["domain_or_split"].str.lower(), pd.to_numeric(rows["mean"]) / 100, rows["std"] / 100
-    rows = rows.assign(domain=domain, mean=mean, std=std)
-    return rows[["dataset", "table", "domain", "method", "variant", "mean", "std"]].reset_index(drop=True)
+def comparison(guesses_of: Mapping[str, DataFrame], rows: DataFrame) -> DataFrame:
+    """Return published rows and, below, two rows of ours for each data set.
 
-
-def comparison(guesses_of: Mapping[str, pd.DataFrame], rows: pd.DataFrame) -> pd.DataFrame:
-    """The published rows, and for each data set two rows of ours: the majority guess and one label per domain."""
-    ours = [
-        pd.DataFrame({"dataset": dataset, "table": "ours", "domain": frame.index, "method": method, "mean": frame[column].array})
-        for dataset, frame in guesses_of.items()
-        for method, column in ((MAJORITY, "majority"), (SHARED, "shared"))
-    ]
-    return pd.concat([rows, *ours], ignore_index=True).fillna({"variant": ""})
+    Ours are the majority guess and one label per domain. guesses_of: `guesses` by data set.
+    """
+    found = [rows]
+    for dataset, table in guesses_of.items():
+        for method, column in ((MAJORITY, "majority"), (SHARED, "shared")):
+            own = table[column].rename("mean").reset_index()
+            found.append(own.assign(dataset=dataset, table="ours", method=method))
+    return pd.concat(found, ignore_index=True).fillna({"variant": ""})
 
 
 def fit(guess: np.ndarray, values: np.ndarray) -> dict[str, float]:
-    """Root mean square difference, in [0, 1], and Pearson correlation of two rows of domains, both (domains,)."""
-    return {"rms": float(np.sqrt(np.mean((guess - values) ** 2))), "r": float(np.corrcoef(guess, values)[0, 1])}
+    """Return how near two rows of domains are: root mean square difference and correlation r."""
+    rms = np.sqrt(np.mean((guess - values) ** 2))
+    r = np.corrcoef(guess, values)[0, 1]
+    return {"rms": float(rms), "r": float(r)}
 
 
-def fits(guess: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """`fit` of the majority guess to every published row of one data set, nearest first; the average is not a domain."""
-    domains = guess.index.drop("average")
-    table = rows.pivot(index=["table", "method", "variant"], columns="domain", values="mean")
-    frame = pd.DataFrame([fit(guess.loc[domains, "majority"], row) for row in table[domains].to_numpy()], table.index)
-    return frame.assign(average=table["average"]).sort_values("rms")
+def fits(guess: DataFrame, rows: DataFrame) -> DataFrame:
+    """Return the `fit` of the majority guess to every published row of a data set, nearest first.
 
-
-def null(counts: Counts, values: pd.Series, seeds: Iterable[int]) -> pd.DataFrame:
-    """`fit` of published values, indexed by domain, to the majority guess under other partition seeds, one row a seed.
-
-    A seed under which the released rule would never end has no partition: its row is NaN.
+    The average over domains does not count as a domain; it stands beside the fit.
     """
-    seeds, values = list(seeds), values[list(counts)].to_numpy()
-    rows = [_fit_of_seed(counts, values, seed) for seed in tqdm(seeds, desc="other seeds", unit="seed")]
-    return pd.DataFrame(rows, pd.Index(seeds, name="seed"))
+    by_domain = guess["majority"].drop("average")
+    table = rows.pivot(index=["table", "method", "variant"], columns="domain", values="mean")
+    values = table[by_domain.index].to_numpy()
+    found = DataFrame([fit(by_domain, row) for row in values], table.index)
+    return found.assign(average=table["average"]).sort_values("rms")
 
 
-def _fit_of_seed(counts: Counts, values: np.ndarray, seed: int) -> dict[str, float]:
-    try:
-        guess = [np.mean([majority(clients(split, seed=seed)) for split in splits]) for splits in counts.values()]
-    except ValueError:
-        return {"rms": np.nan, "r": np.nan}
-    return fit(np.array(guess), values)
+def null(counts: Counts, values: Series, seeds: Iterable[int]) -> DataFrame:
+    """Return the `fit` of published values to the majority guess under other partition seeds.
+
+    values: by domain. There is a row for each seed. A seed under which the released rule would
+    never end has no partition, and its row is nan.
+    """
+    wanted = values[list(counts)].to_numpy()
+    rows = {}
+    for seed in tqdm(seeds, desc="other seeds", unit="seed"):
+        try:
+            guess = [mean_majority(splits, seed) for splits in counts.values()]
+        except ValueError:
+            guess = [np.nan] * len(wanted)
+        rows[seed] = fit(np.array(guess), wanted)
+    return DataFrame(rows).T.rename_axis("seed")
 
 
-def as_good(seeds: pd.DataFrame, observed: Mapping[str, float]) -> dict[str, int]:
-    """Of the seeds of `null`: how many have a partition, come as near (rms), and correlate as well (r) as the observed fit."""
-    near, correlated = seeds["rms"] <= observed["rms"], seeds["r"] >= observed["r"]
-    return {"partitions": int(seeds["rms"].count()), "as near": int(near.sum()), "as correlated": int(correlated.sum())}
+def mean_majority(splits: np.ndarray, seed: int) -> float:
+    """Return the majority guess of a domain under a partition seed, as mean over its splits."""
+    return np.mean([majority(clients(split, seed=seed)) for split in splits])
 
 
-def wide(frame: pd.DataFrame, dataset: str) -> pd.DataFrame:
-    """One data set of `comparison` as printed: methods by domains, percent with two decimals, ± std where published."""
-    rows = frame[frame["dataset"] == dataset]
-    cells = rows.assign(cell=[_percent(mean, std) for mean, std in zip(rows["mean"], rows["std"])])
-    table = cells.pivot(index="method", columns="domain", values="cell")
-    return table.loc[rows["method"].unique(), rows["domain"].unique()]
+def as_good(seeds: DataFrame, observed: Mapping[str, float]) -> dict[str, int]:
+    """Return how many seeds of `null` have a partition, and how many fit as well as the observed.
+
+    A seed may come as near (rms) or correlate as well (r).
+    """
+    holds = {
+        "partitions": seeds["rms"].notna(),
+        "as near": seeds["rms"] <= observed["rms"],
+        "as correlated": seeds["r"] >= observed["r"],
+    }
+    return DataFrame(holds).sum().to_dict()
 
 
-def _percent(mean: float, std: float) -> str:
-    return f"{100 * mean:.2f}" if np.isnan(std) else f"{100 * mean:.2f} ± {100 * std:.2f}"
+def wide(table: DataFrame, dataset: str) -> DataFrame:
+    """Return one data set of `comparison` as it is printed: methods by domains, in percent.
+
+    Cells have two decimals, and ± std where it is published.
+    """
+    rows = table[table["dataset"] == dataset]
+    std = (100 * rows["std"]).map(" ± {:.2f}".format, na_action="ignore").fillna("")
+    cells = rows.assign(cell=(100 * rows["mean"]).map("{:.2f}".format) + std)
+    printed = cells.pivot(index="method", columns="domain", values="cell")
+    return printed.loc[rows["method"].unique(), rows["domain"].unique()]
 
 
-def save(frame: pd.DataFrame, path: str | Path) -> None:
-    """Writes `comparison` in percent to `path`.csv (one line a number, "row" names it) and `path`.md (one table a data set)."""
-    name = frame["dataset"] + ", " + frame["domain"] + ": " + frame["method"]
-    percent = frame.assign(row=name, mean=100 * frame["mean"], std=100 * frame["std"]).set_index("row")
-    with atomic_write(f"{path}.csv") as file:
-        percent.to_csv(file, float_format="%.2f", lineterminator="\n")
-    with atomic_write(f"{path}.md") as file:
-        file.write_text("\n".join(_markdown(frame, dataset) for dataset in frame["dataset"].unique()), encoding="utf-8")
-
-
-def _markdown(frame: pd.DataFrame, dataset: str) -> str:
-    title = f"**{dataset}**, accuracy in %: published (mean ± std) and guesses that see no image (last two rows)"
-    return f"{title}\n\n{wide(frame, dataset).to_markdown(disable_numparse=True)}\n"
+def save(table: DataFrame, path: str | Path) -> None:
+    """Write `comparison` in percent: PATH.csv with a line per number, PATH.md by data set."""
+    row = table["dataset"] + ", " + table["domain"] + ": " + table["method"]
+    percent = table.set_index(row.rename("row"))
+    percent[["mean", "std"]] *= 100
+    with atomic_write(f"{path}.csv") as temporary:
+        percent.to_csv(temporary, float_format="%.2f", lineterminator="\n")
+    sections = []
+    for dataset in table["dataset"].unique():
+        cells = wide(table, dataset).to_markdown(disable_numparse=True)
+        sections.append(
+            f"**{dataset}**, accuracy in %: published (mean ± std) and guesses that see no image "
+            f"(last two rows)\n\n{cells}\n"
+        )
+    with atomic_write(f"{path}.md") as temporary:
+        temporary.write_text("\n".join(sections), encoding="utf-8")

@@ -1,11 +1,13 @@
-"""Ours against published numbers: each within or beyond what seeds explain, or not run, or not comparable, and why.
+"""Ours against published numbers: within or beyond what seeds explain, not run, or not comparable.
 
-Ours are lines with the columns of OURS, one per number, in percent: `table` of the pFedMoAP paper ("Table 1"), `dataset`,
-`method` and `variant` as data/published.csv spells them (no variant: empty), `domain` as spelled there ("Clipart", "Average";
-empty where the table has none), `mean` and sample `std` over `seeds` seeds. `lines` makes them from runs.
+Ours are lines with the columns of OURS, one per number, in percent: `table` of the pFedMoAP paper
+("Table 1"); `dataset`, `method` and `variant` as data/published.csv spells them (no variant:
+empty); `domain` as spelled there ("Clipart", "Average"; empty where the table has none); mean and
+sample std over a number of seeds. `lines` makes them from runs.
 
-Published spreads hold less than ours may: the released code draws split and shots from fixed numbers, so that seeds change only
-initialisation and order (D18). Runs of one fixed split are what to compare with them.
+Published standard deviations hold less than ours may: the released code draws the split and the
+shots from fixed numbers, so that seeds change only initialisation and order (D18). Runs of one
+fixed split are what to compare with them.
 """
 
 from __future__ import annotations
@@ -13,45 +15,60 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from pandas import DataFrame, Series
 from scipy import stats
 
+from fpl.data.datasets import DATASETS
 from fpl.data.files import atomic_write
-from fpl.experiments.stats import joint
-from fpl.experiments.tables import PAPER, PRINTED, SPELT, TABLES, parts, percent, printed_name, published, summary
-from fpl.methods import METHODS
+from fpl.experiments import tables
+from fpl.experiments.stats import Sample, joint
+from fpl.experiments.tables import PAPER, PRINTED, published, published_name
 
 KEY = ["table", "dataset", "domain", "method", "variant"]
 OURS = [*KEY, "mean", "std", "seeds"]
 SEEDS = 3  # of every mean and std in the pFedMoAP paper
-Spelling = Mapping[Any, tuple[str, str]]
-# row of ours: method and variant of Table 1; Tables 2 to 4 print pFedMoAP without a variant
-MAIN_ROWS: Spelling = {row: (printed_name(row), "") for row in METHODS} | {"coop": ("CoOp", "local")}
-TABLE1: Spelling = {**MAIN_ROWS, "pfedmoap": ("pFedMoAP", "lambda=0.5")}
-GATES: Spelling = {
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a table of params.yaml stands in the pFedMoAP paper, and how that spells its rows.
+
+    table: of the paper. key: the column of the runs whose values tell its rows apart.
+    spelling: the method and the variant that are printed, by value of the key. A method that is
+    not in it has its printed name and no variant.
+    """
+
+    table: str
+    key: str
+    spelling: Mapping[Any, tuple[str, str]]
+
+
+LOCAL = {"coop": ("CoOp", "local")}
+GATES = {
     "linear, 3 experts": ("pFedMoAP ablation", "linear projection gating, 3 experts"),
     "linear, 10 experts": ("pFedMoAP ablation", "linear projection gating, 10 experts"),
     "attention, aggregated": ("pFedMoAP ablation", "attention gating, aggregated on the server"),
 }
-EXPERTS: Spelling = {k: ("pFedMoAP", f"K+1={k + 1} experts") for k in (4, 9, 14, 19, 24, 29, 34, 39)}
-SIZES = {32: "4.2K", 64: "16.6K", 128: "66.0K", 256: "263.2K", 512: "1.1M", 1024: "4.2M"}  # of gates of a dimension
-WIDTHS: Spelling = {d: ("pFedMoAP", f"d_feature={d}, gating {n} params") for d, n in SIZES.items()}
-# table of params.yaml -> table of the paper, how it spells what, and the column that has what
-PLACES: dict[str, tuple[str, Spelling, str]] = {
-    "table1": ("Table 1", TABLE1, "method"),
-    "table2": ("Table 2", MAIN_ROWS, "method"),
-    "table3": ("Table 3", MAIN_ROWS, "method"),
-    "table7": ("Table 7", GATES, "row"),
-    "table8": ("Table 8", EXPERTS, "n_experts"),
-    "d_gate": ("Table 9", WIDTHS, "d_gate"),
-    "figure5": ("Figure 5", EXPERTS, "n_experts"),
+EXPERTS = {k: ("pFedMoAP", f"K+1={k + 1} experts") for k in range(40)}
+SIZES = {32: "4.2K", 64: "16.6K", 128: "66.0K", 256: "263.2K", 512: "1.1M", 1024: "4.2M"}
+WIDTHS = {d: ("pFedMoAP", f"d_feature={d}, gating {n} params") for d, n in SIZES.items()}
+TABLE1 = Place("Table 1", "method", LOCAL | {"pfedmoap": ("pFedMoAP", "lambda=0.5")})
+PLACES = {  # by the table's name in params.yaml
+    "table1": TABLE1,
+    "table2": Place("Table 2", "method", LOCAL),
+    "table3": Place("Table 3", "method", LOCAL),
+    "table7": Place("Table 7", "row", GATES),
+    "table8": Place("Table 8", "n_experts", EXPERTS),
+    "d_gate": Place("Table 9", "d_gate", WIDTHS),
+    "figure5": Place("Figure 5", "n_experts", EXPERTS),
 }
-DOMAINS = ("domainnet10", "office_caltech10")
 MAIN = ("Table 1", "pFedMoAP", "lambda=0.5")
 SAME_RUN = {  # numbers that the paper prints again in another table: (table, method, variant)
     ("Table 6", "PromptFL", "no DP"): ("Table 1", "PromptFL", ""),
@@ -63,228 +80,322 @@ SAME_RUN = {  # numbers that the paper prints again in another table: (table, me
 }
 LOADER = "images and labels look unrelated, as they are in the released loader (D1, D2)"
 NOTE = "read in a third-party note: no spread, and the protocol is not settled"
-# What can never be compared: a query of published lines and why; the first that holds. `by` is the first word of the paper.
+# What can never be compared: a query of published lines, and why; the first one that holds counts.
+# `by` is the first word of the paper.
 NEVER = {
     "metric.str.contains('parameters')": "a number of parameters, no accuracy",
-    "by == 'pFedMoAP' and table in ('Table 3', 'Table 4', 'Table 8')": f"{LOADER}: the pFedMoAP row is what a guess of each "
-    "client's most frequent label scores, and ZS-CLIP is at chance (notebook 20)",
+    "by == 'pFedMoAP' and table in ('Table 3', 'Table 4', 'Table 8')": (
+        f"{LOADER}: the pFedMoAP row is what a guess of each client's most frequent label scores, "
+        "and ZS-CLIP is at chance (notebook 20)"
+    ),
     "table == 'Figure 5'": "read off a plot: no exact value and no spread",
-    "by == 'PromptFL'": "one global model on the whole test set, without spread; here each client has its own test images",
-    "by in ('FedMGP', 'pFedMMA') and dataset in ('DomainNet (10 classes)', 'Office-Caltech10')": f"{LOADER}, "
-    "of which this paper's code has a copy; no spread over seeds",
+    "by == 'PromptFL'": (
+        "one global model on the whole test set, without spread; "
+        "here each client has its own test images"
+    ),
+    "by in ('FedMGP', 'pFedMMA') and dataset in ('DomainNet (10 classes)', 'Office-Caltech10')": (
+        f"{LOADER}, of which this paper's code has a copy; no spread over seeds"
+    ),
     "by == 'pFedMMA'": f"{NOTE}; a mean of seven data sets",
     "by == 'Fed-Duet'": "continual learning: classes or domains arrive one after the other",
     "metric == 'CM_%'": "a score made of local, base and novel accuracy",
-    "by == 'FedMGP' and table == 'Table 1'": "other protocol (base classes only, E = 2, lr 0.001, batch 8, ViT-B/16), no spread",
+    "by == 'FedMGP' and table == 'Table 1'": (
+        "other protocol (base classes only, E = 2, lr 0.001, batch 8, ViT-B/16), no spread"
+    ),
     "by == 'FedMGP'": "other protocol (T = 100, E = 2, ViT-B/16), no spread",
-    "by == 'DP-FPL'": "other protocol (T = 100 or 200, batch 32, lr 1e-4) and the mean of the last ten epochs",
+    "by == 'DP-FPL'": (
+        "other protocol (T = 100 or 200, batch 32, lr 1e-4) and the mean of the last ten epochs"
+    ),
     "by == 'TOFA'": f"{NOTE}; its backbone is not stated there",
-    "by == 'FedDnC' and metric == 'HM_%'": "a harmonic mean of accuracies under another protocol (8 shots, T = 100), no spread",
-    "by in ('FedDnC', 'TRIP')": "domain generalisation, tested on a domain that no client has; no spread",
+    "by == 'FedDnC' and metric == 'HM_%'": (
+        "a harmonic mean of accuracies under another protocol (8 shots, T = 100), no spread"
+    ),
+    "by in ('FedDnC', 'TRIP')": (
+        "domain generalisation, tested on a domain that no client has; no spread"
+    ),
     "by == 'FedMVP'": f"{NOTE}; a mean of nine data sets",
 }
-# What to know of numbers that are compared.
+# What to know of numbers that are compared: all that hold.
 CAVEATS = {
-    "table in ('Table 1', 'Table 6', 'Table 7', 'Table 9')": "shots and batch size are not stated in the paper",
-    "table == 'Table 2'": "which Dirichlet partition, and how many experts, is not stated in the paper",
-    "table == 'Table 2' and method == 'pFedMoAP'": "the released code ends with an error at this participation (D3)",
-    "method in ('Prompt+FedProx', 'PromptFL+FedProx')": "the released proximal term has no gradient (D5)",
+    "table in ('Table 1', 'Table 6', 'Table 7', 'Table 9')": (
+        "shots and batch size are not stated in the paper"
+    ),
+    "table == 'Table 2'": (
+        "which Dirichlet partition, and how many experts, is not stated in the paper"
+    ),
+    "table == 'Table 2' and method == 'pFedMoAP'": (
+        "the released code ends with an error at this participation (D3)"
+    ),
+    "method in ('Prompt+FedProx', 'PromptFL+FedProx')": (
+        "the released proximal term has no gradient (D5)"
+    ),
     "variant.str.startswith('eps')": "the clipping norm, and so the noise, is not published",
-    "method in ('PromptFL+FT', 'Prompt+FedPer', 'Prompt+FedAMP')": "hyperparameters are not published",
+    "method in ('PromptFL+FT', 'Prompt+FedPer', 'Prompt+FedAMP')": (
+        "hyperparameters are not published"
+    ),
     "method == 'pFedPrompt'": "ours is a reconstruction, as the authors' code is not public",
 }
 
 
-def lines(
-    runs: pd.DataFrame,
-    table: str,
-    dataset: str,
-    spelling: Spelling = TABLE1,
-    key: str = "method",
-    domain: str = "",
-    rule: str = "last round",
-) -> pd.DataFrame:
-    """Ours of one table and data set: runs of `fpl.records.frame`, a line per value of `key` that `spelling` has.
+def lines(runs: DataFrame, place: Place, dataset: str, domain: str = "") -> DataFrame:
+    """Return ours of one table and data set: a line per value of the key that has a printed name.
 
-    `spelling` gives the published method and variant: {5: ("pFedMoAP", "K+1=5 experts")} where the key is a hyperparameter. For
-    one domain, give the lines of its clients.
+    For one domain, give the lines of its clients.
     """
-    found = percent(summary(runs[runs[key].isin(list(spelling))], key, rule))
-    names = [spelling[value] for value in found.index]
-    own = found.reset_index(drop=True).assign(table=table, dataset=dataset, domain=domain)
-    return own.assign(method=[method for method, _ in names], variant=[variant for _, variant in names])[OURS]
+    spelling = spelling_of(runs, place)
+    found = tables.summary(runs[runs[place.key].isin([*spelling])], place.key)
+    found[["method", "variant"]] = [spelling[value] for value in found.index]
+    found[["table", "dataset", "domain"]] = place.table, dataset, domain
+    return found.reset_index(drop=True)[OURS]
 
 
-def of_tables(runs: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Ours of several tables of params.yaml, by their name in PLACES, on all their data sets; of domains the average and each.
+def spelling_of(runs: DataFrame, place: Place) -> dict[Any, tuple[str, str]]:
+    """Return the method and the variant that the paper prints, by value of the place's key."""
+    spelling = {}
+    if place.key == "method":
+        for method, title in tables.titles(runs).items():
+            spelling[method] = (published_name(title), "")
+    return spelling | {**place.spelling}
 
-    Of data sets that the paper has, what it does not print is left out.
+
+def of_tables(runs: Mapping[str, DataFrame]) -> DataFrame:
+    """Return ours of several tables on all their data sets; of domains the average and each.
+
+    runs: by the table's name in PLACES. Of data sets that the paper has, what it does not print is
+    left out.
     """
     found = []
-    for name, of_table in runs.items():
-        table, spelling, key = PLACES[name]
-        for data, of in parts(of_table).items():
-            if not of[key].isin(list(spelling)).any():
-                continue
-            place = "Table 4" if (name, data) == ("table3", "office_caltech10") else table
-            dataset = PRINTED.get(data, data)
-            found.append(lines(of, place, dataset, spelling, key, "Average" if data in DOMAINS else ""))
-            by_domain = of[of["domain"] != ""].groupby("domain") if data in DOMAINS else []
-            found += [lines(part, place, dataset, spelling, key, SPELT.get(domain, domain)) for domain, part in by_domain]
-    whole = pd.concat(found, ignore_index=True)
-    printed = pd.MultiIndex.from_frame(candidates().query("paper == @PAPER")[KEY])
-    drawn = ~whole["dataset"].isin(PRINTED.values())
-    return whole[drawn | pd.MultiIndex.from_frame(whole[KEY]).isin(printed)].reset_index(drop=True)
+    for name, whole in runs.items():
+        place = PLACES[name]
+        spelt = whole[whole[place.key].isin([*spelling_of(whole, place)])]
+        for data, part in tables.parts(spelt).items():
+            found += of_data(part, place, data)
+    ours = pd.concat(found, ignore_index=True)
+    printed = among(ours, candidates().query("paper == @PAPER"), KEY)
+    drawn = ~ours["dataset"].isin(PRINTED.values())
+    return ours[drawn | printed].reset_index(drop=True)
 
 
-def real(ours: pd.DataFrame) -> bool:
-    """Whether all numbers of ours are of data sets that the paper has."""
+def of_data(runs: DataFrame, place: Place, data: str) -> list[DataFrame]:
+    """Return the `lines` of the runs on one data set: of all clients, and of each domain's."""
+    if data == "office_caltech10" and place.table == "Table 3":
+        place = replace(place, table="Table 4")
+    dataset = PRINTED.get(data, data)
+    domains = DATASETS[data].domains if data in DATASETS else {}
+    found = [lines(runs, place, dataset, "Average" if domains else "")]
+    for domain, part in runs.groupby("domain"):
+        if domain in domains:
+            found.append(lines(part, place, dataset, domains[domain]))
+    return found
+
+
+def among(lines: DataFrame, others: DataFrame, columns: list[str]) -> np.ndarray:
+    """Return for each line whether others have one with the same values in some columns."""
+    index = pd.MultiIndex.from_frame
+    return index(lines[columns]).isin(index(others[columns]))
+
+
+def real(ours: DataFrame) -> bool:
+    """Return whether all numbers of ours are of data sets that the paper has."""
     return bool(ours["dataset"].isin(PRINTED.values()).all())
 
 
-def candidates() -> pd.DataFrame:
-    """Published lines: all of the pFedMoAP paper, and of others the accuracies and scores in percent of methods that are here."""
+def candidates() -> DataFrame:
+    """Return the published lines that are compared or listed.
+
+    These are all of the pFedMoAP paper and, of the methods of its tables and FedPGP, what other
+    papers print in percent: accuracies and scores.
+    """
     theirs = published()
     theirs["by"] = theirs["paper"].str.split().str[0]
-    ours = theirs["method"].isin([method for method, _ in TABLE1.values()]) & theirs["metric"].str.endswith("%")
-    theirs = theirs[(theirs["paper"] == PAPER) | ours].reset_index(drop=True)
+    methods = [*tables.main_results()["method"], "FedPGP"]
+    listed = theirs["method"].isin(methods) & theirs["metric"].str.endswith("%")
+    theirs = theirs[(theirs["paper"] == PAPER) | listed].reset_index(drop=True)
     theirs = theirs.fillna({"variant": "", "dataset": "", "domain_or_split": ""})
-    return theirs.assign(domain=theirs["domain_or_split"].where(~theirs["domain_or_split"].str.startswith("local test"), ""))
+    split = theirs["domain_or_split"]
+    return theirs.assign(domain=split.where(~split.str.startswith("local test"), ""))
 
 
-def checked(ours: pd.DataFrame) -> pd.DataFrame:
-    """Ours with empty text for missing names. Raises ValueError for missing columns, doubled lines, and accuracies in [0, 1]."""
-    if missing := [column for column in OURS if column not in ours]:
-        raise ValueError(f"our numbers lack the columns {', '.join(missing)}: make them with fpl.against.lines")
+def checked(ours: DataFrame) -> DataFrame:
+    """Return ours with empty text for missing names.
+
+    Raises ValueError for missing columns, for two lines of one name and for accuracies in [0, 1].
+    """
+    missing = ", ".join(column for column in OURS if column not in ours)
+    if missing:
+        raise ValueError(f"our numbers lack the columns {missing}: make them with published.lines")
     ours = ours[OURS].fillna({"domain": "", "variant": ""})
-    if (twice := ours.duplicated(KEY)).any():
-        raise ValueError(f"two numbers of ours for {_name(ours[twice].iloc[0])}: give one for each")
+    twice = ours[ours.duplicated(KEY)]
+    if len(twice):
+        raise ValueError(f"two numbers of ours for {name_of(twice)}: give one for each")
     if len(ours) and ours["mean"].max() <= 1:
         raise ValueError("no number of ours is above 1: give accuracies in percent")
     return ours
 
 
-def compare(ours: pd.DataFrame, comparable: bool) -> pd.DataFrame:
-    """A line for each published number of `candidates`: theirs, ours, ours minus theirs with its 95 % interval, verdict, why.
+def name_of(lines: DataFrame) -> str:
+    """Return what the first line is called in a message."""
+    return ", ".join(filter(None, lines[KEY].iloc[0]))
 
-    Verdicts: "inside" (the joint interval of `fpl.stats.joint` holds 0), "outside", "not run" (there is none of ours), "not
-    comparable" (a rule of NEVER, or one side has no spread, or `comparable` is False: ours are of other data or another CLIP).
-    Means and stds of ours are rounded to two decimals first, as printed; the published ones are over three seeds. A number
-    that the paper prints again (SAME_RUN) is compared with the same run of ours. No correction is made for the many
-    comparisons: of 20 equal numbers one falls outside. Only the pFedMoAP paper is looked up in ours. Ours of a method that a
-    table does not print (FedOTP in Table 2) have no line.
 
-    Raises ValueError for lines that `checked` refuses and, where comparable, for a misspelled line of ours.
+def compare(ours: DataFrame, comparable: bool) -> DataFrame:
+    """Return a line for each published number of `candidates`, with ours, a verdict and its reason.
+
+    comparable: False where ours are of other data or another CLIP, so that there is no verdict.
+
+    The difference is ours minus theirs, with its 95 % interval. Verdicts are "inside" (the joint
+    interval of `stats.joint` holds 0), "outside", "not run" (there is none of ours) and "not
+    comparable" (a rule of NEVER, or one side has no std, or ours are not comparable). Means and
+    stds of ours are rounded to two decimals first, as those in print are, which are over three
+    seeds. A number that the paper prints again (SAME_RUN) is compared with the same run of ours.
+    No correction is made for the many comparisons: of 20 equal numbers one falls outside. Only the
+    pFedMoAP paper is looked up in ours. Ours of a method that a table does not print (FedOTP in
+    Table 2) have no line.
+
+    Raises ValueError for lines that `checked` refuses and, where comparable, for a misspelled line.
     """
-    theirs, ours = candidates(), checked(ours)
-    if comparable and len(unknown := ours[_misspelled(ours, theirs)]):
-        raise ValueError(f"no published number for {_name(unknown.iloc[0])}: spell it as data/published.csv does")
-    repeated = _repeated(ours).round({"mean": 2, "std": 2}).rename(columns={"mean": "ours_mean", "std": "ours_std"})
-    merged = theirs.rename(columns={"mean": "published_mean", "std": "published_std"}).merge(
-        repeated.assign(paper=PAPER), on=["paper", *KEY], how="left", validate="many_to_one"
-    )
-    never, caveats = _why(merged, NEVER), _why(merged, CAVEATS)
-    judged = [_judge(line, comparable, no, but) for line, no, but in zip(merged.itertuples(), never, caveats)]
-    shown = ["paper", "table", "setting", "dataset", "domain_or_split", "method", "variant", "backbone", "metric"]
-    shown += ["published_mean", "published_std", "ours_mean", "ours_std", "seeds"]
-    return merged[shown].astype({"seeds": "Int64"}).join(pd.DataFrame(judged)).round({"difference": 2, "low": 2, "high": 2})
+    theirs = candidates().rename(columns={"mean": "published_mean", "std": "published_std"})
+    ours = checked(ours)
+    unknown = ours[misspelled(ours, theirs)]
+    if comparable and len(unknown):
+        name = name_of(unknown)
+        raise ValueError(f"no published number for {name}: spell it as data/published.csv does")
+    rounded = with_repeated(ours).round({"mean": 2, "std": 2}).assign(paper=PAPER)
+    rounded = rounded.rename(columns={"mean": "ours_mean", "std": "ours_std"})
+    merged = theirs.merge(rounded, "left", on=["paper", *KEY], validate="many_to_one")
+    never = reasons(merged, NEVER)
+    caveats = reasons(merged, CAVEATS)
+    judged = []
+    for line, no, but in zip(merged.itertuples(), never, caveats):
+        judged.append(judge(line, comparable, no, but))
+    numbers = ["published_mean", "published_std", "ours_mean", "ours_std", "seeds"]
+    shown = merged[[*merged.loc[:, "paper":"metric"], *numbers]].astype({"seeds": "Int64"})
+    return shown.join(DataFrame(judged)).round({"difference": 2, "low": 2, "high": 2})
 
 
-def _name(line: pd.Series) -> str:
-    return ", ".join(str(line[column]) for column in KEY if line[column] != "")
+def misspelled(ours: DataFrame, theirs: DataFrame) -> Series:
+    """Return which lines of ours have a place, a method or a variant that is not printed.
 
-
-def _misspelled(ours: pd.DataFrame, theirs: pd.DataFrame) -> pd.Series:
-    """Lines of ours at a place, or of a method, that is not printed, or with another variant than the table prints."""
+    A variant is looked for only in tables that print the method.
+    """
     paper = theirs[theirs["paper"] == PAPER]
-    index = pd.MultiIndex.from_frame
-    printed = lambda *columns: index(ours[[*columns]]).isin(index(paper[[*columns]]))  # noqa: E731
-    variant = ~printed("table", "method") | printed("table", "method", "variant")
-    return ~(printed("table", "dataset", "domain") & variant & ours["method"].isin(theirs["method"]))
+    place = among(ours, paper, ["table", "dataset", "domain"])
+    method = among(ours, paper, ["table", "method"])
+    variant = among(ours, paper, ["table", "method", "variant"])
+    return ~(place & (variant | ~method) & ours["method"].isin(theirs["method"]))
 
 
-def _repeated(ours: pd.DataFrame) -> pd.DataFrame:
-    """Ours, and what the paper prints again, unless ours have a line of its own for it."""
-    where = pd.MultiIndex.from_frame(ours[["table", "method", "variant"]])
-    again = [ours[where == run].assign(table=t, method=m, variant=v) for (t, m, v), run in SAME_RUN.items()]
-    return pd.concat([ours, *again]).drop_duplicates(KEY)
+def with_repeated(ours: DataFrame) -> DataFrame:
+    """Return ours, and what the paper prints again unless ours have a line of its own for it."""
+    columns = ["table", "method", "variant"]
+    found = [ours]
+    for again, first in SAME_RUN.items():
+        same = ours[(ours[columns] == first).all(axis=1)]
+        found.append(same.assign(**dict(zip(columns, again))))
+    return pd.concat(found).drop_duplicates(KEY)
 
 
-def _why(theirs: pd.DataFrame, rules: Mapping[str, str]) -> list[list[str]]:
-    """For each line the reasons whose query holds, in the order of the rules."""
-    holds = {why: theirs.eval(query).to_numpy(bool) for query, why in rules.items()}
-    return [[why for why in holds if holds[why][at]] for at in range(len(theirs))]
+def reasons(theirs: DataFrame, rules: Mapping[str, str]) -> list[list[str]]:
+    """Return for each line the reasons whose query holds, in the order of the rules."""
+    holds = DataFrame({why: theirs.eval(query) for query, why in rules.items()})
+    return [list(holds.columns[line]) for line in holds.to_numpy(bool)]
 
 
-def _judge(line: Any, comparable: bool, never: list[str], caveats: list[str]) -> dict[str, Any]:
+def judge(line: Any, comparable: bool, never: list[str], caveats: list[str]) -> dict[str, Any]:
+    """Return difference, interval, verdict and reason of one line of `compare`."""
     seeds = 0 if math.isnan(line.seeds) else int(line.seeds)
-    found = joint(line.ours_mean, line.ours_std, seeds, line.published_mean, line.published_std, SEEDS)
-    only = {"difference": found["difference"], "low": math.nan, "high": math.nan}
+    ours = Sample(line.ours_mean, line.ours_std, seeds)
+    theirs = Sample(line.published_mean, line.published_std, SEEDS)
+    found = joint(ours, theirs).to_dict()
+    apart = {"inside": "no further apart than seeds explain"}
+    apart["outside"] = "further apart than seeds explain"
+    unjudged = {"low": math.nan, "high": math.nan, "verdict": "not comparable"}
     if never:
-        return only | {"verdict": "not comparable", "why": never[0]}
+        return found | unjudged | {"why": never[0]}
     if not seeds:
-        return only | {"verdict": "not run", "why": "there is no number of ours"}
+        return found | unjudged | {"verdict": "not run", "why": "there is no number of ours"}
     if not comparable:
-        return only | {"verdict": "not comparable", "why": "ours are of other data or another CLIP"}
+        return found | unjudged | {"why": "ours are of other data or another CLIP"}
     if found["verdict"] == "unknown":
-        return only | {"verdict": "not comparable", "why": "no spread: one seed, or none printed"}
-    apart = {"inside": "no further apart than seeds explain", "outside": "further apart than seeds explain"}
-    return {**found, "why": "; ".join([apart[found["verdict"]], *caveats])}
+        return found | unjudged | {"why": "no spread: one seed, or none printed"}
+    return found | {"why": "; ".join([apart[found["verdict"]], *caveats])}
 
 
-def orders(ours: pd.DataFrame, published: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, float]]:
-    """Which of two methods is better: published against ours, where the numbers themselves say nothing to each other.
+def orders(ours: DataFrame, published: DataFrame) -> tuple[DataFrame, dict[str, float]]:
+    """Compare which of two methods is better, where the numbers themselves cannot be compared.
 
-    `published` are lines of one table of `fpl.tables.published()`, `ours` as for `compare`, of which the same table counts; a
-    method is known by its name and variant. Its number is the mean over data sets, of those that both have or, if there are
-    none (the demo), of all; a method that lacks one is left out. Domain tables count by their average. The std of a mean over
-    data sets takes these as independent. A difference is "apart" if its Welch interval leaves out 0: seeds that two rows of
-    ours share are not used (`fpl.stats.paired` does), and nothing is corrected for the many pairs.
+    ours: as for `compare`; the lines of the same table count.
+    published: the lines of one table of `tables.published`.
 
-    Returns a line per pair, and a summary: pairs, agree (same sign), clear (apart in both), clear_agree, and Kendall's tau-b of
-    the means. Raises ValueError when the two have fewer than two methods in common, or `published` is not of one table.
+    A method is known by its name and variant. Its number is the mean over data sets: those that
+    both sides have or, if there are none (the demo), all; a method that lacks one is left out.
+    Tables by domain count by their average. The std of a mean takes the data sets as independent.
+    A difference is "apart" if its Welch interval leaves out 0. That two rows of ours share their
+    seeds is not used (`stats.paired` does), and nothing is corrected for the many pairs.
+
+    Returns a line per pair, and a summary: pairs; agree (same sign); clear (apart on both sides);
+    clear_agree; tau (Kendall's tau-b of the means). Raises ValueError where the two have fewer than
+    two methods in common, or `published` is not of one table.
     """
-    theirs = published.assign(domain=published["domain_or_split"], seeds=SEEDS).fillna({"variant": ""})
+    theirs = published.assign(domain=published["domain_or_split"], seeds=SEEDS)
+    theirs = theirs.fillna({"variant": ""})
     if len(theirs[["paper", "table"]].drop_duplicates()) != 1:
-        raise ValueError("the order of methods is that of one table: choose the lines of one paper and table")
+        raise ValueError("an order of methods is that of one table: choose one paper and table")
     ours = checked(ours)
     ours = ours[ours["table"] == theirs["table"].iloc[0]]
-    shared = set(ours["dataset"]) & set(theirs["dataset"])
-    a, b = (_levels(side[side["dataset"].isin(shared)] if shared else side) for side in (theirs, ours))
-    both = a.join(b, lsuffix="_published", rsuffix="_ours", how="inner")
+    shared = {*ours["dataset"]} & {*theirs["dataset"]}
+    if shared:
+        ours = ours[ours["dataset"].isin(shared)]
+        theirs = theirs[theirs["dataset"].isin(shared)]
+    both = pd.concat({"published": levels(theirs), "ours": levels(ours)}, axis=1, join="inner")
     if len(both) < 2:
-        raise ValueError("ours and the published table share fewer than two methods: spell them as data/published.csv does")
-    pairs = pd.DataFrame([_pair(both.loc[first], both.loc[second]) for first, second in combinations(both.index, 2)])
+        raise ValueError(
+            "ours and the published table share fewer than two methods: "
+            "spell them as data/published.csv does"
+        )
+    pairs = DataFrame([pair(both.loc[[*two]]) for two in combinations(both.index, 2)])
     clear = pairs[pairs["published_apart"] & pairs["ours_apart"]]
-    tau = stats.kendalltau(both["mean_published"], both["mean_ours"]).statistic
+    tau = stats.kendalltau(both["published", "mean"], both["ours", "mean"]).statistic
     counts = {"pairs": len(pairs), "agree": int(pairs["same"].sum())}
-    return pairs, counts | {"clear": len(clear), "clear_agree": int(clear["same"].sum()), "tau": round(float(tau), 4)}
+    counts |= {"clear": len(clear), "clear_agree": int(clear["same"].sum())}
+    return pairs, counts | {"tau": round(float(tau), 4)}
 
 
-def _levels(side: pd.DataFrame) -> pd.DataFrame:
-    """mean, std and seeds of each (method, variant) over data sets."""
+def levels(side: DataFrame) -> DataFrame:
+    """Return mean, std and seeds of each (method, variant) over the data sets of one side."""
     average = side["domain"] == "Average"
-    wide = side[average | ~average.any()].pivot(index=["method", "variant"], columns=["dataset", "domain"], values=OURS[-3:])
+    if average.any():
+        side = side[average]
+    wide = side.pivot(index=["method", "variant"], columns="dataset", values=OURS[-3:])
     wide = wide[wide["mean"].notna().all(axis=1)]
-    std = np.sqrt((wide["std"] ** 2).sum(axis=1, skipna=False)) / wide["std"].shape[1]
-    return pd.DataFrame({"mean": wide["mean"].mean(axis=1), "std": std, "seeds": wide["seeds"].min(axis=1)})
+    squares = (wide["std"] ** 2).sum(axis=1, skipna=False)
+    table = DataFrame({"mean": wide["mean"].mean(axis=1)})
+    table["std"] = np.sqrt(squares) / wide["std"].shape[1]
+    return table.assign(seeds=wide["seeds"].min(axis=1))
 
 
-def _pair(first: pd.Series, second: pd.Series) -> dict[str, Any]:
-    line: dict[str, Any] = {"first": " ".join(first.name).strip(), "second": " ".join(second.name).strip()}
+def pair(both: DataFrame) -> dict[str, Any]:
+    """Return the line of two methods, from the two lines of their `levels` on both sides."""
+    first, second = (" ".join(name).strip() for name in both.index)
+    line: dict[str, Any] = {"first": first, "second": second}
     for side in ("published", "ours"):
-        numbers = [row[f"{column}_{side}"] for row in (first, second) for column in ("mean", "std", "seeds")]
-        found = joint(*numbers)
-        line |= {f"{side}_difference": round(found["difference"], 2), f"{side}_apart": found["verdict"] == "outside"}
-    return line | {"same": bool(np.sign(line["published_difference"]) == np.sign(line["ours_difference"]))}
+        a, b = both[side].to_numpy()
+        found = joint(Sample(*a), Sample(*b))
+        line[f"{side}_difference"] = round(found["difference"], 2)
+        line[f"{side}_apart"] = found["verdict"] == "outside"
+    same = np.sign(line["published_difference"]) == np.sign(line["ours_difference"])
+    return line | {"same": bool(same)}
 
 
-def save(compared: pd.DataFrame, pairs: pd.DataFrame | None = None, folder: Path = TABLES) -> None:
-    """against_paper.csv and .json (a list of records, null for what is missing), and the pairs as against_paper_orders.csv."""
-    tables = {"against_paper": compared} | ({} if pairs is None else {"against_paper_orders": pairs})
-    for name, table in tables.items():
+def save(compared: DataFrame, pairs: DataFrame, folder: Path) -> None:
+    """Write against_paper.csv and .json, and the pairs of `orders` as against_paper_orders.csv.
+
+    In JSON it is a list of records, with null for what is missing.
+    """
+    for name, table in {"against_paper": compared, "against_paper_orders": pairs}.items():
         with atomic_write(folder / f"{name}.csv") as temporary:
             table.to_csv(temporary, index=False, lineterminator="\n")
     records = json.loads(compared.to_json(orient="records"))
     with atomic_write(folder / "against_paper.json") as temporary:
-        temporary.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(records, indent=1, ensure_ascii=False)
+        temporary.write_text(f"{text}\n", encoding="utf-8")

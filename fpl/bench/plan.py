@@ -1,8 +1,9 @@
-"""What a profile takes before it runs: data, weights, disk, the runs of each table, and hours on this machine.
+"""What a profile takes before it runs: data, weights, disk, the runs of each table, and hours.
 
-The cost of a run is counted, not guessed: two rounds of its method with a text tower that only counts how many prompts it is
-given, times the local steps that its protocol has, times the operations of one prompt tree. What a step costs besides the text
-tower (FedOTP's transport, the gate) is left out, and so is the reading of files; rows of released code that train clients one
+The cost of a run is counted, not guessed: two rounds of its method with a text tower that only
+counts how many prompts it is given, times the local steps that its protocol has, times the
+operations of one prompt tree. What a step costs besides the text tower (FedOTP's transport, the
+gate) is left out, and so is the reading of files; rows of released code that train clients one
 after the other fill a GPU less than is measured here.
 """
 
@@ -18,30 +19,38 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import open_clip
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from huggingface_hub import try_to_load_from_cache
-from torch import Tensor
 
-from fpl.bench import features as bench_features
-from fpl.bench import step as bench
-from fpl.data import datasets, encoders, features, pickled, world
+from fpl.bench.counting import CountingEncoder, count_round
+from fpl.bench.features import BYTES, draw_photos
+from fpl.bench.measure import timed
+from fpl.bench.parts import draw_clients
+from fpl.bench.ways import load_model, names
+from fpl.data import datasets, encoders, extraction, features, world
 from fpl.experiments import runner
-from fpl.experiments.settings import Backbone, Data, Experiment, Settings
+from fpl.experiments.cache import device
+from fpl.experiments.settings import Backbone, Data, Experiment, Settings, Source
 from fpl.methods import PromptFL
 from fpl.prompts import GROUP, Clip, PromptTree
-from fpl.rounds import Seeds, Training, run_rounds
+from fpl.rounds import Setup, Training, train_locally
 from fpl.state import Clients
 
 TOKENS = 4  # of a class name in the prompt tree with "." and EOS: 4.06 for Food101
-GB, HOUR = 1e9, 3600
+GB = 1e9
+HOUR = 3600
 
 
 class Tower(NamedTuple):
-    """What of a model decides its cost: joint width, patches of an image, width and layers of the text tower."""
+    """What of a model decides its cost.
+
+    dim: joint width. patches: of an image. width, layers: of the text tower.
+    """
 
     dim: int
     patches: int
@@ -50,7 +59,10 @@ class Tower(NamedTuple):
 
 
 class Images(NamedTuple):
-    """How many images and classes a data set has, as found or, where it is not there, as published; `todo` if it is not there."""
+    """How many images and classes a data set has, as found or, if it is not there, as published.
+
+    todo: what to do if it is not there.
+    """
 
     train: int
     test: int
@@ -60,239 +72,267 @@ class Images(NamedTuple):
 
 @dataclass(frozen=True)
 class Rates:
-    """Of this device: operations per second of the text tower in training, and images per second, by the name of the model."""
+    """What this device does in a second, by the name of the model.
+
+    text: operations of the text tower in training. images: images encoded.
+    """
 
     text: Mapping[str, float]
     images: Mapping[str, float]
 
 
-class Counter:
-    """A text tower that costs next to nothing and counts the prompts it encodes, with and without a gradient."""
+def needs(settings: Settings, fetch: bool = False) -> pd.DataFrame:
+    """Return a line per data set, model and disk: columns need, of, state, todo.
 
-    scale, at_once = 1.0, 1000
-
-    def __init__(self, tower: Tower, n_cls: int = 2):
-        self.width, self.dim, self.n_cls, self.trained, self.read = tower.width, tower.dim, n_cls, 0, 0
-        gen = torch.Generator().manual_seed(0)
-        self.project = torch.randn(tower.width, n_cls * tower.dim, generator=gen)
-
-    def __call__(self, ctx: Tensor) -> Tensor:
-        prompts = ctx.shape[:-2].numel()
-        if torch.is_grad_enabled() and ctx.requires_grad:
-            self.trained += prompts
-        else:
-            self.read += prompts
-        return F.normalize((ctx.mean(-2) @ self.project).unflatten(-1, (self.n_cls, self.dim)), dim=-1)
-
-    def zero_shot(self, template: str = "") -> Tensor:
-        self.read += 1
-        return F.normalize(self.project.T[: self.n_cls * self.dim].mean(-1).view(self.n_cls, self.dim), dim=-1)
-
-    def words(self, text: str) -> Tensor:
-        return torch.ones(1, self.width)
-
-
-# --- what is needed -------------------------------------------------------------------------------------------------------------
-
-
-def needs(params: Settings, fetch: bool = False) -> pd.DataFrame:
-    """A line per data set, model and disk: columns need, of, state, todo; todo is a sentence where something is missing.
-
-    A tag whose weights are not on this machine is downloaded where `fetch` says so, and missing when that fails.
+    todo: a sentence where something is missing. fetch: download a tag whose weights are not on this
+    machine; it is missing when that fails.
     """
-    sources = [params.source(name) for name in params.contents()]
+    sources = [settings.source(name) for name in settings.contents()]
     table = []
     for data in {(s.data.name, s.data.root): s.data for s in sources}.values():
         found = images_of(data)
-        state = "not there" if found.todo else f"{found.train + found.test} images, {found.classes} classes"
-        table.append(("data set", data.name, state, found.todo))
-    for backbone in dict.fromkeys(s.backbone for s in sources):
-        table.append(("weights", f"{backbone.name} {backbone.weights}".strip(), *weights_of(backbone, fetch)))
-    sizes, free = disk(params), shutil.disk_usage(".").free / GB
-    wanted = (sizes["GB"] - sizes["there, GB"]).clip(lower=0).sum()  # a file may be larger than estimated
-    short = f"{wanted:.1f} GB more are needed in {Path.cwd().name} and {free:.1f} are free: make room" if wanted > free else ""
-    table.append(("disk", "features and records", f"{wanted:.2f} GB to write, {free:.0f} GB free", short))
+        state = f"{found.train + found.test} images, {found.classes} classes"
+        table.append(("data set", data.name, "not there" if found.todo else state, found.todo))
+    for backbone in dict.fromkeys(source.backbone for source in sources):
+        name = f"{backbone.name} {backbone.weights}".strip()
+        table.append(("weights", name, *weights_of(backbone, fetch)))
+    sizes = disk(settings)
+    # a file may be larger than estimated
+    wanted = (sizes["GB"] - sizes["there, GB"]).clip(lower=0).sum()
+    free = shutil.disk_usage(".").free / GB
+    todo = ""
+    if wanted > free:
+        where = Path.cwd().name
+        todo = f"{wanted:.1f} GB more are needed in {where} and {free:.1f} are free: make room"
+    state = f"{wanted:.2f} GB to write, {free:.0f} GB free"
+    table.append(("disk", "features and records", state, todo))
     return pd.DataFrame(table, columns=["need", "of", "state", "todo"])
 
 
 def images_of(data: Data) -> Images:
-    """What is there is counted, and nothing written: CIFAR's batches are not unpacked."""
-    return looked_at(data, Path.cwd())
+    """Count what is there of a data set; nothing is written."""
+    return count_images(data, Path.cwd())
 
 
 @functools.cache
-def looked_at(data: Data, here: Path) -> Images:
+def count_images(data: Data, here: Path) -> Images:
+    """Count what is there of a data set, seen from `here`."""
     if data.name in world.WORLDS:
         classes = len(world.WORLDS[data.name])
         return Images(classes * data.train_per_class, classes * data.test_per_class, classes)
-    root, published = Path(data.root), Images(0, 0, 0)
+    root = Path(data.root)
+    published = Images(0, 0, 0)
     if data.name != "own":
-        dataset = datasets.known(data.name)
-        first = next(iter(dataset.layouts.values()))
-        published = Images(first.train or 0, first.test or 0, dataset.classes)
+        dataset = datasets.get(data.name)
+        paper = dataset.layouts[dataset.best]
+        published = Images(paper.train or 0, paper.test or 0, dataset.classes)
         try:
             folder, key, _ = datasets.find(data.name, root, data.layout or None)
         except FileNotFoundError:
             get = f"`fpl data fetch {data.name} --root {root}` gets it or says what to bring"
-            return published._replace(todo=f"the data set {data.name} is not under {root}: {get}")
+            todo = f"the data set {data.name} is not under {root}: {get}"
+            return published._replace(todo=todo)
         except ValueError as e:
             return published._replace(todo=str(e))
-        read: Any = dataset.layouts[key].read
-        if getattr(read, "func", None) is datasets.cifar:
-            named = {name: read.keywords[name] for name in ("train", "test", "labels")}
-            count = lambda file: len(datasets.by_text(pickled.read(folder / file))[named["labels"]])  # noqa: E731
-            return published._replace(train=sum(map(count, named["train"])), test=count(named["test"]))
+        count = dataset.layouts[key].count
+        if count:
+            train, test = count(folder)
+            return published._replace(train=train, test=test)
     listed = datasets.checklist(data.name, root).set_index("item")
     if "manifest" in listed.index:
-        return published._replace(todo=f"the data set {data.name} cannot be read: {listed.loc['manifest', 'todo']}")
-    train, test, classes = (int(listed.loc[item, "found"]) for item in ("train images", "test images", "classes"))
-    absent = str(listed.loc["images on disk", "todo"])
-    return Images(train, test, classes, f"images of {data.name} are missing: {absent}" if absent else "")
+        todo = f"the data set {data.name} cannot be read: {listed.loc['manifest', 'todo']}"
+        return published._replace(todo=todo)
+    absent = listed.loc["images on disk", "todo"]
+    todo = f"images of {data.name} are missing: {absent}" if absent else ""
+    found = listed["found"]
+    return Images(found["train images"], found["test images"], found["classes"], todo)
 
 
 def weights_of(backbone: Backbone, fetch: bool) -> tuple[str, str]:
-    """State and what to do about a model's weights; only `fetch` asks the network."""
-    known = {} if ":" in backbone.name else encoders.open_clip.get_pretrained_cfg(backbone.name, backbone.weights)
-    if (known or backbone.name.startswith(encoders.HUB)) and not fetch:
-        place = known["hf_hub"] if known else backbone.name.removeprefix(encoders.HUB) + "/"
-        repository, file = os.path.split(place)
-        files = [f"{os.path.splitext(file)[0]}.safetensors", file] if file else [encoders.WEIGHTS, encoders.PICKLED]
-        there = any(isinstance(try_to_load_from_cache(repository, name), str) for name in files)
-        return ("on this machine" if there else f"to be downloaded from {repository}"), ""
+    """Return state and what to do about a model's weights; only `fetch` asks the network."""
+    name = backbone.name
+    place = ""  # REPOSITORY/FILE of the hub, or REPOSITORY/
+    if name.startswith(encoders.HUB):
+        place = name.removeprefix(encoders.HUB) + "/"
+    elif ":" not in name:
+        place = open_clip.get_pretrained_cfg(name, backbone.weights).get("hf_hub", "")
+    if place and not fetch:
+        repository, _, file = place.rpartition("/")
+        files = [encoders.WEIGHTS, encoders.PICKLED]
+        if file:
+            files = [str(Path(file).with_suffix(".safetensors")), file]
+        if any(isinstance(try_to_load_from_cache(repository, each), str) for each in files):
+            return "on this machine", ""
+        return f"to be downloaded from {repository}", ""
     try:
-        return f"{encoders.resolve(backbone.name, backbone.weights)[1].stat().st_size / 1e6:.0f} MB on this machine", ""
+        _, path, _ = encoders.resolve(name, backbone.weights)
     except (FileNotFoundError, ValueError) as e:
         return "not there", str(e)
+    return f"{path.stat().st_size / 1e6:.0f} MB on this machine", ""
 
 
 def tower_of(backbone: Backbone) -> Tower:
-    """From open_clip's description of the model; nothing is built."""
-    if backbone.name.startswith((encoders.LOCAL, encoders.HUB)):
-        place = backbone.name.removeprefix(encoders.LOCAL).removeprefix(encoders.HUB)
-        folder = encoders.model_of_hub(place).parent if backbone.name.startswith(encoders.HUB) else Path(place)
+    """Read open_clip's description of a model; nothing is built."""
+    name = backbone.name
+    if ":" in name:
+        kind, _, place = name.partition(":")
+        is_hub = kind + ":" == encoders.HUB
+        folder = encoders.model_of_hub(place).parent if is_hub else Path(place)
         config = json.loads((folder / encoders.CONFIG).read_text())["model_cfg"]
     else:
-        config = encoders.open_clip.get_model_config(encoders.check_name(backbone.name))
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    side = vision["image_size"] // (vision["patch_size"] or 32)  # a ResNet has one position for 32 pixels
+        config = open_clip.get_model_config(encoders.check_name(name))
+    vision = config["vision_cfg"]
+    text = config["text_cfg"]
+    # a ResNet has one position for 32 pixels
+    side = vision["image_size"] // (vision["patch_size"] or 32)
     return Tower(config["embed_dim"], side**2, text["width"], text["layers"])
 
 
-def disk(params: Settings) -> pd.DataFrame:
-    """Gigabytes (10^9) of every features file and of the records, and how much of it is there."""
+def encoded(source: Source, wanted: set[str]) -> dict[str, int]:
+    """Return how many images are encoded for each features file of a data set, by content."""
+    images = images_of(source.data)
+    everything = images.train + images.test
+    numbers = {"feats": everything}
+    if "patches" in wanted:
+        numbers["patches"] = everything
+    if source.data.views:
+        numbers["views"] = source.data.views * images.train
+    return numbers
+
+
+def disk(settings: Settings) -> pd.DataFrame:
+    """Return GB (of 10^9 bytes) of every features file and of the records, and what is there."""
     table = []
-    for name, wanted in params.contents().items():
-        source = params.source(name)
-        data, tower, images = source.data, tower_of(source.backbone), images_of(source.data)
-        kinds = {"feats": images.train + images.test, "patches": tower.patches * (images.train + images.test)}
-        kinds["views"] = data.views * images.train
-        for kind in ["feats"] + ["patches"] * ("patches" in wanted) + ["views"] * bool(data.views):
-            path = features.file_of(data.features, kind)
+    for name, wanted in settings.contents().items():
+        source = settings.source(name)
+        tower = tower_of(source.backbone)
+        for content, number in encoded(source, wanted).items():
+            path = features.file_of(source.data.features, content)
             there = path.stat().st_size if path.exists() else 0
-            table.append((str(path), kinds[kind] * tower.dim * features.BYTES / GB, there / GB))
-    every = [e for runs in distinct(params).values() for e in runs]
-    size = sum(e.run.rounds * (10 * e.partition.clients + 30 * e.run.participants(e.partition.clients)) + 1500 for e in every)
-    kept = sum(path.stat().st_size for path in runner.RECORDS.glob("*.json")) if runner.RECORDS.exists() else 0
-    table.append((str(runner.RECORDS), size / GB, kept / GB))
+            vectors = number * (tower.patches if content == "patches" else 1)
+            table.append((str(path), vectors * tower.dim * BYTES / GB, there / GB))
+    size = 0
+    for experiments in distinct(settings).values():
+        for e in experiments:
+            n = e.partition.clients
+            size += e.run.rounds * (10 * n + 30 * e.run.participants(n)) + 1500
+    there = sum(path.stat().st_size for path in runner.RECORDS.glob("*.json"))
+    table.append((str(runner.RECORDS), size / GB, there / GB))
     return pd.DataFrame(table, columns=["files", "GB", "there, GB"])
 
 
-# --- what it costs --------------------------------------------------------------------------------------------------------------
-
-
 def steps_per_epoch(experiment: Experiment) -> float:
-    """Local steps of a client in an epoch, on average: its images by the batch size, and one at least."""
-    partition, images = experiment.partition, images_of(experiment.source.data)
-    share, classes = (0.5 if partition.classes == "base" else 1.0), images.classes
+    """Return the local steps of a client in an epoch, on average, and one at least."""
+    partition = experiment.partition
+    n = partition.clients
+    images = images_of(experiment.source.data)
+    share = 0.5 if partition.classes == "base" else 1.0
     total = share * images.train
     if partition.shots:
-        holders = 1 if partition.kind in ("pathological", "even") else partition.clients  # of a class
-        total = min(total, partition.shots * math.ceil(share * classes) * holders)
-    return max(1.0, total / partition.clients / experiment.run.batch_size)
+        holders = 1 if partition.kind in ("pathological", "even") else n  # of a class
+        total = min(total, partition.shots * math.ceil(share * images.classes) * holders)
+    return max(1.0, total / n / experiment.run.batch_size)
 
 
 @functools.cache
-def encodings(method: PromptFL, n: int, cfg: Training, tower: Tower) -> tuple[float, float]:
-    """Prompts that a round encodes once everybody has been in one: with a gradient per client and step of an epoch, and in all
-    without one, for experts and for the test of all clients.
+def encodings(method: PromptFL, n: int, training: Training, tower: Tower) -> tuple[float, float]:
+    """Return how many prompts a round encodes once everybody has been in one.
 
-    Counted by running the method with clients of one step an epoch.
+    With a gradient, per client and step of an epoch; and in all without one, for experts and for
+    the test of all clients. Counted by running the method with clients of one step an epoch.
     """
-    text, gen = Counter(tower), torch.Generator().manual_seed(0)
+    gen = torch.Generator().manual_seed(0)
     patches = torch.randn(2 * n, 2, tower.dim, generator=gen)
     own = torch.arange(2 * n).split(2)
-    clients = Clients(F.normalize(patches[:, 0], dim=-1), torch.arange(2 * n) % 2, own, own, 2, patches)
-    cfg = replace(cfg, rounds=min(cfg.rounds, 2), participation=1.0, batch_size=2)
-    before = (0, 0)
-    for _ in run_rounds(method, text, clients, cfg, Seeds()):
-        (trained, read), before = (text.trained - before[0], text.read - before[1]), (text.trained, text.read)
+    feats = F.normalize(patches[:, 0], dim=-1)
+    clients = Clients(feats, torch.arange(2 * n) % 2, own, own, 2, patches)
+    short = replace(training, rounds=min(training.rounds, 2), participation=1.0, batch_size=2)
+    encoder = CountingEncoder(tower.width, tower.dim)
+    trained, read = count_round(method, encoder, clients, short)
     return trained / n, read
 
 
-def operations(tower: Tower, classes: int, n_ctx: int) -> float:
-    """Of one prompt tree, forward."""
-    return tree_operations(tower, 1 + n_ctx, TOKENS * classes, classes)
+def operations(tower: Tower, shared: int, own: int, classes: int) -> float:
+    """Return the operations of encoding one prompt tree, forward.
 
-
-def tree_operations(tower: Tower, shared: int, own: int, classes: int) -> float:
-    """Every layer has 12 w^2 multiply-adds of two operations for each token, and 2 r^2 w for each group of r. The last has 3 w^2,
-    and the other 9 w^2 for the ends of the classes only."""
-    tokens, groups = shared + own, math.ceil(own / GROUP)
-    maps = ((tower.layers - 1) * tokens * 12 + tokens * 3 + classes * 9) * tower.width
-    return 2.0 * tower.width * (maps + tower.layers * groups * 2 * (shared + min(own, GROUP)) ** 2)
+    Every layer has 12 w^2 multiply-adds of two operations for each token, and 2 r^2 w for each
+    group of r. The last has 3 w^2, and the other 9 w^2 for the ends of the classes only.
+    shared: tokens that all classes share. own: the others.
+    """
+    tokens = shared + own
+    groups = math.ceil(own / GROUP)
+    maps = (tower.layers - 1) * tokens * 12 + tokens * 3 + classes * 9
+    seen = 2 * (shared + min(own, GROUP)) ** 2
+    return 2.0 * tower.width * (maps * tower.width + tower.layers * groups * seen)
 
 
 def cost(experiment: Experiment) -> float:
-    """Operations of the text tower in one run; a gradient costs as much as the way forward, since no weight has one."""
-    tower, e = tower_of(experiment.source.backbone), experiment
-    trained, read = encodings(e.method, e.partition.clients, replace(e.run, rounds=min(e.run.rounds, 2)), tower)
-    classes = images_of(e.source.data).classes
-    classes = math.ceil(classes / 2) if e.partition.classes == "base" else classes
-    number = e.run.rounds * (2 * trained * e.run.participants(e.partition.clients) * steps_per_epoch(e) + read)
-    return number * operations(tower, classes, e.method.n_ctx)
+    """Return the operations of the text tower in one run.
 
-
-def stages(params: Settings, rates: Rates | None = None) -> pd.DataFrame:
-    """A line per stage: columns stage, inputs, number (of files or runs), there, PFLOP (10^15), hours (missing without rates).
-
-    A run of two tables counts in the first; operations and hours are of what is not there.
+    A gradient costs as much as the way forward, since no weight has one.
     """
-    table = []
-    for name, wanted in params.contents().items():
-        source, made = params.source(name), 0
-        kinds = ["feats", *sorted(wanted - {"feats"}), *["views"] * bool(source.data.views)]
-        images, hours = images_of(source.data), 0.0
-        for kind in kinds:
-            there = features.file_of(source.data.features, kind).exists()
-            number = source.data.views * images.train if kind == "views" else images.train + images.test
-            made += there
-            hours += 0 if there or not rates else number / rates.images[source.backbone.name] / HOUR
-        line = (f"features {name}", f"{source.data.name}, {source.backbone.name}", len(kinds), made)
-        table.append((*line, math.nan, hours if rates else math.nan))
-    for name, experiments in distinct(params).items():
+    tower = tower_of(experiment.source.backbone)
+    run = experiment.run
+    n = experiment.partition.clients
+    short = replace(run, rounds=min(run.rounds, 2))
+    trained, read = encodings(experiment.method, n, short, tower)
+    classes = images_of(experiment.source.data).classes
+    if experiment.partition.classes == "base":
+        classes = math.ceil(classes / 2)
+    steps = run.participants(n) * steps_per_epoch(experiment)
+    prompts = run.rounds * (2 * trained * steps + read)
+    tree = operations(tower, 1 + experiment.method.n_ctx, TOKENS * classes, classes)
+    return prompts * tree
+
+
+def stages(settings: Settings, rates: Rates | None = None) -> pd.DataFrame:
+    """Return a line per stage, with how many files or runs it has and how many are there.
+
+    Columns are stage, inputs, number, there, PFLOP (10^15) and hours, missing without rates. A run
+    of two tables counts in the first; operations and hours are of what is not there.
+    """
+    table: list[tuple[str, str, int, int, float, float]] = []
+    for name, wanted in settings.contents().items():
+        source = settings.source(name)
+        model = source.backbone.name
+        numbers = encoded(source, wanted)
+        files = {content: features.file_of(source.data.features, content) for content in numbers}
+        left = [number for content, number in numbers.items() if not files[content].exists()]
+        hours = sum(left) / rates.images[model] / HOUR if rates else math.nan
+        inputs = f"{source.data.name}, {model}"
+        there = len(numbers) - len(left)
+        table.append((f"features {name}", inputs, len(numbers), there, math.nan, hours))
+    for name, experiments in distinct(settings).items():
         todo = [e for e in experiments if not recorded(e)]
         costs = [cost(e) for e in todo]
-        hours = sum(c / rates.text[e.source.backbone.name] / HOUR for c, e in zip(costs, todo)) if rates else math.nan
-        data = ", ".join(dict.fromkeys(e.source.name for _, e in params.runs(name)))
-        line = (f"runs {name}", f"features of {data}", len(experiments), len(experiments) - len(todo))
+        hours = math.nan
+        if rates:
+            speeds = [rates.text[e.source.backbone.name] for e in todo]
+            hours = sum(c / speed / HOUR for c, speed in zip(costs, speeds))
+        data = dict.fromkeys(e.source.name for _, e in settings.runs(name))
+        number = len(experiments)
+        line = (f"runs {name}", f"features of {', '.join(data)}", number, number - len(todo))
         table.append((*line, sum(costs) / 1e15, hours))
     return pd.DataFrame(table, columns=["stage", "inputs", "number", "there", "PFLOP", "hours"])
 
 
-def distinct(params: Settings) -> dict[str, list[Experiment]]:
-    """The runs of each table that no table before it has."""
-    found: dict[str, dict[str, Experiment]] = {}
-    for name in params.tables:
-        asked = {
-            json.dumps([e.settings(), e.source.backbone.name, e.source.data.store], sort_keys=True): e
-            for _, e in params.runs(name)
-        }
-        found[name] = {key: e for key, e in asked.items() if not any(key in before for before in found.values())}
-    return {name: [*runs.values()] for name, runs in found.items()}
+def distinct(settings: Settings) -> dict[str, list[Experiment]]:
+    """Return the runs of each table that no table before it has."""
+    seen = set()
+    found: dict[str, list[Experiment]] = {}
+    for name in settings.tables:
+        found[name] = []
+        for _, e in settings.runs(name):
+            about = [e.settings(), e.source.backbone.name, e.source.data.store]
+            key = json.dumps(about, sort_keys=True)
+            if key not in seen:
+                seen.add(key)
+                found[name].append(e)
+    return found
 
 
 def recorded(experiment: Experiment) -> bool:
-    """Whether the run has a record; without features that fit, nothing can have one."""
+    """Return whether the run has a record; without features that fit, nothing can have one."""
     if not experiment.source.data.features.exists():
         return False
     try:
@@ -302,59 +342,61 @@ def recorded(experiment: Experiment) -> bool:
     return path.exists()
 
 
-# --- what this machine does -----------------------------------------------------------------------------------------------------
+def calibrate(settings: Settings, seconds: float = 10, images: int = 0) -> Rates:
+    """Measure the rates of each backbone, with random weights.
 
-
-def calibrate(params: Settings, device: str, seconds: float = 10, images: int = 0) -> Rates:
-    """Rates of each backbone, with random weights.
-
-    Local steps of up to ten clients with the names of Food101, until three in a row are within 5 % or `seconds` are over; and the
-    extraction of `images` images (8; on a GPU 512), twice, of which the second counts.
+    seconds: for how long at most to measure local steps. images: how many to extract (8; on a GPU
+    512).
     """
-    backbones = {params.source(name).backbone for name in params.contents()}
-    number = images or (512 if device == "cuda" else 8)
     text: dict[str, float] = {}
     pixels: dict[str, float] = {}
-    by_tower: dict[tuple[int, int], float] = {}
-    for backbone in sorted(backbones, key=lambda b: b.name):
-        name, tower = backbone.name, tower_of(backbone)
-        loaded = encoders.load(name, None, device) if ":" in name else encoders.untrained(name, device)
-        same = (tower.width, tower.layers)  # RN50 and ViT-B/16 have one text tower
-        by_tower[same] = by_tower.get(same) or steps_per_second(loaded, tower, device, seconds)
-        text[name], pixels[name] = by_tower[same], images_per_second(loaded, number, device)
+    number = images or (512 if device() == "cuda" else 8)
+    for name in sorted({settings.source(each).backbone.name for each in settings.contents()}):
+        clip = load_model(name)
+        text[name] = text_speed(clip, tower_of(Backbone(name)), seconds)
+        pixels[name] = image_speed(clip, number)
     return Rates(text, pixels)
 
 
-def steps_per_second(loaded: Clip, tower: Tower, device: str, seconds: float) -> float:
-    """Operations per second of forward and backward through the prompt trees of as many clients as train at once, or ten."""
-    text, method = PromptTree(loaded, bench.names(101)), PromptFL()
-    n, gen = min(text.at_once, 10), torch.Generator().manual_seed(1)
-    ctx = (0.02 * torch.randn(n, method.n_ctx, tower.width, generator=gen)).to(device)
-    x = F.normalize(torch.randn(n, 16, text.dim, generator=gen), dim=-1).to(device)
-    y = torch.zeros(n, 16, dtype=torch.long, device=device)
+def text_speed(clip: Clip, tower: Tower, seconds: float) -> float:
+    """Return the operations per second of local steps of PromptFL, with the names of Food101.
 
-    def step() -> None:
-        bench.step(method, text, ctx, x, y)[1].sum().item()  # .item() waits for a GPU
-
+    As many clients as train at once, or ten, take steps until three in a row are within 5 % or the
+    seconds are over.
+    """
+    text = PromptTree(clip, names(101))
+    method = PromptFL()
+    n = min(text.at_once, 10)
+    clients = draw_clients(n, 16, text.dim, text.n_cls)
+    setup = Setup(method, text, clients, Training(local_epochs=1))
+    init = method.init(text, torch.Generator().manual_seed(1))["ctx"]
+    begin = {"ctx": init.to(device()).repeat(n, 1, 1)}
+    order = [own.unsqueeze(0) for own in clients.train]
+    step = functools.partial(train_locally, setup, begin, {}, order)
     step()
-    taken = [bench.timed(step)]
-    while sum(taken) < seconds and (len(taken) < 3 or max(taken[-3:]) > 1.05 * min(taken[-3:])):
-        taken.append(bench.timed(step))
-    return (
-        2
-        * n
-        * tree_operations(tower, 1 + method.n_ctx, text.n_nodes - 1 - method.n_ctx, text.n_cls)
-        / statistics.median(taken[-3:])
-    )
+    taken = [timed(step)]
+    while sum(taken) < seconds and not is_steady(taken[-3:]):
+        taken.append(timed(step))
+    own = text.n_nodes - 1 - method.n_ctx
+    tree = operations(tower, 1 + method.n_ctx, own, text.n_cls)
+    return 2 * n * tree / statistics.median(taken[-3:])
 
 
-def images_per_second(loaded: Clip, images: int, device: str) -> float:
-    """Of the whole extraction, from files of a photograph's size."""
-    workers = min(os.cpu_count() or 1, 8) if device == "cuda" else 0
-    with tempfile.TemporaryDirectory() as folder:
-        manifest = bench_features.photos(Path(folder), images)
-        made = [
-            bench.timed(lambda: features.extract(manifest, loaded, Path(folder) / f"{i}.h5", workers=workers))  # noqa: B023
-            for i in range(2)
-        ]
-    return images / made[-1]
+def is_steady(taken: list[float]) -> bool:
+    """Return whether three measurements are within 5 %."""
+    return len(taken) == 3 and max(taken) <= 1.05 * min(taken)
+
+
+def image_speed(clip: Clip, images: int) -> float:
+    """Return images per second of the whole extraction, from files of a photograph's size.
+
+    It is made twice, and the second counts.
+    """
+    workers = min(os.cpu_count() or 1, 8) if device() == "cuda" else 0
+    options = extraction.Options(workers)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        manifest = draw_photos(folder, images)
+        extract = functools.partial(extraction.extract, manifest, clip, options=options)
+        extract(folder / "first.h5")
+        return images / timed(lambda: extract(folder / "second.h5"))

@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]  # what belongs to the repository and not to a profile is found from here
+ROOT = (
+    Path(__file__).resolve().parents[2]
+)  # what belongs to the repository and not to a profile is found from here
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """A temporary name in the same folder, renamed to `path` when the block ends well and removed when it does not."""
+    """Give a temporary name, which becomes `path` if the block ends well and is removed if not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -27,9 +29,11 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def file_lock(path: str | Path, notice: Callable[[], object] = lambda: None) -> Iterator[int]:
-    """One process at a time: waits for whoever holds the lock file, which a killed process lets go of; `notice` before it waits.
+    """Let one process at a time into the block; a killed one lets go of the lock.
 
     Yields the descriptor; a child that is given it holds the lock too, as long as it lives.
+
+    notice: called before waiting for whoever holds the lock.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,5 +47,6 @@ def file_lock(path: str | Path, notice: Callable[[], object] = lambda: None) -> 
 
 
 def sha256(path: str | Path) -> str:
+    """Hash a file."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

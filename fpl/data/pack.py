@@ -1,8 +1,9 @@
-"""The features of a data set as one file to hand on: whoever has it makes every table without the images.
+"""A pack holds the features of a data set in one file: who has it makes all tables without images.
 
-A pack is an HDF5 file with a group for each features file (`feats` and, where they were made, `patches` and `views`) that holds
-all of it, as `fpl.features` describes. There is no pickle, no link and no path of the machine that it comes from. The text tower
-is not in it: the receiver loads the model and the weights that the provenance names.
+It is an HDF5 file with a group for each features file (`feats` and, where they were made, `patches`
+and `views`) that holds all of it, as `fpl.data.features` describes. There is no pickle, no link and
+no path of the machine that it comes from. The text tower is not in it: the receiver loads the model
+and the weights that the provenance names.
 """
 
 from __future__ import annotations
@@ -11,90 +12,30 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 
 import h5py
 import numpy as np
 
-from fpl.data.features import COLUMNS, CONTENT, OPTIONAL, digest, parts
+from fpl.data.features import COLUMNS, OPTIONAL, digest, parts
 from fpl.data.files import atomic_write
 
 FORMAT = "fpl features pack 1"
 DIMENSIONS = {"feats": 2, "patches": 3, "views": 3}
-SHARED = ("model", "weights", "transform", "manifest", "skipped")  # provenance in which all groups agree
-
-
-BROKEN = (OSError, KeyError, RuntimeError, TypeError, AttributeError, ValueError)  # what HDF5 has for a file that is not in order
-
-
-def export(files: Mapping[str, Path], name: str, path: Path) -> dict[str, str]:
-    """Put those of the features files (by content) that exist into a pack of the data set `name`; what `verify` says of it.
-
-    Raises FileNotFoundError without pooled features, and ValueError for what `verify` would refuse.
-    """
-    if not files["feats"].exists():
-        raise FileNotFoundError(f"no features at {files['feats']}: make them with `fpl features`")
-    if path.resolve() in {file.resolve() for file in files.values()}:
-        raise ValueError(f"a pack at {path} would replace the features themselves: give it another name")
-    with atomic_write(path) as temporary:
-        with h5py.File(temporary, "w") as pack:
-            for content, file in files.items():
-                if file.exists():
-                    with h5py.File(file, "r") as f:
-                        pack.copy(f["/"], pack, content)
-            pack.attrs["format"], pack.attrs["name"] = FORMAT, name
-            pack.attrs["sha256"] = seal(pack)
-        try:
-            return verify(temporary)
-        except ValueError as e:
-            reason = str(e).removeprefix(f"{temporary} ")
-            raise ValueError(f"the features of {name} make no pack that others could use: it {reason}") from None
-
-
-def verify(path: Path) -> dict[str, str]:
-    """What is in a pack, in words, once all of it was read and found to be whole and to belong together.
-
-    Raises FileNotFoundError, and ValueError for another kind of file, wrong checksums, columns that do not fit, values that are
-    not finite, and paths of the machine that it comes from. Takes little memory.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        with h5py.File(path, "r") as pack:
-            require(pack.attrs.get("format") == FORMAT, "is not one of `fpl features export`")
-            require({"feats"} <= set(pack) <= set(CONTENT), f"holds {', '.join(pack)}")
-            made = {content: check(pack, content) for content in pack}
-            require(pack.attrs["sha256"] == seal(pack), "does not have the checksum that it carries")
-            for content in made:
-                belongs(pack, content, made)
-            return described(pack, made["feats"])
-    except BROKEN as e:
-        reason = e if isinstance(e, Refused) else f"cannot be read ({e})"
-        raise ValueError(f"{path} {reason}") from None
-
-
-def unpack(path: Path, files: Mapping[str, Path], name: str, model: str, force: bool = False) -> dict[Path, bool]:
-    """Put the features files of a pack where the settings look for them: their paths, and whether each had to be written.
-
-    Raises ValueError for a pack that `verify` refuses, for one of another data set or model than the settings name, and, before
-    any is written, for a different file that is there already, unless by `force`.
-    """
-    verify(path)
-    with h5py.File(path, "r") as pack:
-        its_model = json.loads(pack["feats"].attrs["provenance"])["model"]
-        for what, wanted, found in (("data set", name, pack.attrs["name"]), ("model", model, its_model)):
-            if found != wanted:
-                raise ValueError(f"{path} has features of {what} {found!r}, params.yaml says {wanted!r}: correct it there")
-        missing = [content for content in pack if held(files[content]) != pack[content].attrs["sha256"]]
-        different = [str(files[content]) for content in missing if files[content].exists()]
-        if different and not force:
-            raise ValueError(f"{', '.join(different)} would be replaced by other features: move it away or give --force")
-        for content in missing:
-            with atomic_write(files[content]) as temporary, h5py.File(temporary, "w") as f:
-                for column in pack[content]:
-                    f.copy(pack[content][column], f, column)
-                f.attrs.update(pack[content].attrs)
-        return {files[content]: content in missing for content in pack}
+NUMBERS = {
+    **dict.fromkeys(DIMENSIONS, "f2"),
+    "labels": "i8",
+    "rows": "i8",
+}  # other columns are text
+SHARED = ("model", "weights", "transform", "manifest", "skipped")  # all groups agree in these
+BROKEN = (
+    OSError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    ValueError,
+)  # of HDF5, for a file not in order
 
 
 class Refused(ValueError):
@@ -106,14 +47,114 @@ def require(fine: bool, otherwise: str) -> None:
         raise Refused(otherwise)
 
 
+def export(files: Mapping[str, Path], name: str, path: Path) -> dict[str, str]:
+    """Put features files into a pack, and return what `verify` says of it.
+
+    files: by content; those that exist are taken
+    name: of the data set
+
+    Raises FileNotFoundError without pooled features, and ValueError for what `verify` would refuse.
+    """
+    if not files["feats"].exists():
+        raise FileNotFoundError(f"no features at {files['feats']}: make them with `fpl features`")
+    if path.resolve() in {file.resolve() for file in files.values()}:
+        raise ValueError(
+            f"a pack at {path} would replace the features themselves: give it another name"
+        )
+    with atomic_write(path) as temporary:
+        with h5py.File(temporary, "w") as pack:
+            for content, file in files.items():
+                if file.exists():
+                    with h5py.File(file, "r") as f:
+                        pack.copy(f["/"], pack, content)
+            pack.attrs["format"] = FORMAT
+            pack.attrs["name"] = name
+            pack.attrs["sha256"] = seal(pack)
+        try:
+            return verify(temporary)
+        except ValueError as e:
+            reason = str(e).removeprefix(f"{temporary} ")
+            raise ValueError(
+                f"the features of {name} make no pack that others could use: it {reason}"
+            ) from None
+
+
+def verify(path: Path) -> dict[str, str]:
+    """Read all of a pack, and say in words what is in it.
+
+    Raises FileNotFoundError, and ValueError for another kind of file, wrong checksums, columns that
+    do not fit, values that are not finite, and paths of the machine that it comes from. Takes
+    little memory.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with h5py.File(path, "r") as pack:
+            require(pack.attrs.get("format") == FORMAT, "is not one of `fpl features export`")
+            require({"feats"} <= set(pack) <= set(DIMENSIONS), f"holds {', '.join(pack)}")
+            made = {content: check_group(pack, content) for content in pack}
+            require(
+                pack.attrs["sha256"] == seal(pack), "does not have the checksum that it carries"
+            )
+            for content in made:
+                check_belongs(pack, content, made)
+            return describe(pack, made["feats"])
+    except BROKEN as e:
+        reason = e if isinstance(e, Refused) else f"cannot be read ({e})"
+        raise ValueError(f"{path} {reason}") from None
+
+
+def unpack(
+    path: Path, files: Mapping[str, Path], name: str, model: str, force: bool = False
+) -> dict[Path, bool]:
+    """Put the features files of a pack where the settings look for them.
+
+    files: these places, by content
+    name, model: the data set and the model of the settings
+    force: replace other features
+
+    Returns for each place whether it had to be written. Raises ValueError for a pack that `verify`
+    refuses, for one of another data set or model, and before any is written for other features that
+    are there already.
+    """
+    verify(path)
+    with h5py.File(path, "r") as pack:
+        made = json.loads(pack["feats"].attrs["provenance"])
+        fits(path, "data set", pack.attrs["name"], name)
+        fits(path, "model", made["model"], model)
+        todo = [c for c in pack if checksum_of(files[c]) != pack[c].attrs["sha256"]]
+        different = [str(files[content]) for content in todo if files[content].exists()]
+        if different and not force:
+            raise ValueError(
+                f"{', '.join(different)} would be replaced by other features: "
+                "move it away or give --force"
+            )
+        for content in todo:
+            with atomic_write(files[content]) as temporary, h5py.File(temporary, "w") as f:
+                for column in pack[content].values():
+                    f.copy(column, f)
+                f.attrs.update(pack[content].attrs)
+        return {files[content]: content in todo for content in pack}
+
+
+def fits(path: Path, what: str, found: str, wanted: str) -> None:
+    """Raise ValueError if a pack is of something else than the settings name."""
+    if found != wanted:
+        raise ValueError(
+            f"{path} has features of {what} {found!r}, params.yaml says {wanted!r}: "
+            "correct it there"
+        )
+
+
 def seal(pack: h5py.File) -> str:
     """SHA-256 over what a pack says of itself and the checksums of its groups."""
-    said = [pack.attrs["format"], pack.attrs["name"], {content: pack[content].attrs["sha256"] for content in pack}]
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    sums = {content: group.attrs["sha256"] for content, group in pack.items()}
+    said = json.dumps([pack.attrs["format"], pack.attrs["name"], sums], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
-def held(file: Path) -> str | None:
-    """The checksum of what a features file holds now."""
+def checksum_of(file: Path) -> str | None:
+    """The checksum of what a features file holds now, None if it cannot be read."""
     try:
         with h5py.File(file, "r") as f:
             return digest(f)
@@ -121,55 +162,103 @@ def held(file: Path) -> str | None:
         return None
 
 
-def check(pack: h5py.File, content: str) -> dict[str, str]:
-    """The provenance of a group that is in order by itself."""
+def check_group(pack: h5py.File, content: str) -> dict[str, str]:
+    """Raise Refused for a group that is not in order by itself; return its provenance."""
     for name in [content, *(f"{content}/{column}" for column in pack[content])]:
-        require(isinstance(pack.get(name, getlink=True), h5py.HardLink), f"has a link in the place of {name}")
+        link = pack.get(name, getlink=True)
+        require(isinstance(link, h5py.HardLink), f"has a link in the place of {name}")
     group = pack[content]
-    needed = {content, *COLUMNS} | ({"rows"} if content == "views" else set())
-    require(needed <= set(group) <= needed | {*OPTIONAL}, f"has the wrong columns in {content}: {', '.join(group)}")
-    for name, data in group.items():
-        whole = isinstance(data, h5py.Dataset) and not data.is_virtual and not data.external
-        text = name not in (content, "labels", "rows")
-        kind = h5py.check_string_dtype(data.dtype) if whole and text else None
-        plain = whole and data.dtype == ("f2" if name == content else "i8")
-        require(plain or kind is not None, f"has something else in the place of {content}/{name}")
-        require(data.ndim == (DIMENSIONS[content] if name == content else 1), f"has {content}/{name} of shape {data.shape}")
-        n = len(group[content])
-        require(name in ("classes", "skipped") or len(data) == n, f"has {len(data)} {content}/{name} for {n} images")
-    require(digest(group) == group.attrs["sha256"], f"has {content} that do not have the checksum they carry")
-    made, labels = json.loads(group.attrs["provenance"]), group["labels"][:]
+    check_columns(group, content)
+    same = digest(group) == group.attrs["sha256"]
+    require(same, f"has {content} that do not have the checksum they carry")
+    made = json.loads(group.attrs["provenance"])
     require(made["content"] == content, f"has {made['content']} in the place of {content}")
-    classes = len(set(group["classes"][:]))
-    require(classes == len(group["classes"]), "has a class name twice")
-    require(len(labels) > 0 and labels.min() >= 0 and labels.max() < classes, f"has labels beyond its {classes} classes")
-    bad = sum(int((~np.isfinite(part)).any(axis=tuple(range(1, part.ndim))).sum()) for part in parts(group[content]))
-    require(not bad, f"has {content} of {bad} images that are not finite")
-    paths = [*group["image_id"].asstr()[:], *(group["skipped"].asstr()[:] if "skipped" in group else ())]
-    for where in [made["model"].removeprefix("local-dir:"), *paths]:
-        machine = PurePosixPath(where).is_absolute() or PureWindowsPath(where).drive or where.startswith("~")
-        require(not machine, f"names {where}, a path of one machine: name it by the project's folder and extract again")
+    check_values(group, content)
+    check_path(made["model"].removeprefix("local-dir:"))
+    for column in ("image_id", "skipped"):
+        for path in group[column].asstr() if column in group else ():
+            check_path(path)
     return made
 
 
-def belongs(pack: h5py.File, content: str, made: Mapping[str, Mapping[str, str]]) -> None:
-    """Whether the features of a group are of the images and by the model of the pooled ones."""
+def check_path(path: str) -> None:
+    """Raise Refused for a path that exists on one machine only."""
+    absolute = path.startswith(("/", "~")) or PureWindowsPath(path).drive
+    advice = "name it by the project's folder and extract again"
+    require(not absolute, f"names {path}, a path of one machine: {advice}")
+
+
+def check_columns(group: h5py.Group, content: str) -> None:
+    """Raise Refused unless a group has a features file's columns, with their types and shapes."""
+    needed = {content, *COLUMNS} | ({"rows"} if content == "views" else set())
+    named = needed <= set(group) <= needed | set(OPTIONAL)
+    require(named, f"has the wrong columns in {content}: {', '.join(group)}")
+    images = len(group[content])
+    for name, data in group.items():
+        place = f"{content}/{name}"
+        plain = isinstance(data, h5py.Dataset) and not data.is_virtual and not data.external
+        require(plain and is_of_type(data, name), f"has something else in the place of {place}")
+        require(data.ndim == DIMENSIONS.get(name, 1), f"has {place} of shape {data.shape}")
+        fits = len(data) == images or name in ("classes", "skipped")
+        require(fits, f"has {len(data)} {place} for {images} images")
+
+
+def is_of_type(data: h5py.Dataset, column: str) -> bool:
+    if column in NUMBERS:
+        return data.dtype == NUMBERS[column]
+    return h5py.check_string_dtype(data.dtype) is not None
+
+
+def check_values(group: h5py.Group, content: str) -> None:
+    """Raise Refused unless labels and class names fit together and all features are finite."""
+    labels = group["labels"][:]
+    classes = len(group["classes"])
+    require(classes == len(set(group["classes"])), "has a class name twice")
+    fits = len(labels) > 0 and labels.min() >= 0 and labels.max() < classes
+    require(fits, f"has labels beyond its {classes} classes")
+    bad = 0
+    for part in parts(group[content]):
+        finite = np.isfinite(part).reshape(len(part), -1).all(1)
+        bad += int((~finite).sum())
+    require(not bad, f"has {content} of {bad} images that are not finite")
+
+
+def check_belongs(pack: h5py.File, content: str, made: Mapping[str, Mapping[str, str]]) -> None:
+    """Raise Refused unless a group is of the images and by the model of the pooled features."""
     for key in SHARED:
-        theirs, ours = made[content][key], made["feats"][key]
-        require(theirs == ours, f"has {content} made with {key} {theirs!r} and pooled features with {ours!r}: extract them again")
-    ids, own = pack["feats/image_id"][:], pack[content]["image_id"][:]
-    rows = pack[content]["rows"][:] if "rows" in pack[content] else np.arange(len(own))
+        here = made[content][key]
+        pooled = made["feats"][key]
+        both = f"{key} {here!r} and pooled features with {pooled!r}"
+        require(here == pooled, f"has {content} made with {both}: extract them again")
+    group = pack[content]
+    ids = pack["feats/image_id"][:]
+    rows = group["rows"][:] if "rows" in group else np.arange(len(group["image_id"]))
     there = rows.min() >= 0 and rows.max() < len(ids)
-    require(there and np.array_equal(ids[rows], own), f"has {content} of other images than its pooled features")
+    same = there and np.array_equal(ids[rows], group["image_id"][:])
+    require(same, f"has {content} of other images than its pooled features")
 
 
-def described(pack: h5py.File, made: Mapping[str, str]) -> dict[str, str]:
-    """A pack in words."""
+def describe(pack: h5py.File, made: Mapping[str, str]) -> dict[str, str]:
+    """Say in words what is in a pack."""
     feats = pack["feats"]
-    counts = lambda name: ", ".join(f"{n} {value}" for value, n in sorted(Counter(feats[name].asstr()[:]).items()))  # noqa: E731
-    said = {"data set": pack.attrs["name"], "model": made["model"], "weights": made["weights"]}
-    said |= {"images": counts("split"), "classes": str(len(feats["classes"])), "domains": counts("domain")}
+    said = {
+        "data set": pack.attrs["name"],
+        "model": made["model"],
+        "weights": made["weights"],
+        "images": counts(feats["split"]),
+        "classes": str(len(feats["classes"])),
+        "domains": counts(feats["domain"]),
+    }
     if "client" in feats:
-        said["clients"] = str(len(set(feats["client"].asstr()[:])))
+        said["clients"] = str(len(set(feats["client"])))
     said["skipped"] = made["skipped"]
-    return said | {name: f"{' x '.join(map(str, pack[name][name].shape))}, sha256 {pack[name].attrs['sha256']}" for name in pack}
+    for content, group in pack.items():
+        shape = " x ".join(map(str, group[content].shape))
+        said[content] = f"{shape}, sha256 {group.attrs['sha256']}"
+    return said
+
+
+def counts(column: h5py.Dataset) -> str:
+    """How often each text stands in a column."""
+    numbers = Counter(column.asstr())
+    return ", ".join(f"{numbers[text]} {text}" for text in sorted(numbers))

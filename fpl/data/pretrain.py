@@ -1,9 +1,9 @@
-"""Train the demo CLIP: an ordinary open_clip model with its own small config, on captioned drawings.
+"""The demo CLIP: an ordinary open_clip model with a small config of its own, trained on drawings.
 
-    python -m fpl.pretrain data/demo_clip --draws 80000 --epochs 8 --stop 7 --seed 2024
+    python -m fpl.data.pretrain data/demo_clip --draws 80000 --epochs 8 --stop 7 --seed 2024
 
-The drawings come from another seed than any data set of the demo. A caption names some of the four attributes, so one
-caption can be true of several images of a batch: all of them count as positives.
+The drawings come from another seed than any data set of the demo. A caption names some of the four
+attributes, so one caption can be true of several images of a batch: all of them count as positives.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from fpl.data import world
+from fpl.data.encoders import CONFIG, WEIGHTS
 from fpl.data.files import atomic_write
 
 MODEL = {
@@ -32,35 +35,78 @@ MODEL = {
     "vision_cfg": {"image_size": 64, "patch_size": 8, "layers": 4, "width": 128, "head_width": 32},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 3},
 }
-PREPROCESS = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation": "bicubic", "resize_mode": "shortest"}
+PREPROCESS = {
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.25, 0.25, 0.25],
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+}
 
-# {t} texture, {s} shape, {c} colour, {d} style. Openings of different lengths make every position up to about thirty
-# a place where a class name can stand: learnt prompts put it behind sixteen vectors.
+# Openings of different lengths make every position up to about thirty a place where a class name
+# can stand: learnt prompts put it behind sixteen vectors.
 OPENINGS = [
-    "", "a photo of ", "a photo of ", "an image of ", "a {d} of ", "a {d} of ", "a {d} picture with ", "here we see ",
-    "this is a good {d} of ", "one can see in this {d} ", "a close look at this {d} shows that there is ",
+    "",
+    "a photo of ",
+    "a photo of ",
+    "an image of ",
+    "a {style} of ",
+    "a {style} of ",
+    "a {style} picture with ",
+    "here we see ",
+    "this is a good {style} of ",
+    "one can see in this {style} ",
+    "a close look at this {style} shows that there is ",
     "in the middle of the picture, not far from its centre, somebody has put ",
-    "as far as anyone can tell, what is shown in this rather small {d} is nothing else than ",
-    "the {d} was made by a machine in no time at all and what it shows to whoever looks at it is clearly ",
-]  # fmt: skip
-OBJECTS = [
-    "a {t} {s}.",
-    "a {t} {s}.",
-    "a {t} {s}.",
-    "a {c} {t} {s}.",
-    "a {t} {c} {s}.",
-    "{t} {s}.",
-    "a {s} that is {t}.",
-    "a {s}.",
-    "a {c} {s}.",
+    "as far as anyone can tell, what is shown in this rather small {style} is nothing else than ",
+    "the {style} was made by a machine in no time at all and what it shows to whoever looks at it "
+    "is clearly ",
 ]
+OBJECTS = [
+    "a {texture} {shape}.",
+    "a {texture} {shape}.",
+    "a {texture} {shape}.",
+    "a {colour} {texture} {shape}.",
+    "a {texture} {colour} {shape}.",
+    "{texture} {shape}.",
+    "a {shape} that is {texture}.",
+    "a {shape}.",
+    "a {colour} {shape}.",
+]
+WORDS = {
+    "shape": world.SHAPES,
+    "texture": world.TEXTURES,
+    "colour": list(world.COLOURS),
+    "style": world.STYLES,
+}
+HELD_OUT = 2000  # drawings by which the accuracy is measured
 
 
-def caption(what: world.Attributes, rng: world.Rng) -> tuple[str, np.ndarray]:
-    """A sentence, and which of (shape, texture, colour, style) it names, bool (4,)."""
-    text = OPENINGS[rng.integers(len(OPENINGS))] + OBJECTS[rng.integers(len(OBJECTS))]
-    named = np.array([f"{{{letter}}}" in text for letter in "stcd"])
-    return text.format(s=what.shape, t=what.texture, c=what.colour, d=what.style), named
+@dataclass(frozen=True)
+class Recipe:
+    """How the model is trained.
+
+    epochs: over which the learning rate is scheduled.
+    stop: end after this many of them, because the demo needs a model that errs.
+    """
+
+    draws: int = 80_000
+    epochs: int = 8
+    stop: int = 7
+    seed: int = 2024
+    batch: int = 256
+    lr: float = 1e-3
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch."""
+        return self.draws // self.batch
+
+
+def caption(what: world.Attributes, rng: world.Rng) -> tuple[str, list[bool]]:
+    """Write a sentence, and say which of (shape, texture, colour, style) it names."""
+    opening = OPENINGS[rng.integers(len(OPENINGS))]
+    text = opening + OBJECTS[rng.integers(len(OBJECTS))]
+    return text.format(**vars(what)), [f"{{{name}}}" in text for name in WORDS]
 
 
 def draw(number: int, seed: int) -> tuple[np.ndarray, world.Attributes]:
@@ -69,26 +115,21 @@ def draw(number: int, seed: int) -> tuple[np.ndarray, world.Attributes]:
     return world.render(what, rng), what
 
 
-def codes(what: world.Attributes) -> list[int]:
-    """The attributes as numbers, in the order of `caption`'s mask."""
-    return [
-        world.SHAPES.index(what.shape),
-        world.TEXTURES.index(what.texture),
-        list(world.COLOURS).index(what.colour),
-        world.STYLES.index(what.style),
-    ]
-
-
 def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, true: Tensor) -> Tensor:
-    """CLIP's symmetric loss with several positives. image, text: unit (b, d); true[i, j]: caption j is true of image i."""
-    logits, target = scale * image @ text.T, true.float()
+    """CLIP's symmetric loss with several positives.
+
+    image, text: (b, d), of any length
+    true: (b, b), whether the caption of a column is true of the image of a row
+    """
+    logits = scale * F.normalize(image.float(), dim=-1) @ F.normalize(text.float(), dim=-1).T
+    target = true.float()
     to_text = F.cross_entropy(logits, target / target.sum(1, keepdim=True))
     to_image = F.cross_entropy(logits.T, target.T / target.T.sum(1, keepdim=True))
     return (to_text + to_image) / 2
 
 
 def shifted(pixels: Tensor, rng: world.Rng, most: int = 4) -> Tensor:
-    """The batch moved by a few pixels and perhaps mirrored: (b, 3, h, w) uint8 to the model's float input."""
+    """Move a batch (b, 3, h, w) by a few pixels and perhaps mirror it, as input of the model."""
     x = F.pad(pixels.float(), [most] * 4, mode="replicate")
     top, left = rng.integers(0, 2 * most + 1, 2)
     x = x[..., top : top + pixels.shape[-2], left : left + pixels.shape[-1]]
@@ -96,12 +137,13 @@ def shifted(pixels: Tensor, rng: world.Rng, most: int = 4) -> Tensor:
 
 
 def normalised(pixels: Tensor) -> Tensor:
-    mean, std = (torch.tensor(PREPROCESS[k]).view(3, 1, 1) for k in ("mean", "std"))
+    """Bring pixels of 0 to 255 to the range that the model takes."""
+    mean, std = (torch.tensor(PREPROCESS[name]).view(3, 1, 1) for name in ("mean", "std"))
     return (pixels.float() / 255 - mean) / std
 
 
 def encode_captions(model: open_clip.CLIP, tokens: Tensor) -> Tensor:
-    """`model.encode_text`, cut behind the longest caption: (b, 77) to (b, d)."""
+    """Do what `model.encode_text` does, cut behind the longest caption: (b, 77) to (b, d)."""
     end = tokens.argmax(-1)
     n = int(end.max()) + 1
     x = model.token_embedding(tokens[:, :n]) + model.positional_embedding[:n]
@@ -109,51 +151,49 @@ def encode_captions(model: open_clip.CLIP, tokens: Tensor) -> Tensor:
     return model.ln_final(x[torch.arange(len(x)), end]) @ model.text_projection
 
 
-def zero_shot(model: open_clip.CLIP, pixels: Tensor, labels: Tensor) -> float:
-    """Accuracy of "a photo of a {class}." over the 48 classes."""
-    with torch.no_grad():
-        text = model.encode_text(open_clip.tokenize([f"a photo of a {name}." for name in world.CLASSES]), normalize=True)
-        image = torch.cat([model.encode_image(normalised(x), normalize=True) for x in pixels.split(500)])
-    return ((image @ text.T).argmax(1) == labels).float().mean().item()
+@torch.no_grad()
+def zero_shot(model: open_clip.CLIP, pixels: Tensor, drawn: Sequence[world.Attributes]) -> float:
+    """Measure the accuracy of "a photo of a {class}." over the 48 classes."""
+    prompts = [f"a photo of a {name}." for name in world.CLASSES]
+    text = model.encode_text(open_clip.tokenize(prompts), normalize=True)
+    parts = [model.encode_image(normalised(x), normalize=True) for x in pixels.split(500)]
+    labels = [world.CLASSES.index(f"{what.texture} {what.shape}") for what in drawn]
+    right = (torch.cat(parts) @ text.T).argmax(1) == torch.tensor(labels)
+    return right.float().mean().item()
 
 
-def train(
-    folder: Path, draws: int, epochs: int, stop: int, seed: int, batch: int = 256, lr: float = 1e-3, workers: int = 2
-) -> None:
-    started = time.time()
-    with ProcessPoolExecutor(workers) as pool:
-        drawn = list(
-            tqdm(pool.map(partial(draw, seed=seed), range(draws + 2000), chunksize=500), total=draws + 2000, desc="drawing")
-        )
-    pixels = torch.from_numpy(np.stack([image for image, _ in drawn])).permute(0, 3, 1, 2)
-    attributes = torch.tensor([codes(what) for _, what in drawn])
-    held_labels = torch.tensor([what.label for _, what in drawn[draws:]])
-
-    torch.manual_seed(seed)  # open_clip initialises its modules from the global generator
-    model = open_clip.CLIP(**MODEL)
-    decay = [p for p in model.parameters() if p.ndim >= 2]
+def optimiser_of(model: open_clip.CLIP, lr: float) -> torch.optim.Optimizer:
+    """Weights decay, but not biases, norms and the scale."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
-    optimiser = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.98)
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+
+
+def train(folder: Path, recipe: Recipe, workers: int = 2) -> None:
+    """Draw the images, train the model on them and save it after every epoch."""
+    started = time.time()
+    total = recipe.draws + HELD_OUT
+    with ProcessPoolExecutor(workers) as pool:
+        made = pool.map(partial(draw, seed=recipe.seed), range(total), chunksize=500)
+        images, drawn = zip(*tqdm(made, total=total, desc="drawing"), strict=True)
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    codes = [[words.index(vars(what)[name]) for name, words in WORDS.items()] for what in drawn]
+    attributes = torch.tensor(codes)
+
+    torch.manual_seed(recipe.seed)  # open_clip initialises its modules from the global generator
+    model = open_clip.CLIP(**MODEL)
+    optimiser = optimiser_of(model, recipe.lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, recipe.lr, total_steps=recipe.epochs * recipe.steps, pct_start=0.05
     )
-    steps = epochs * (draws // batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.05)
-    rng, bar = world.rng_of(seed, draws + 2000), tqdm(total=stop * (draws // batch), desc="training", unit="step")
-    for epoch in range(stop):
-        for index in torch.from_numpy(rng.permutation(draws)).split(batch)[: draws // batch]:
-            texts, named = zip(*(caption(drawn[i][1], rng) for i in index.tolist()), strict=True)
-            says = torch.from_numpy(np.stack(named))
-            a = attributes[index]
-            true = ((a[:, None] == a[None]) | ~says[None]).all(-1)
-            with (
-                torch.autocast("cpu", torch.bfloat16),
-                sdpa_kernel(SDPBackend.MATH),
-            ):  # the fused kernel's backward is slow on CPUs
-                image = model.encode_image(shifted(pixels[index], rng))
-                text = encode_captions(model, open_clip.tokenize(list(texts)))
-            loss = contrastive_loss(
-                F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1), model.logit_scale.exp(), true
-            )
+    rng = world.rng_of(recipe.seed, total)
+    bar = tqdm(total=recipe.stop * recipe.steps, desc="training", unit="step")
+    for epoch in range(recipe.stop):
+        order = torch.from_numpy(rng.permutation(recipe.draws)).split(recipe.batch)
+        for index in order[: recipe.steps]:
+            captions = [caption(drawn[i], rng) for i in index.tolist()]
+            loss = step(model, pixels[index], attributes[index], captions, rng)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -163,36 +203,50 @@ def train(
             bar.update()
             bar.set_postfix(loss=f"{loss.item():.3f}")
         model.eval()
-        accuracy = zero_shot(model, pixels[draws:], held_labels)
-        bar.write(
-            f"epoch {epoch}: zero-shot {accuracy:.3f}, scale {model.logit_scale.exp().item():.1f}, {time.time() - started:.0f} s"
-        )
-        options = {"draws": draws, "epochs": epoch + 1, "of": epochs, "seed": seed, "batch": batch, "lr": lr}
-        result = {"zero_shot": round(accuracy, 4), "seconds": round(time.time() - started)}
-        save(model, folder, {**options, **result, "torch": torch.__version__, "open_clip": open_clip.__version__})
+        accuracy = zero_shot(model, pixels[recipe.draws :], drawn[recipe.draws :])
+        seconds = round(time.time() - started)
+        scale = model.logit_scale.exp().item()
+        bar.write(f"epoch {epoch}: zero-shot {accuracy:.3f}, scale {scale:.1f}, {seconds} s")
+        result = {"epochs": epoch + 1, "zero_shot": round(accuracy, 4), "seconds": seconds}
+        save(model, folder, {**vars(recipe), "of": recipe.epochs, **result})
         model.train()
 
 
+def step(
+    model: open_clip.CLIP,
+    pixels: Tensor,
+    attributes: Tensor,
+    captions: Sequence[tuple[str, list[bool]]],
+    rng: world.Rng,
+) -> Tensor:
+    """Compute the loss of a batch of drawings and their captions; attributes (b, 4)."""
+    texts, named = zip(*captions, strict=True)
+    same = attributes[:, None] == attributes[None]
+    true = (same | ~torch.tensor(named)[None]).all(-1)
+    # the fused kernel's backward is slow on CPUs
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        image = model.encode_image(shifted(pixels, rng))
+        text = encode_captions(model, open_clip.tokenize(list(texts)))
+    return contrastive_loss(image, text, model.logit_scale.exp(), true)
+
+
 def save(model: open_clip.CLIP, folder: Path, made_by: dict) -> None:
-    """Half-precision weights and the config in the layout that open_clip loads as `local-dir:`."""
-    with atomic_write(folder / "open_clip_model.safetensors") as temporary:
-        save_file(
-            {k: v.half().contiguous() for k, v in model.state_dict().items()},
-            temporary,
-            metadata={"made_by": json.dumps(made_by)},
-        )
-    with atomic_write(folder / "open_clip_config.json") as temporary:
-        temporary.write_text(json.dumps({"model_cfg": MODEL, "preprocess_cfg": PREPROCESS}, indent=2) + "\n")
+    """Write half-precision weights and the config, which open_clip loads as `local-dir:`."""
+    versions = {"torch": torch.__version__, "open_clip": open_clip.__version__}
+    weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
+    with atomic_write(folder / WEIGHTS) as temporary:
+        save_file(weights, temporary, metadata={"made_by": json.dumps({**made_by, **versions})})
+    config = {"model_cfg": MODEL, "preprocess_cfg": PREPROCESS}
+    with atomic_write(folder / CONFIG) as temporary:
+        temporary.write_text(json.dumps(config, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--draws", type=int, default=80_000)
-    parser.add_argument("--epochs", type=int, default=8, help="length of the learning-rate schedule")
-    parser.add_argument("--stop", type=int, default=7, help="end after this many of them: the demo needs a model that errs")
-    parser.add_argument("--seed", type=int, default=2024)
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    options = parser.parse_args()
-    train(options.folder, options.draws, options.epochs, options.stop, options.seed, options.batch, options.lr)
+    for option in fields(Recipe):
+        kind = type(option.default)
+        parser.add_argument(f"--{option.name}", type=kind, default=option.default)
+    options = vars(parser.parse_args())
+    train(options.pop("folder"), Recipe(**options))

@@ -1,14 +1,17 @@
-"""Clients out of features and a partition."""
+"""From settings to what the loop takes: clients, other test images, and the rounds themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fpl.data import partitions
+from fpl.data.features import Features
+from fpl.data.partitions import Partition
 from fpl.experiments.cache import device, load_cached, patches_of, text_of, views_of
 from fpl.experiments.settings import Experiment
 from fpl.prompts import PromptTree
@@ -18,68 +21,104 @@ from fpl.state import Clients
 
 
 def make_clients(experiment: Experiment, device: str) -> Clients:
+    """Return the clients of an experiment: cached features, dealt by its partition.
+
+    Raises ValueError for images that cannot be dealt as asked, and for a method that reads patches
+    where crops are asked for.
+    """
     data, backbone = experiment.source.data, experiment.source.backbone
     _, feats = load_cached(data, backbone, device)
-    asked, labels, rows = experiment.partition, feats.labels.cpu().numpy(), np.arange(len(feats.labels))
-    seed = asked.split_seed or experiment.seed
-    if asked.form == "released":
-        parts = splits.make(asked, labels, feats.split, seed, feats.domain)
-    else:
-        parts = partitions.make(asked, labels, feats.split, experiment.seed, feats.domain, feats.client)
-    if asked.loader != "right":
-        rows, labels, parts = splits.mistaken(asked.loader, labels, feats.split, feats.domain, parts, seed)
-    place = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
-    train, test = ([place(index) for index in part] for part in parts)
-    patches = patches_of(data, backbone, device) if experiment.method.inputs == "patches" else None
-    views, where = views_of(data, backbone, device) if data.views else (None, None)
+    patches = views = place = None
+    if experiment.method.inputs == "patches":
+        patches = patches_of(data, backbone, device)
+    if data.views:
+        views, place = views_of(data, backbone, device)
     if patches is not None and views is not None:
-        raise ValueError(f"{experiment.row} reads patches, of which there are no views: set data.views to 0")
-    if asked.loader == "right":
-        n_cls = partitions.n_base(labels) if asked.classes == "base" else len(feats.classes)
-        return Clients(feats.feats, place(labels), train, test, n_cls, patches, views, where)
-    patches, where = (None if of_image is None else of_image[rows] for of_image in (patches, where))
-    return Clients(feats.feats[rows], place(labels), train, test, len(feats.classes), patches, views, where)
+        raise ValueError(
+            f"{experiment.row} reads patches, of which there are no views: set data.views to 0"
+        )
+    whole = Clients(feats.feats, feats.labels, [], [], len(feats.classes), patches, views, place)
+    return deal(whole, feats, experiment.partition, experiment.seed)
 
 
+def deal(whole: Clients, feats: Features, asked: Partition, seed: int) -> Clients:
+    """Return the images of `whole`, which nobody has, dealt to clients by a partition.
+
+    Raises ValueError for images that cannot be dealt as asked.
+    """
+    labels = feats.labels.cpu().numpy()
+    split_seed = asked.split_seed or seed
+    if asked.form == "released":
+        parts = splits.make(asked, labels, feats.split, split_seed, feats.domain)
+    else:
+        parts = partitions.make(asked, labels, feats.split, seed, feats.domain, feats.client)
+    if asked.loader != "right":
+        rows, labels, parts = splits.mistaken(
+            asked.loader, labels, feats.split, feats.domain, parts, split_seed
+        )
+        patches = None if whole.patches is None else whole.patches[rows]
+        place = None if whole.place is None else whole.place[rows]
+        whole = replace(whole, feats=whole.feats[rows], patches=patches, place=place)
+    device = str(whole.feats.device)
+    train, test = ([on(device, index) for index in part] for part in parts)
+    n_cls = partitions.n_base(labels) if asked.classes == "base" else whole.n_cls
+    return replace(whole, labels=on(device, labels), train=train, test=test, n_cls=n_cls)
 
 
-def elsewhere_of(experiment: Experiment, text: PromptTree, clients: Clients) -> dict[str, tuple[PromptTree, Clients]]:
-    """What every client is tested on besides its own images; novel classes have a text and labels of their own."""
-    data, backbone = experiment.source.data, experiment.source.backbone
-    _, feats = load_cached(data, backbone, device())
-    found = partitions.elsewhere(experiment.partition, feats.labels.cpu().numpy(), feats.split, feats.domain)
+def on(device: str, array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array).to(device)
+
+
+def elsewhere_of(
+    experiment: Experiment, text: PromptTree, clients: Clients
+) -> dict[str, tuple[PromptTree, Clients]]:
+    """Return what every client is tested on besides its own images, by name.
+
+    Novel classes have a text and labels of their own.
+    """
+    source = experiment.source
+    _, feats = load_cached(source.data, source.backbone, device())
+    labels = feats.labels.cpu().numpy()
+    found = partitions.elsewhere(experiment.partition, labels, feats.split, feats.domain)
     made = {}
-    for name, images in found.items():
-        there = replace(clients, test=[torch.from_numpy(images).to(clients.labels.device)] * len(clients))
+    for name, index in found.items():
+        tested = [on(str(clients.labels.device), index)] * len(clients)
+        there = replace(clients, test=tested)
+        made[name] = text, there
         if name == "novel":
-            names = text_of(data, backbone, device(), experiment.method.n_ctx, clients.n_cls, None, experiment.run.precision)
-            made[name] = names, replace(there, labels=clients.labels - clients.n_cls, n_cls=names.n_cls)
-        else:
-            made[name] = text, there
+            names = text_for(experiment, (clients.n_cls, None))
+            renumbered = clients.labels - clients.n_cls
+            made[name] = names, replace(there, labels=renumbered, n_cls=names.n_cls)
     return made
 
 
+def text_for(experiment: Experiment, classes: tuple[int, int | None]) -> PromptTree:
+    """Return the prompts of some classes as the experiment's method learns them."""
+    source = experiment.source
+    n_ctx = experiment.method.n_ctx
+    precision = experiment.run.precision
+    return text_of(source.data, source.backbone, device(), n_ctx, classes, precision)
 
 
 def domains_of(experiment: Experiment) -> list[str]:
-    """The domain of each client, of the partition by domain: as many clients in each, in the order of their names."""
+    """Return the domain of each client of a partition by domain; of others nothing.
+
+    Every domain has as many clients, in the order of the domains' names.
+    """
     partition = experiment.partition
     if partition.kind != "domain":
         return []
     _, feats = load_cached(experiment.source.data, experiment.source.backbone, device())
     names = [str(name) for name in np.unique(feats.domain) if name != partition.held_out]
-    return [name for name in names for _ in range(partition.clients // len(names))]
+    of_each = partition.clients // len(names)
+    return np.repeat(names, of_each).tolist()
 
 
-
-
-def rounds_of(experiment: Experiment, tick=lambda n: None) -> Iterable[Round]:
-    """The rounds of one experiment as they finish; in a notebook, a way to watch one."""
-    where, source = device(), experiment.source
-    clients = make_clients(experiment, where)
-    cfg = experiment.run
-    text = text_of(source.data, source.backbone, where, experiment.method.n_ctx, 0, clients.n_cls, cfg.precision)
-    seeds = Seeds(cfg.init_seed or experiment.seed, cfg.order_seed or experiment.seed)
-    return run_rounds(experiment.method, text, clients, cfg, seeds, tick, elsewhere_of(experiment, text, clients))
-
-
+def rounds_of(experiment: Experiment) -> Iterator[Round]:
+    """Yield the rounds of an experiment as they finish; in a notebook, a way to watch one."""
+    clients = make_clients(experiment, device())
+    text = text_for(experiment, (0, clients.n_cls))
+    run = experiment.run
+    seeds = Seeds(run.init_seed or experiment.seed, run.order_seed or experiment.seed)
+    elsewhere = elsewhere_of(experiment, text, clients)
+    yield from run_rounds(experiment.method, text, clients, run, seeds, elsewhere)

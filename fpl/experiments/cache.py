@@ -1,4 +1,4 @@
-"""What is opened once."""
+"""What runs share and is opened once: backbones, features, prompt trees."""
 
 from __future__ import annotations
 
@@ -7,89 +7,101 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from fpl.data import encoders, features, world
 from fpl.data.files import sha256
+from fpl.data.manifest import Manifest, read_manifest
 from fpl.experiments.settings import Backbone, Data
-from fpl.prompts import Clip, PromptTree
+from fpl.prompts import Clip, Precision, PromptTree
 
 T = TypeVar("T", bound=Callable)
 
 
 def cached_by_features(maxsize: int) -> Callable[[T], T]:
-    """Keep in memory what a function of (data, ...) returned, until the features file is another one."""
+    """Keep in memory what a function of (data, ...) returned, until the features file changes."""
 
     def wrap(function):
-        cached = functools.lru_cache(maxsize)(lambda state, *arguments, **named: function(*arguments, **named))
+        @functools.lru_cache(maxsize)
+        def cached(state, *arguments, **named):
+            return function(*arguments, **named)
 
+        @functools.wraps(function)
         def look(data: Data, *arguments, **named):
             path = data.features
-            return cached((str(path.resolve()), path.stat().st_mtime_ns if path.exists() else 0), data, *arguments, **named)
+            changed = path.stat().st_mtime_ns if path.exists() else 0
+            return cached((str(path.resolve()), changed), data, *arguments, **named)
 
-        return functools.update_wrapper(look, function)
+        return look
 
     return wrap
 
 
+def device() -> str:
+    """Return where tensors live: on a GPU when there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @cached_by_features(maxsize=4)
 def load_cached(data: Data, backbone: Backbone, device: str) -> tuple[Clip, features.Features]:
-    """Backbone and features of a data set, refused unless the one was made with the other."""
-    drawn, wanted = data.folder / "drawn.json", world.drawing(data.seed, data.train_per_class, data.test_per_class)
+    """Return backbone and features of a data set.
+
+    Raises ValueError unless the one was made with the other, of the images that are there.
+    """
+    drawn = data.folder / "drawn.json"
+    wanted = world.drawing(data.seed, data.train_per_class, data.test_per_class)
     if drawn.exists() and drawn.read_text() != wanted:
-        found = f"{data.folder} holds images of {drawn.read_text().strip()}"
-        raise ValueError(f"{found}, params.yaml asks for {wanted.strip()}: run `fpl features`")
-    loaded = encoders.load(backbone.name, backbone.weights or None, device, False, backbone.preprocessing)
+        raise ValueError(
+            f"{data.folder} holds images of {drawn.read_text().strip()}, "
+            f"params.yaml asks for {wanted.strip()}: run `fpl features`"
+        )
+    clip = encoders.load(
+        backbone.name, backbone.weights or None, device, False, backbone.preprocessing
+    )
     images = {"manifest": sha256(data.manifest)} if data.manifest.exists() else {}
-    return loaded, features.load(data.features, loaded.provenance | images, device)
-
-
+    return clip, features.load(data.features, clip.provenance | images, device)
 
 
 @cached_by_features(maxsize=4)
 def text_of(
-    data: Data, backbone: Backbone, device: str, n_ctx: int, first: int = 0, end: int | None = None, precision: str = "single"
+    data: Data,
+    backbone: Backbone,
+    device: str,
+    n_ctx: int,
+    classes: tuple[int, int | None] = (0, None),
+    precision: Precision = "single",
 ) -> PromptTree:
-    """The prompts of the classes numbered `first` to before `end`."""
-    loaded, feats = load_cached(data, backbone, device)
-    return PromptTree(loaded, feats.classes[first:end], n_ctx, precision=precision)
-
-
+    """Return the prompts of the classes numbered from the first to before the second."""
+    clip, feats = load_cached(data, backbone, device)
+    return PromptTree(clip, feats.classes[slice(*classes)], n_ctx, precision=precision)
 
 
 @cached_by_features(maxsize=1)
-def patches_of(data: Data, backbone: Backbone, device: str) -> torch.Tensor:
-    """Patch features (images, M, d) in half precision, of the images of the pooled ones."""
+def patches_of(data: Data, backbone: Backbone, device: str) -> Tensor:
+    """Return patch features (images, M, d) in half precision, of the images of the pooled ones."""
     _, feats = load_cached(data, backbone, device)
     return features.load(data.patches, feats.provenance, device, "patches").feats
 
 
-
-
 @cached_by_features(maxsize=1)
-def views_of(data: Data, backbone: Backbone, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unit features of the views of training images (rows, V, d), and the row of each image (-1: none). Raises ValueError."""
+def views_of(data: Data, backbone: Backbone, device: str) -> tuple[Tensor, Tensor]:
+    """Return unit features of random crops (rows, V, d), and the row of each image (-1: none).
+
+    Raises ValueError when another number of crops was made than is asked for.
+    """
     _, feats = load_cached(data, backbone, device)
     made = features.load(data.views_file, feats.provenance, device, "views")
     if made.feats.shape[1] != data.views:
-        found = f"{data.views_file} has {made.feats.shape[1]} views of an image, asked for are {data.views}"
-        raise ValueError(f"{found}: run `fpl features --views {data.views}` or set data.views")
-    where = torch.full((len(feats.labels),), -1, device=device)
-    where[made.rows] = torch.arange(len(made.feats), device=device)
-    return torch.nn.functional.normalize(made.feats.float(), dim=-1), where
+        raise ValueError(
+            f"{data.views_file} has {made.feats.shape[1]} views of an image, asked for are "
+            f"{data.views}: run `fpl features --views {data.views}` or set data.views"
+        )
+    place = torch.full((len(feats.labels),), -1, device=device)
+    place[made.rows] = torch.arange(len(made.feats), device=device)
+    return torch.nn.functional.normalize(made.feats.float(), dim=-1), place
 
 
-
-
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-
-
-def manifest(data: Data) -> features.Manifest:
-    """The images behind the features, in the same order; only the notebooks that show images read it."""
-    return features.read_manifest(data.manifest)
-
-
+def manifest(data: Data, backbone: Backbone) -> Manifest:
+    """Return the images behind the features, in the same order; for whoever shows images."""
+    _, feats = load_cached(data, backbone, device())
+    return features.of_features(read_manifest(data.manifest), feats)

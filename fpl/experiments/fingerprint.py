@@ -1,26 +1,165 @@
-"""What the code that makes a number looks like."""
+"""A hash of the code that makes a run's number, and of no other code.
+
+From a method's class and the loop, names are followed from definition to definition through this
+package and files of one's own: what is reached counts, its siblings do not. Comments, docstrings,
+layout, printed names and sources count for nothing.
+"""
 
 from __future__ import annotations
 
 import ast
 import functools
 import hashlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple, TypeGuard
 
-# the modules that make a number out of settings
-SOURCES = (
-    *("prompts", "state", "gate", "methods", "transport", "released/methods", "controls", "rounds", "privacy"),
-    *("data/partitions", "released/splits", "data/features", "data/world", "experiments/assemble"),
-)
+from fpl.experiments.settings import Experiment
+
+PACKAGE = Path(__file__).parents[1]
+# Where every run begins, and what is followed no further: a record is found by all settings, and by
+# the hash of the features, in which model, weights and images count.
+LOOP = ("fpl.experiments.assemble", "rounds_of")
+ELSEWHERE = ("fpl.experiments.settings", "fpl.experiments.values", "fpl.data.encoders")
+FILES = ("fpl.data.files", "fpl.data.manifest", "fpl.data.world", "fpl.data.datasets")
+# Statements of a class that make no number.
+PRINTED = ("title", "source")
 
 
-@functools.cache
-def code_fingerprint() -> str:
-    """Hash of the modules that make numbers, without comments, docstrings and layout."""
-    trees = [ast.parse((Path(__file__).parents[1] / f"{name}.py").read_text()) for name in SOURCES]
-    for node in (node for tree in trees for node in ast.walk(tree)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False) is not None:
+class Place(NamedTuple):
+    """A name in a module; without a name, all of the module."""
+
+    module: str
+    name: str | None = None
+
+
+def code_fingerprint(experiment: Experiment) -> str:
+    """Return the hash of the code that an experiment runs through."""
+    stop = {*ELSEWHERE, *FILES}
+    if experiment.partition.form == "ours" and experiment.partition.loader == "right":
+        stop.add("fpl.released.splits")
+    if not experiment.run.epsilon:
+        stop.add("fpl.privacy")
+    kind = type(experiment.method)
+    reached: dict[Place, str] = {}
+    waiting = [Place(kind.__module__, kind.__name__), Place(*LOOP)]
+    while waiting:
+        place = waiting.pop()
+        if place in reached or place.module in stop:
+            continue
+        reached[place] = ""
+        module = definitions(place.module)
+        for name in [place.name] if place.name else list(module):
+            if name in module:
+                code, used = module[name]
+                reached[place] += code
+                waiting += used
+    named = sorted(
+        (module.rpartition("_")[0] or module, name or "", code)
+        for (module, name), code in reached.items()
+    )
+    return hashlib.sha256(repr(named).encode()).hexdigest()
+
+
+def definitions(module: str) -> dict[str, tuple[str, list[Place]]]:
+    """Return the code of each top-level name of a module, and the places that it uses.
+
+    Only modules of this package and files of one's own are read; others have no names here.
+    """
+    path = file_of(module)
+    return read(module, path, path.stat().st_mtime_ns) if path else {}
+
+
+def file_of(module: str) -> Path | None:
+    """Return the file of a module of this package or of one's own, None where there is none."""
+    if module.startswith("fpl_own_"):
+        return Path(str(sys.modules[module].__file__))
+    package, *inner = module.split(".")
+    if package != "fpl":
+        return None
+    folder = PACKAGE.joinpath(*inner)
+    for path in (folder.with_suffix(".py"), folder / "__init__.py"):
+        if path.is_file():
+            return path
+    return None
+
+
+@functools.lru_cache(maxsize=256)
+def read(module: str, path: Path, changed: int) -> dict[str, tuple[str, list[Place]]]:
+    """Return what `definitions` does; `changed` is the time at which the file was."""
+    tree = ast.parse(path.read_text())
+    strip(tree)
+    names: dict[str, ast.stmt] = {}
+    known: dict[str, Place] = {}
+    for statement in tree.body:
+        known |= imported(statement)
+        for name in named(statement):
+            names[name] = statement
+            known[name] = Place(module, name)
+    return {name: (ast.dump(node), used_by(node, known)) for name, node in names.items()}
+
+
+def strip(tree: ast.AST) -> None:
+    """Take docstrings, printed names and sources out of a tree."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            continue
+        if ast.get_docstring(node, clean=False) is not None:
             del node.body[0]
-    return hashlib.sha256("\n".join(map(ast.dump, trees)).encode()).hexdigest()
+        if isinstance(node, ast.ClassDef):
+            node.body = [line for line in node.body if not {*named(line)} & {*PRINTED}]
 
 
+def named(statement: ast.stmt) -> list[str]:
+    """Return the names that a statement defines."""
+    if isinstance(statement, ast.ClassDef | ast.FunctionDef):
+        return [statement.name]
+    targets: list[ast.expr] = []
+    if isinstance(statement, ast.Assign):
+        targets = statement.targets
+    elif isinstance(statement, ast.AnnAssign | ast.AugAssign):
+        targets = [statement.target]
+    found = [node for target in targets for node in ast.walk(target)]
+    return [node.id for node in found if isinstance(node, ast.Name)]
+
+
+def imported(statement: ast.AST) -> dict[str, Place]:
+    """Return the names that a statement imports from this package, and what they stand for."""
+    if not isinstance(statement, ast.ImportFrom) or not (statement.module or "").startswith("fpl"):
+        return {}
+    found = {}
+    for alias in statement.names:
+        inner = f"{statement.module}.{alias.name}"
+        place = Place(str(statement.module), alias.name)
+        found[alias.asname or alias.name] = Place(inner) if file_of(inner) else place
+    return found
+
+
+def used_by(node: ast.AST, known: dict[str, Place]) -> list[Place]:
+    """Return the places that a definition uses, by the names known in its module."""
+    known = dict(known)
+    for inner in ast.walk(node):
+        known |= imported(inner)
+    return list(dict.fromkeys(walk(node, known)))
+
+
+def is_stored(node: ast.AST) -> TypeGuard[ast.Name]:
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+
+
+def walk(node: ast.AST, known: dict[str, Place]) -> Iterator[Place]:
+    """Yield what is used below a node: of a module, the attribute that follows it."""
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        place = known.get(node.value.id)
+        if place and place.name is None:
+            yield Place(place.module, node.attr)
+            return
+    if isinstance(node, ast.Name) and node.id in known:
+        yield known[node.id]
+    if isinstance(node, ast.FunctionDef | ast.Lambda):
+        hidden = {inner.arg for inner in ast.walk(node) if isinstance(inner, ast.arg)}
+        hidden |= {name.id for name in ast.walk(node) if is_stored(name)}
+        known = {name: place for name, place in known.items() if name not in hidden}
+    for child in ast.iter_child_nodes(node):
+        yield from walk(child, known)

@@ -1,71 +1,92 @@
-"""What the notebooks need around their prose: a place to stand, parameters that cannot be misspelt, and their execution."""
+"""What notebooks need around their prose: a place to stand, parameters, and their execution."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from fpl.data.files import ROOT, atomic_write
-from fpl.experiments import values
+from fpl.experiments.values import check_choice
 
 EXECUTED = Path("results/notebooks")
+TABLES = Path("results/tables")
+# A folder with one of these is a profile.
+PROFILES = ("params.yaml", "profile.yaml")
+# What a parameter of a notebook may be.
+PLAIN = (type(None), bool, int, float, str, list, dict)
+PROGRESS_BAR = "application/vnd.jupyter.widget-view+json"
 
 
 def start() -> None:
-    """Go to the profile, wherever Jupyter or papermill was started, and take on the figures' style.
+    """Go to the profile, wherever Jupyter or papermill was started, and use the figures' style.
 
-    A profile is a folder with a params.yaml: the nearest one at or above where we stand, or else the project's root.
+    The profile is the nearest folder at or above where we stand that has settings, all of them or
+    what differs; without one, it is the project's root.
     """
     import pandas as pd
 
     from fpl.experiments import plots
 
     here = Path.cwd()
-    os.chdir(next((folder for folder in (here, *here.parents) if (folder / "params.yaml").exists()), ROOT))
+    for folder in (here, *here.parents, ROOT):
+        if any((folder / name).exists() for name in PROFILES):
+            os.chdir(folder)
+            break
     pd.options.display.max_colwidth = None
     plots.style()
 
 
-def parameters(namespace: dict[str, Any], known: set[str]) -> dict[str, Any]:
-    """The notebook's parameters: every public name that the cells so far have set to a plain value.
+def parameters(namespace: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """Return the notebook's parameters: the public names that its first cells have set.
 
-    papermill only warns of a parameter that the notebook does not have; here it is an error that names the nearest one.
-    Parameters that are None are left out: the default stands where the value is used. Raises ValueError.
+    papermill only warns of a parameter that the notebook does not have; here it is a ValueError
+    that names the nearest of the `known` ones. Parameters that are None are left out: the default
+    stands where the value is used.
     """
-    plain = (type(None), bool, int, float, str, list, dict)
-    namespace.setdefault("_names_at_first", {*namespace})  # a cell may be run again: names that came later are no parameters
-    eligible = (namespace["_names_at_first"] | known) - {"In", "Out"}
-    found = {k: v for k, v in namespace.items() if k in eligible and not k.startswith("_") and isinstance(v, plain)}
+    # a cell may be run again: names that came later are no parameters
+    first = namespace.setdefault("_names_at_first", {*namespace})
+    eligible = first.union(known) - {"In", "Out"}
+    found = {}
+    for name, value in namespace.items():
+        if name in eligible and not name.startswith("_") and isinstance(value, PLAIN):
+            found[name] = value
     for name in found:
-        values.check_choice(name, sorted(known), "notebook parameter")
-    return {k: v for k, v in found.items() if v is not None}
+        check_choice(name, sorted(known), "notebook parameter")
+    return {name: value for name, value in found.items() if value is not None}
 
 
-def execute(source: Path, target: Path, values: Mapping[str, Any] | None = None) -> Path:
-    """Run a notebook with papermill, from where we stand; the executed copy is written without times and absolute paths.
+def execute(source: Path, target: Path, given: Mapping[str, Any] | None = None) -> Path:
+    """Run a notebook with papermill, from where we stand, and return `target`, its executed copy.
 
-    Raises ValueError for a parameter that the notebook does not declare, and papermill's error, with the executed cells kept in
-    `target`, when a cell fails.
+    The copy has neither times nor absolute paths. The notebook's folder of tables and figures is
+    made. Raises ValueError for a parameter that the notebook does not declare, and papermill's
+    error, with the executed cells kept in `target`, when a cell fails.
     """
     import nbformat
     import papermill
 
+    given = dict(given or {})
     declared = papermill.inspect_notebook(str(source))
-    for name in values or {}:
-        values.check_choice(name, list(declared), f"parameter of {source.name}")
+    for name in given:
+        check_choice(name, list(declared), f"parameter of {source.name}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(str(source), str(target), dict(values or {}), kernel_name="python3", progress_bar=True)
+    (TABLES / source.stem).mkdir(parents=True, exist_ok=True)
+    papermill.execute_notebook(str(source), str(target), given, kernel_name="python3")
     book = nbformat.read(target, as_version=4)
     book.metadata.pop("papermill", None)
     for i, cell in enumerate(book.cells):
         cell.id = f"c{i}"
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
-        if "outputs" in cell:
-            bar = "application/vnd.jupyter.widget-view+json"
-            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" and bar not in o.get("data", {})]
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if is_result(output)]
     with atomic_write(target) as temporary:
         nbformat.write(book, temporary)
     return target
+
+
+def is_result(output: Mapping[str, Any]) -> bool:
+    """Return whether an output of a cell is neither a warning nor a progress bar."""
+    return output.get("name") != "stderr" and PROGRESS_BAR not in output.get("data", {})

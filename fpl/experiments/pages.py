@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fpl.data.files import ROOT, atomic_write
+from fpl.data.files import atomic_write
 from fpl.experiments.expected import MEASURED, TOLERANCE, UNMEASURED, USUAL
 
 # A mark is a comment that says what stands between it and the next `<!-- end -->`. Its first word
@@ -127,13 +127,13 @@ def markdown(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def pages(root: Path) -> list[Path]:
-    """The markdown pages that have marks."""
-    single = ["README.md", "CONTRIBUTING.md", "data/demo_clip/README.md"]
-    return [root / name for name in single] + sorted((root / "docs").glob("*.md"))
+    """The markdown pages below a folder that may have marks."""
+    names = ("README.md", "CONTRIBUTING.md", "data/demo_clip/README.md", "docs/*.md")
+    return [page for name in names for page in sorted(root.glob(name))]
 
 
-def fill_pages(root: Path = ROOT) -> None:
-    """Fill in the tables and numbers of all pages. The files they come from are found from here."""
+def fill_pages(root: Path = Path()) -> None:
+    """Fill in the tables and numbers of all pages, from the files that the marks name from here."""
     for page in pages(root):
         with atomic_write(page) as temporary:
             temporary.write_text(filled_in(page.read_text()))

@@ -1,27 +1,36 @@
-"""Figures: one style, one way to save, one function a figure. Importing this module changes no global state.
+"""Figures: one style, one way to save, one function for each figure.
 
-A function takes a DataFrame and returns a Figure; accuracies come in [0, 1] and are drawn in percent. Figures must be
-readable in greyscale and by the colour-blind: kinds differ in lightness and in marker or hatch, never in hue alone.
+A function takes data frames or arrays and returns a Figure. Accuracies come in [0, 1], unless a
+table is said to be in percent, and are drawn in percent. Figures are readable in greyscale and by
+the colour-blind: kinds differ in lightness and in marker or hatch, never in hue alone. Importing
+this module changes no global state.
 """
 
 from __future__ import annotations
 
+import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
+from numpy import ndarray
+from pandas import DataFrame, Series
 
-from fpl.audit.label_prior import MAJORITY
 from fpl.data.files import atomic_write
+from fpl.experiments.notebook import TABLES
 
 # Okabe and Ito's colours, ordered so that neighbours differ in lightness too.
 COLOURS = ["#000000", "#E69F00", "#0072B2", "#56B4E9", "#D55E00", "#009E73", "#CC79A7"]
+MARKERS = "osD^vP*X"
+# Markers that have room for a name inside, with the areas (square points) at which they look alike.
+PLATES = {"o": 190, "s": 170, "D": 150, "^": 360, "v": 360, "h": 220}
 STYLE = {
     "axes.axisbelow": True,
     "axes.grid": True,
@@ -43,461 +52,678 @@ STYLE = {
     "savefig.facecolor": "white",
     "svg.hashsalt": "fpl",  # names inside an SVG are random without it
 }
+in_our_style = rc_context(STYLE)
 
 
 def style() -> None:
-    """Makes our style that of the session. Figures of this module have it anyway."""
+    """Make our style that of the session. The figures of this module have it anyway."""
     plt.rcParams.update(STYLE)
 
 
-def save(fig: Figure, path_without_suffix: str | Path, kinds: Sequence[str] = ("png", "svg")) -> None:
-    """Writes PNG and SVG, whole or not at all; the same figure gives the same bytes."""
+@in_our_style
+def save(
+    fig: Figure, name: str | Path, kinds: Sequence[str] = ("png", "svg"), folder: Path = TABLES
+) -> None:
+    """Write a figure as PNG and SVG, each file whole or not at all.
+
+    name: the files' name below `folder`, without a suffix, such as "10_table1/table1". The same
+    figure gives the same bytes.
+    """
     for kind in kinds:
-        metadata = {"Software": None} if kind == "png" else {"Date": None}
-        with plt.rc_context(STYLE), atomic_write(f"{path_without_suffix}.{kind}") as file:
-            fig.savefig(file, format=kind, metadata=metadata)
+        unsaid = "Software" if kind == "png" else "Date"
+        with atomic_write(folder / f"{name}.{kind}") as file:
+            fig.savefig(file, format=kind, metadata={unsaid: None})
 
 
-def _figure(**options) -> Figure:
-    """An empty figure that pyplot does not keep: a notebook shows it once, as the last value of a cell, and memory is freed."""
-    fig = plt.figure(**options)
+def figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, **options: Any
+) -> tuple[Figure, ndarray]:
+    """Return an empty figure, of a size in inches, and its panels (rows, columns).
+
+    pyplot does not keep it: a notebook shows it once, as the last value of a cell, and its memory
+    is freed.
+    """
+    fig = plt.figure(figsize=(width, height))
     plt.close(fig)
-    return fig
+    return fig, fig.subplots(rows, columns, squeeze=False, **options)
 
 
-def label_prior(frame: pd.DataFrame, null: pd.DataFrame | None = None, observed: float | None = None) -> Figure:
-    """pFedMoAP as published (points, ± std) on the majority guess (bars), per domain; frame as `label_prior.comparison`.
+def stacked(
+    table: DataFrame, width: float, height: float, per_row: float = 0.0
+) -> tuple[Figure, list[tuple[Axes, DataFrame]]]:
+    """Return a figure with a panel for each data set of a table, and the part that belongs in each.
 
-    With `null` (seeds; column rms) a last panel shows the distance between points and bars under other partition seeds, and
-    `observed` marks that of the released seed.
+    A panel is `height` inches high, and `per_row` more for each row of its part. The index of a
+    table of several data sets begins with `data`; the panel of one alone has no title.
     """
-    datasets = dict(iter(frame[frame["domain"] != "average"].groupby("dataset", sort=False)))
-    widths = [rows["domain"].nunique() for rows in datasets.values()] + [5] * (null is not None)
-    with plt.rc_context(STYLE):
-        fig = _figure(figsize=(0.7 * sum(widths) + 0.5, 3.6))
-        axes = fig.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
-        for ax, (dataset, rows) in zip(axes, datasets.items()):
-            _guess_and_published(ax, rows.set_index("domain"), dataset)
-        fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
-        if null is not None:
-            _other_seeds(axes[-1], 100 * null["rms"].dropna(), 100 * observed)
-    return fig
+    parts = parts_of(table)
+    heights = [height + per_row * len(part) for part in parts.values()]
+    fig, axes = figure(width, sum(heights), len(parts), height_ratios=heights)
+    for ax, name in zip(axes.flat, parts):
+        ax.set_title(name)
+    return fig, [*zip(axes.flat, parts.values())]
 
 
-def _guess_and_published(ax: Axes, rows: pd.DataFrame, dataset: str) -> None:
-    guess, paper = (100 * rows.loc[rows["method"] == method, ["mean", "std"]] for method in (MAJORITY, "pFedMoAP"))
-    ax.bar(guess.index, guess["mean"], color="#F2CF8B", edgecolor="black", linewidth=0.8, label="majority guess, sees no image")
-    points = {"fmt": "o", "markersize": 4, "color": "black", "elinewidth": 1.5}
-    ax.errorbar(paper.index, paper["mean"], paper["std"], label="pFedMoAP as published, ± std", **points)
-    ax.axhline(10, color="black", linestyle=":", linewidth=1, label="chance, 10 classes")
-    ax.set(title=dataset, ylabel="accuracy (%)", ylim=(0, 55))
-    ax.tick_params(axis="x", rotation=30)
-
-
-def _other_seeds(ax: Axes, rms: pd.Series, observed: float) -> None:
-    ax.hist(rms, bins=30, color=COLOURS[3], edgecolor="white", linewidth=0.4)
-    ax.axvline(observed, color="black", linewidth=1.5)
-    place = {"xycoords": ax.get_xaxis_transform(), "xytext": (5, 0), "textcoords": "offset points"}
-    ax.annotate(f"released seed 0: {observed:.2f}", (observed, 0.93), **place)
-    ax.set(title=f"DomainNet, {len(rms)} other seeds", xlabel="RMS distance, published to guess (points)", ylabel="seeds")
-    ax.set(xlim=(0, None), ylim=(0, 1.15 * ax.get_ylim()[1]))
-
-
-def panels(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """The parts of a table on several data sets with their names, or the table of one, which needs no name."""
+def parts_of(table: DataFrame) -> dict[str, DataFrame]:
+    """Return the part of a table on each data set, by name; one alone has the empty name."""
     if "data" not in table.index.names:
-        return [("", table)]
-    return [(str(name), part.droplevel("data")) for name, part in table.groupby(level="data", sort=False)]
+        return {"": table}
+    groups = table.groupby(level="data", sort=False)
+    return {name: part.droplevel("data") for name, part in groups}
 
 
-def rows(table: pd.DataFrame) -> Figure:
-    """A table of methods and controls as points with 95 % intervals; table as `tables.table1`, in percent."""
-    shown = panels(table)
-    with plt.rc_context(STYLE):
-        fig = _figure(figsize=(7.5, sum(0.34 * len(part) + 0.9 for _, part in shown)))
-        axes = fig.subplots(len(shown), squeeze=False, height_ratios=[len(part) + 2 for _, part in shown])[:, 0]
-        for ax, (name, part) in zip(axes, shown, strict=True):
-            for y, line in enumerate(part[::-1].itertuples()):
-                control = line.row.startswith("control")
-                look = {"marker": "s" if control else "o", "markerfacecolor": "white" if control else "black"}
-                ax.errorbar(line.mean, y, xerr=[[line.mean - line.low], [line.high - line.mean]], color="black", **look)
-            ax.set_yticks(range(len(part)), part["row"][::-1])
-            ax.set_title(name)
-            ax.grid(axis="x")
-        axes[-1].set_xlabel("accuracy (%) after the last round; 95 % interval over seeds", loc="right")
-    return fig
+def look(k: int) -> dict[str, str]:
+    """Return the colour and the marker of the k-th kind."""
+    colour = COLOURS[k % len(COLOURS)]
+    marker = MARKERS[k % len(MARKERS)]
+    return {"color": colour, "marker": marker}
 
 
-def forest(table: pd.DataFrame, far: float = 5.0) -> Figure:
-    """Differences in points, in the order of the table, with the bootstrap's interval (thick) and the t-interval (thin).
+def kinds_of(table: DataFrame) -> Iterator[tuple[DataFrame, dict[str, str]]]:
+    """Yield the part of each value of a table's first index level, and how it is drawn."""
+    parts = table.groupby(level=0, sort=False)
+    for k, (name, part) in enumerate(parts):
+        yield part.droplevel(0), {"label": name, **look(k)}
 
-    table as `ledger.costs`. A marker is filled where neither interval holds 0, grey where one of them does, white where both do.
-    Lines beyond `far` points stand in a panel of their own, so that the others can be told apart.
+
+def reach(table: DataFrame) -> list[Series]:
+    """Return how far the intervals reach below and above the means."""
+    mean = table["mean"]
+    return [mean - table["low"], table["high"] - mean]
+
+
+def name_rows(ax: Axes, names: Sequence[str], **text: Any) -> None:
+    """Give a panel one line for each name, the first on top, and a grid in both directions."""
+    ax.set_yticks(range(len(names)), names, **text)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.grid(axis="x")
+
+
+def legend(ax: Axes, where: str = "outside lower left", columns: int = 3, **options: Any) -> None:
+    """Explain the marks of a panel outside of all panels."""
+    marks = ax.get_legend_handles_labels()
+    ax.figure.legend(*marks, loc=where, ncols=columns, **options)
+
+
+@in_our_style
+def rows(table: DataFrame, controls: Collection[str] = ()) -> Figure:
+    """Draw the rows of a table as points with 95 % intervals, the controls as white squares.
+
+    table: as `tables.table1`, in percent; controls: what its column `row` says of the controls.
     """
-    panels = [part for _, part in table.groupby(table["difference"].abs() <= far)]
-    with plt.rc_context(STYLE):
-        fig = _figure(figsize=(7.5, 0.27 * len(table) + 0.75 * len(panels) + 0.5))
-        for ax, part in zip(fig.subplots(len(panels), height_ratios=[len(p) + 2 for p in panels], squeeze=False).flat, panels):
-            for y, line in enumerate(part.itertuples()):
-                held = (line.low <= 0 <= line.high) + (line.t_low <= 0 <= line.t_high)
-                ax.hlines(y, line.t_low, line.t_high, color="black", linewidth=0.8)
-                ax.hlines(y, line.low, line.high, color="black", linewidth=2.8)
-                face = ("black", "#AAAAAA", "white")[held]
-                ax.plot(line.difference, y, marker="o", color="black", markerfacecolor=face, markersize=6, zorder=3)
-            ax.axvline(0, color="black", linewidth=0.8)
-            ax.set_yticks(range(len(part)), [f"{what}  {item}" for item, what in part.index])
-            ax.set(ylim=(len(part) - 0.4, -0.6))
-            ax.grid(axis="x")
-        fig.axes[-1].set_xlabel("accuracy with what the released code does minus without it (points)", loc="right")
+    fig, shown = stacked(table, 7.5, 0.9, per_row=0.34)
+    for ax, part in shown:
+        name_rows(ax, part["row"])
+        y = np.arange(len(part))
+        is_control = part["row"].isin(controls)
+        for here, marks, face in ((~is_control, "ko", "black"), (is_control, "ks", "white")):
+            x = part["mean"][here]
+            error = reach(part[here])
+            ax.errorbar(x, y[here], xerr=error, fmt=marks, markerfacecolor=face)
+    label = "accuracy (%) after the last round; 95 % interval over seeds"
+    ax.set_xlabel(label, loc="right")
     return fig
 
 
-def curves(runs: pd.DataFrame, names: dict[str, str]) -> Figure:
-    """Accuracy (%) by round, mean over clients: a line per method, a band from the lowest to the highest seed."""
-    several = "data" in runs and runs["data"].nunique() > 1
-    each = 100 * runs.groupby(["data"] * several + ["method", "seed", "round"], sort=False)["accuracy"].mean()
-    shown = panels(each.to_frame())
-    with plt.rc_context(STYLE):
-        fig = _figure(figsize=(6.5, 3.6 * len(shown)))
-        for ax, (name, part) in zip(fig.subplots(len(shown), squeeze=False)[:, 0], shown, strict=True):
-            for k, (method, seeds) in enumerate(part["accuracy"].groupby(level="method", sort=False)):
-                by_round = seeds.groupby(level="round")
-                x, look = by_round.mean().index + 1, {"color": COLOURS[k % len(COLOURS)]}
-                ax.plot(x, by_round.mean(), marker="osD^vP*X"[k % 8], markersize=4, label=names.get(method, method), **look)
-                ax.fill_between(x, by_round.min(), by_round.max(), alpha=0.2, linewidth=0, **look)
-            ax.set(title=name, xlabel="communication round", ylabel="accuracy (%), mean over clients")
-            ax.legend()
+@in_our_style
+def forest(table: DataFrame, far: float = 5.0) -> Figure:
+    """Draw differences in points with the bootstrap's interval (thick) and the t-interval (thin).
+
+    table: as `ledger.costs`. A marker is filled where neither interval holds 0, grey where one of
+    them does, white where both do. Differences beyond `far` points stand in a panel of their own,
+    so that the others can be told apart.
+    """
+    near = table["difference"].abs() <= far
+    parts = [part for _, part in table.groupby(near)]
+    heights = [0.27 * len(part) + 1 for part in parts]
+    fig, axes = figure(7.5, sum(heights), len(parts), height_ratios=heights)
+    for ax, part in zip(axes.flat, parts):
+        name_rows(ax, [f"{what}  {item}" for item, what in part.index])
+        ax.axvline(0, color="black", linewidth=0.8)
+        y = range(len(part))
+        ax.hlines(y, part["t_low"], part["t_high"], color="black", linewidth=0.8)
+        ax.hlines(y, part["low"], part["high"], color="black", linewidth=2.8)
+        one = part["low"] * part["high"] <= 0
+        other = part["t_low"] * part["t_high"] <= 0
+        held = one.astype(int) + other
+        for place, difference, holding in zip(y, part["difference"], held):
+            face = ("black", "#AAAAAA", "white")[holding]
+            ax.plot(difference, place, "ko", markerfacecolor=face, zorder=3)
+    label = "accuracy with what the released code does minus without it (points)"
+    ax.set_xlabel(label, loc="right")
     return fig
 
 
+@in_our_style
+def curves(runs: DataFrame) -> Figure:
+    """Draw accuracy by round, the mean over clients: a line per title, a band over its seeds.
+
+    The band reaches from the lowest to the highest seed. runs: a line per run, round and client,
+    with columns title, seed, round and accuracy, and data where there are several data sets.
+    """
+    keys = ["title", "round"]
+    if "data" in runs and runs["data"].nunique() > 1:
+        keys.insert(0, "data")
+    by_seed = runs.groupby([*keys, "seed"], sort=False)["accuracy"].mean()
+    by_round = by_seed.groupby(level=keys, sort=False)
+    table = 100 * by_round.agg(["mean", "min", "max"])
+    fig, shown = stacked(table, 6.5, 3.6)
+    for ax, part in shown:
+        for line, options in kinds_of(part):
+            x = line.index + 1
+            ax.plot(x, line["mean"], markersize=4, **options)
+            ax.fill_between(
+                x, line["min"], line["max"], color=options["color"], alpha=0.2, linewidth=0
+            )
+        ax.set_xlabel("communication round")
+        ax.set_ylabel("accuracy (%), mean over clients")
+        ax.legend()
+    return fig
+
+
+@in_our_style
 def ablations(
-    values: dict[str, pd.DataFrame], defaults: dict[str, float], labels: dict[str, str], reference: dict[str, dict[str, float]]
+    values: dict[str, DataFrame],
+    defaults: dict[str, float],
+    labels: dict[str, str],
+    reference: dict[str, dict[str, float]],
 ) -> Figure:
-    """One panel per hyperparameter: mean and 95 % interval (%) at each value, the default filled, references as lines.
+    """Draw mean and 95 % interval (%) at each value of a setting, a panel per setting.
 
-    A row of panels per data set; `reference` has the levels of each, by name.
+    values, defaults, labels: the table of each setting, its default, which is filled, and its name.
+    reference: of each data set, which has a row of panels, the levels drawn as lines, by name.
     """
-    with plt.rc_context(STYLE):
-        fig = _figure(figsize=(3.1 * len(values) + 0.6, 3.5 * len(reference)))
-        grid = fig.subplots(len(reference), len(values), sharey="row", squeeze=False)
-        for column, (key, table) in zip(grid.T, values.items(), strict=True):
-            for ax, (data, part), levels in zip(column, panels(table), reference.values(), strict=True):
-                for x, line in enumerate(part.itertuples()):
-                    face = "black" if line.Index == defaults[key] else "white"
-                    error = [[line.mean - line.low], [line.high - line.mean]]
-                    ax.errorbar(x, line.mean, yerr=error, marker="o", color="black", markerfacecolor=face)
-                for (name, level), kind in zip(levels.items(), ("--", ":", "-."), strict=False):
-                    ax.axhline(level, color="#555555", linestyle=kind, linewidth=1.2, label=name)
-                ax.set_xticks(range(len(part)), [f"{v:g}" for v in part.index])
-                ax.set(xlabel=labels[key], title=data)
-        for ax in grid[:, 0]:
-            ax.set(ylabel="accuracy (%)")
-        fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
+    size = (3.1 * len(values) + 0.6, 3.5 * len(reference))
+    fig, grid = figure(*size, len(reference), len(values), sharey="row")
+    for column, (key, table) in zip(grid.T, values.items()):
+        parts = parts_of(table).items()
+        for ax, (data, part), levels in zip(column, parts, reference.values()):
+            x = np.arange(len(part))
+            ax.errorbar(x, part["mean"], reach(part), fmt="ko", markerfacecolor="white")
+            default = part.index == defaults[key]
+            ax.plot(x[default], part["mean"][default], "ko", zorder=3)
+            for (name, level), kind in zip(levels.items(), ("--", ":", "-.")):
+                ax.axhline(level, color="#555555", linestyle=kind, linewidth=1.2, label=name)
+            ax.set_xticks(x, [f"{value:g}" for value in part.index])
+            ax.set(title=data, xlabel=labels[key])
+    for ax in grid[:, 0]:
+        ax.set_ylabel("accuracy (%)")
+    legend(grid[0, 0])
     return fig
 
 
-def lines(table: pd.DataFrame, x: str, xlabel: str, names: dict[str, str]) -> Figure:
-    """Mean and 95 % interval (%) by value of a setting, at equal distances, a line per row; index of the table (row, x)."""
-    with plt.rc_context(STYLE):
-        shown, ticks = panels(table), sorted(table.index.get_level_values(x).unique())
-        fig = _figure(figsize=(6.8, 3.8 * len(shown)))
-        for ax, (name, of) in zip(fig.subplots(len(shown), squeeze=False)[:, 0], shown, strict=True):
-            for k, (row, part) in enumerate(of.groupby(level="row", sort=False)):
-                part = part.droplevel("row").sort_index()
-                look = {"color": COLOURS[k % len(COLOURS)], "label": names.get(row, row)}
-                at = [ticks.index(value) + 0.06 * k for value in part.index]
-                error = [part["mean"] - part["low"], part["high"] - part["mean"]]
-                ax.errorbar(at, part["mean"], yerr=error, marker="osD^vP*X"[k % 8], markersize=5, **look)
-            ax.set_xticks(range(len(ticks)), [f"{value:g}" for value in ticks])
-            ax.set(xlabel=xlabel, ylabel="accuracy (%)", title=name)
-        fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside right center")
+@in_our_style
+def lines(table: DataFrame, xlabel: str) -> Figure:
+    """Draw mean and 95 % interval (%) by value of a setting, the values equally far apart.
+
+    table: its index is (name of the line, value), with data in front of several data sets.
+    """
+    ticks = table.index.unique(level=-1).sort_values()
+    fig, shown = stacked(table, 6.8, 3.8)
+    for ax, of in shown:
+        for k, (part, options) in enumerate(kinds_of(of)):
+            part = part.sort_index()
+            x = ticks.get_indexer(part.index) + 0.06 * k
+            ax.errorbar(x, part["mean"], reach(part), markersize=5, **options)
+        ax.set_xticks(range(len(ticks)), [f"{value:g}" for value in ticks])
+        ax.set_xlabel(xlabel)
+        ax.set_ylabel("accuracy (%)")
+    legend(shown[0][0], "outside right center", columns=1)
     return fig
 
 
-def cost(table: pd.DataFrame, names: dict[str, str]) -> Figure:
-    """Accuracy (%) with 95 % interval against kilobytes that a participant receives in a round; table as `tables.with_bytes`."""
-    with plt.rc_context(STYLE):
-        shown = panels(table)
-        fig = _figure(figsize=(6.8, 3.8 * len(shown)))
-        for ax, (name, of) in zip(fig.subplots(len(shown), squeeze=False)[:, 0], shown, strict=True):
-            for k, (row, part) in enumerate(of.groupby(level="row", sort=False)):
-                error = [part["mean"] - part["low"], part["high"] - part["mean"]]
-                look = {"color": COLOURS[k % len(COLOURS)], "label": names.get(row, row), "linestyle": "none"}
-                ax.errorbar(part["down, bytes"] / 1000, part["mean"], yerr=error, marker="osD^"[k % 4], **look)
-            ax.set(xlabel="kB received by a client in a round", ylabel="accuracy (%)", xscale="log", title=name)
-            ax.set_xticks(sorted({*of["down, bytes"] / 1000}))
-            ax.xaxis.set_major_formatter("{x:.3g}")
-            ax.minorticks_off()
-            ax.legend()
+@in_our_style
+def cost(table: DataFrame) -> Figure:
+    """Draw accuracy (%) with its 95 % interval against what a participant receives in a round.
+
+    table: as `tables.with_bytes`; the first level of its index names the kind of a point.
+    """
+    fig, shown = stacked(table, 6.8, 3.8)
+    for ax, of in shown:
+        for part, options in kinds_of(of):
+            kilobytes = part["down, bytes"] / 1000
+            ax.errorbar(kilobytes, part["mean"], reach(part), linestyle="none", **options)
+        ax.set_xscale("log")
+        ax.set_xticks(of["down, bytes"].unique() / 1000)
+        ax.xaxis.set_major_formatter("{x:.3g}")
+        ax.minorticks_off()
+        ax.set_xlabel("kB received by a client in a round")
+        ax.set_ylabel("accuracy (%)")
+        ax.legend()
     return fig
 
 
-def bars(values: Sequence[float], names: Sequence[str], title: str, xlabel: str, mark: int | None = None) -> Figure:
-    """Horizontal bars, the first on top; `mark` fills one of them."""
-    with plt.rc_context(STYLE):
-        fig = _figure(figsize=(6, 0.28 * len(values) + 0.9))
-        ax = fig.subplots()
-        colours = ["#0072B2" if i == mark else "#BBBBBB" for i in range(len(values))]
-        ax.barh(range(len(values)), values, color=colours, edgecolor="black", linewidth=0.6)
-        ax.set_yticks(range(len(values)), names)
-        ax.invert_yaxis()
-        ax.grid(axis="x")
-        ax.set(title=title, xlabel=xlabel)
+@in_our_style
+def by_client(runs: DataFrame) -> Figure:
+    """Draw the accuracy of every client in every seed, the worst of each seed, and the mean.
+
+    runs: a line per run and client with columns title, seed and accuracy; a title has a row.
+    """
+    row, titles = runs["title"].factorize()
+    percent = 100 * runs["accuracy"]
+    worst = percent.groupby([row, runs["seed"]]).min()
+    mean = percent.groupby(row).mean()
+    fig, [[ax]] = figure(6.5, 0.34 * len(titles) + 1.1)
+    name_rows(ax, [textwrap.fill(title, 30) for title in titles], fontsize=8)
+    ax.scatter(percent, row, s=36, marker="|", color="#777777", linewidth=1, label="a client")
+    ax.scatter(
+        worst,
+        worst.index.get_level_values(0),
+        s=30,
+        marker="v",
+        facecolor="white",
+        edgecolor="#D55E00",
+        linewidth=1.3,
+        label="worst client of a seed",
+    )
+    ax.scatter(mean, mean.index - 0.25, s=22, marker="D", color="black", label="mean")
+    ax.set_xlabel("accuracy on the client's own test images (%)", loc="right")
+    legend(ax)
     return fig
 
 
+@in_our_style
+def bars(
+    values: Sequence[float], names: Sequence[str], title: str, xlabel: str, mark: int | None = None
+) -> Figure:
+    """Draw horizontal bars, the first on top; `mark` is the number of the one that is filled."""
+    fig, [[ax]] = figure(6, 0.28 * len(values) + 0.9)
+    colours = ["#BBBBBB"] * len(values)
+    if mark is not None:
+        colours[mark] = "#0072B2"
+    name_rows(ax, names)
+    ax.barh(range(len(values)), values, color=colours, edgecolor="black", linewidth=0.6)
+    ax.set_title(title)
+    ax.set_xlabel(xlabel)
+    return fig
+
+
+@in_our_style
 def steps(values: Sequence[float], every: int, title: str, xlabel: str, ylabel: str) -> Figure:
-    """A sequence as points on a line, with a vertical line before every `every` of them."""
-    with plt.rc_context(STYLE):
-        fig = _figure(figsize=(7.5, 2.6))
-        ax = fig.subplots()
-        ax.plot(values, marker="o", markersize=3, color="black", linewidth=0.8)
-        for x in range(0, len(values), every):
-            ax.axvline(x - 0.5, color="#BBBBBB", linewidth=0.8)
-        ax.set(title=title, xlabel=xlabel, ylabel=ylabel, xlim=(-0.5, len(values) - 0.5))
+    """Draw a sequence as points on a line, with a vertical line before every `every` of them."""
+    fig, [[ax]] = figure(7.5, 2.6)
+    ax.plot(values, "ko-", markersize=3, linewidth=0.8)
+    for x in range(0, len(values), every):
+        ax.axvline(x - 0.5, color="#BBBBBB", linewidth=0.8)
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel, xlim=(-0.5, len(values) - 0.5))
     return fig
 
 
-def partition(images: pd.DataFrame) -> Figure:
-    """Who has what: a bubble for each client and class, its area the number of images, its colour and marker the domain.
+@in_our_style
+def partition(images: DataFrame) -> Figure:
+    """Draw who has what: a bubble for each client, class and domain, its area the images.
 
-    images: one line per image with columns client (0, 1, ..), class (names), domain.
+    images: a line per image with columns client (0, 1, ..), class (its name) and domain.
     """
-    counts = images.groupby(["client", "class", "domain"], sort=False).size().rename("images").reset_index()
-    classes, domains = sorted(counts["class"].unique()), sorted(counts["domain"].unique())
-    clients, named = int(counts["client"].max()) + 1, len(classes) <= 60
-    with plt.rc_context(STYLE):
-        fig = _figure(figsize=(min(max(0.2 * len(classes), 5) + 1.5, 14), min(max(0.26 * clients, 2) + 1.6, 14)))
-        ax = fig.subplots()
-        for k, (domain, rows) in enumerate(counts.groupby("domain")):
-            at = [classes.index(name) + 0.1 * (k - (len(domains) - 1) / 2) for name in rows["class"]]
-            look = {"marker": "osD^vP*X"[k % 8], "color": COLOURS[(k + 2) % len(COLOURS)], "edgecolor": "black", "linewidth": 0.3}
-            ax.scatter(at, rows["client"], s=90 * rows["images"] / counts["images"].max(), label=domain, **look)
-        ax.set(xlabel=f"class ({len(classes)})", ylabel="client", xlim=(-0.8, len(classes) - 0.2), ylim=(clients - 0.4, -0.6))
-        ax.set_xticks(*((range(len(classes)), classes) if named else ([],)))
-        ax.tick_params(axis="x", rotation=90, labelsize=7)
-        ax.set_title(f"{len(images)} images; the largest bubble is {counts['images'].max()} of them")
-        if len(domains) > 1:
-            fig.legend(*ax.get_legend_handles_labels(), loc="outside lower left", ncols=6)
+    counts = images.value_counts(["client", "class", "domain"]).reset_index()
+    classes = np.unique(images["class"])
+    clients = images["client"].max() + 1
+    largest = counts["count"].max()
+    width = np.clip(0.2 * len(classes), 5, 12.5) + 1.5
+    height = np.clip(0.26 * clients, 2, 12.4) + 1.6
+    fig, [[ax]] = figure(width, height)
+    domains = counts.groupby("domain")
+    for k, (domain, of) in enumerate(domains):
+        beside = 0.1 * (k - (len(domains) - 1) / 2)
+        ax.scatter(
+            np.searchsorted(classes, of["class"]) + beside,
+            of["client"],
+            s=90 * of["count"] / largest,
+            marker=MARKERS[k % len(MARKERS)],
+            color=COLOURS[(k + 2) % len(COLOURS)],
+            edgecolor="black",
+            linewidth=0.3,
+            label=domain,
+        )
+    named = classes if len(classes) <= 60 else []
+    ax.set_xticks(range(len(named)), named, rotation=90, fontsize=7)
+    ax.set(
+        title=f"{len(images)} images; the largest bubble is {largest} of them",
+        xlabel=f"class ({len(classes)})",
+        ylabel="client",
+        xlim=(-0.8, len(classes) - 0.2),
+        ylim=(clients - 0.4, -0.6),
+    )
+    if len(domains) > 1:
+        legend(ax, columns=6)
     return fig
 
 
+@in_our_style
 def heat(
-    matrix: np.ndarray,
-    rows: Sequence[str],
-    columns: Sequence[str],
+    matrix: DataFrame,
     title: str,
     label: str,
     xlabel: str = "",
     ylabel: str = "",
-    dots: np.ndarray | None = None,
+    dots: DataFrame | None = None,
 ) -> Figure:
-    """A matrix as shades, light to dark; hatched where it is nan. `dots`, of its shape: white discs of these areas, largest 1."""
-    wide, high = min(0.42, max(4.6 / len(columns), 0.18)), min(0.3, max(7 / len(rows), 0.16))
-    with plt.rc_context(STYLE | {"ytick.labelsize": min(10, 50 * high), "xtick.labelsize": min(10, 45 * wide)}):
-        fig = _figure(figsize=(wide * len(columns) + 2.2, high * len(rows) + 1.2))
-        ax = fig.subplots()
-        ax.patch.set(hatch="//////", edgecolor="#CCCCCC")
-        shades = ax.imshow(matrix, cmap="cividis_r", aspect="auto")
-        if dots is not None:
-            y, x = np.nonzero(dots)
-            ax.scatter(x, y, s=2000 * min(wide, high) ** 2 * dots[y, x], color="white", edgecolor="black", linewidth=0.8)
-        ax.set_xticks(range(len(columns)), columns, rotation=90 if max(map(len, columns)) > 3 else 0)
-        ax.set_yticks(range(len(rows)), rows)
-        ax.grid(visible=False)
-        ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
-        fig.colorbar(shades, label=label)
-    return fig
+    """Draw a matrix as shades, light to dark, named as its index and columns; hatched where nan.
 
-
-def mask(sees: np.ndarray, shared: int) -> Figure:
-    """The attention mask of a prompt tree: dark where the node of a row sees the node of a column."""
-    with plt.rc_context(STYLE):
-        fig = _figure(figsize=(4.6, 4.6))
-        ax = fig.subplots()
-        ax.imshow(sees, cmap="Greys", interpolation="nearest")
-        ax.axhline(shared - 0.5, color="#D55E00", linewidth=1)
-        ax.axvline(shared - 0.5, color="#D55E00", linewidth=1)
-        ax.grid(visible=False)
-        ax.set(title=f"{len(sees)} nodes, the first {shared} shared", xlabel="seen node", ylabel="node")
-    return fig
-
-
-def pictures(images: Sequence[np.ndarray], titles: Sequence[str], per_line: int = 6) -> Figure:
-    lines = -(-len(images) // per_line)
-    with plt.rc_context(STYLE):
-        fig = _figure(figsize=(1.5 * per_line, 1.75 * lines))
-        for ax in fig.subplots(lines, per_line, squeeze=False).flat:
-            ax.axis("off")
-        for ax, image, title in zip(fig.axes, images, titles, strict=False):
-            ax.imshow(image)
-            ax.set_title(title, fontsize=8, loc="center")
-    return fig
-
-
-def scatter(points: np.ndarray, groups: Sequence[str], title: str) -> Figure:
-    """Points (p, 2) with one colour and one marker per group."""
-    kinds = sorted(set(groups))
-    with plt.rc_context(STYLE):
-        fig = _figure(figsize=(6.5, 4))
-        ax = fig.subplots()
-        for k, kind in enumerate(kinds):
-            here = points[np.array(groups) == kind]
-            ax.scatter(*here.T, s=9, marker="os^vD*PXph<>"[k % 12], color=COLOURS[k % len(COLOURS)], alpha=0.7, label=kind)
-        ax.grid(visible=False)
-        ax.set(title=title, xticks=[], yticks=[])
-        fig.legend(loc="outside right upper")
-    return fig
-
-
-def expert_shares(worlds: dict[str, pd.DataFrame]) -> Figure:
-    """Share of attention (%) by rank of the expert, 0 the local one: grey dots are clients, black the mean, a line even shares.
-
-    A panel per world; its frame has a line per client and a column per rank, in [0, 1].
+    label: what the shades are. dots: of the matrix's shape, areas of white discs, the largest 1.
     """
-    with plt.rc_context(STYLE):
-        fig = _figure(figsize=(6.5, 3.2))
-        widths = [len(shares.columns) for shares in worlds.values()]
-        for ax, (name, shares) in zip(fig.subplots(1, len(worlds), width_ratios=widths, squeeze=False)[0], worlds.items()):
-            x, each = np.arange(len(shares.columns)), 100 * shares.to_numpy()
-            beside = np.linspace(-0.2, 0.2, len(each))[:, None]
-            ax.scatter(*np.broadcast_arrays(x + beside, each), s=9, color="#999999", label="a client")
-            ax.scatter(x, each.mean(0), s=34, marker="D", color="black", label="mean over clients")
-            ax.axhline(100 / len(x), color="#D55E00", linestyle="--", linewidth=1.2, label="even share")
-            ax.set_xticks(x, ["own", *map(str, x[1:])])
-            ax.set(title=name, xlabel="expert, by nearness", ylim=(0, max(200 / len(x), 1.1 * each.max())))
-        fig.axes[0].set(ylabel="share of attention (%)")
-        fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
+    columns = [str(name) for name in matrix.columns]
+    wide = np.clip(4.6 / len(columns), 0.18, 0.42)
+    high = np.clip(7 / len(matrix), 0.16, 0.3)
+    fig, [[ax]] = figure(wide * len(columns) + 2.2, high * len(matrix) + 1.2)
+    ax.patch.set(hatch="//////", edgecolor="#CCCCCC")
+    shades = ax.imshow(matrix, cmap="cividis_r", aspect="auto")
+    fig.colorbar(shades, label=label)
+    if dots is not None:
+        areas = 2000 * min(wide, high) ** 2 * dots.to_numpy()
+        y, x = areas.nonzero()
+        ax.scatter(x, y, areas[y, x], color="white", edgecolor="black", linewidth=0.8)
+    upright = max(map(len, columns)) > 3
+    ax.set_xticks(
+        range(len(columns)), columns, fontsize=min(10, 45 * wide), rotation=90 if upright else 0
+    )
+    ax.set_yticks(range(len(matrix)), matrix.index, fontsize=min(10, 50 * high))
+    ax.grid(visible=False)
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     return fig
 
 
+@in_our_style
+def mask(sees: ndarray, shared: int) -> Figure:
+    """Draw the attention mask of a prompt tree: dark where a row's node sees a column's node."""
+    fig, [[ax]] = figure(4.6, 4.6)
+    ax.imshow(sees, cmap="Greys", interpolation="nearest")
+    for draw in (ax.axhline, ax.axvline):
+        draw(shared - 0.5, color="#D55E00", linewidth=1)
+    ax.grid(visible=False)
+    ax.set(title=f"{len(sees)} nodes, the first {shared} shared", xlabel="seen node", ylabel="node")
+    return fig
+
+
+@in_our_style
+def pictures(images: Sequence[ndarray], titles: Sequence[str], per_line: int = 6) -> Figure:
+    """Draw images beside each other and under each other, each under its title."""
+    high = math.ceil(len(images) / per_line)
+    fig, axes = figure(1.5 * per_line, 1.75 * high, high, per_line)
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, image, title in zip(axes.flat, images, titles):
+        ax.imshow(image)
+        ax.set_title(title, fontsize=8, loc="center")
+    return fig
+
+
+@in_our_style
+def scatter(points: ndarray, groups: Sequence[str], title: str) -> Figure:
+    """Draw points (p, 2) with a colour and a marker for each group."""
+    fig, [[ax]] = figure(6.5, 4)
+    for k, group in enumerate(sorted(set(groups))):
+        x, y = points[np.array(groups) == group].T
+        ax.scatter(x, y, s=9, alpha=0.7, label=group, **look(k))
+    ax.grid(visible=False)
+    ax.set(title=title, xticks=[], yticks=[])
+    legend(ax, "outside right upper", columns=1)
+    return fig
+
+
+@in_our_style
+def expert_shares(worlds: dict[str, DataFrame]) -> Figure:
+    """Draw the share of attention (%) by rank of the expert, 0 the client's own.
+
+    Grey dots are clients, black ones their mean, and a line is an even share. worlds: a panel each,
+    with a line per client and a column per rank, in [0, 1].
+    """
+    widths = [shares.shape[1] for shares in worlds.values()]
+    fig, [axes] = figure(6.5, 3.2, 1, len(worlds), width_ratios=widths)
+    for ax, name in zip(axes, worlds):
+        each = 100 * worlds[name].to_numpy()
+        n, k = each.shape
+        x = np.arange(k)
+        even = 100 / k
+        beside = np.linspace(-0.2, 0.2, n)[:, None]
+        ax.scatter(x + beside, each, s=9, color="#999999", label="a client")
+        mean = each.mean(0)
+        ax.scatter(x, mean, s=34, marker="D", color="black", label="mean over clients")
+        ax.axhline(even, color="#D55E00", linestyle="--", linewidth=1.2, label="even share")
+        ax.set_xticks(x, ["own", *x[1:]])
+        ax.set_xlabel("expert, by nearness")
+        ax.set_ylim(0, max(2 * even, 1.1 * each.max()))
+        ax.set_title(name)
+    axes[0].set_ylabel("share of attention (%)")
+    legend(axes[0])
+    return fig
+
+
+@in_our_style
 def prompt_map(
-    points: np.ndarray, names: Sequence[str], kinds: Sequence[str], arrows: Sequence[tuple[int, int]], variance: Sequence[float]
+    points: ndarray,
+    names: Sequence[str],
+    kinds: Sequence[str],
+    arrows: Sequence[tuple[int, int]],
+    variance: Sequence[float],
 ) -> Figure:
-    """Prompts in the plane, (n, 2), each with its name and the marker of its kind, and arrows (from, to) between their places.
+    """Draw prompts in the plane, (n, 2), each with its name, and arrows (from, to) between them.
 
-    `variance`: part of the variance on each axis. Where most points lie close together, a second panel enlarges that part.
-    Markers that would cover each other are moved apart until they touch.
+    kinds: of each prompt, which has a marker of its kind. variance: the part of the variance on
+    each axis. Where most points lie close together, a second panel enlarges that part and has their
+    names. Markers that would cover each other are moved apart until they touch.
     """
-    away = np.linalg.norm(points - np.median(points, axis=0), axis=1)
-    crowd = away <= 2 * np.median(away)
-    close = len(points) > 12 and np.prod(np.ptp(points[crowd], axis=0)) < np.prod(np.ptp(points, axis=0)) / 8
-    areas = [points, points[crowd]] if close else [points]
-    sides = [np.ptp(area, axis=0).clip(1e-9) for area in areas]
-    heights = [min(max(5.4 * high / wide, 3), 5.4) for wide, high in sides]
-    with plt.rc_context(STYLE):
-        fig = _figure(figsize=(6.5, sum(heights) + 0.8 * len(areas)))
-        axes = fig.subplots(len(areas), 1, height_ratios=heights, squeeze=False)[:, 0]
-        for ax, area, (wide, high), tall in zip(axes, areas, sides, heights):
-            inch = max(wide / 5, high / (tall - 0.5))
-            (x, y), named = (area.min(0) + area.max(0)) / 2, ~crowd if close and ax is axes[0] else np.full(len(points), True)
-            ax.set(xlim=(x - 2.8 * inch, x + 2.8 * inch), ylim=(y - tall / 2 * inch, y + tall / 2 * inch))
-            ax.set_aspect("equal")
-            at = points.copy()
-            at[named] = _apart(points[named], 0.24 * inch)
-            _prompts(ax, at, [name if n else "" for name, n in zip(names, named, strict=True)], kinds, arrows)
-            ax.set_xlabel(f"first axis, {100 * variance[0]:.0f} % of the variance")
-            ax.set_ylabel(f"second axis, {100 * variance[1]:.0f} %")
-        if close:
-            axes[1].set_title("the crowd of the panel above, enlarged")
-        if len({*kinds}) > 1:
-            fig.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower left", ncols=3, markerscale=0.6)
+    everybody = np.full(len(points), True)
+    views = [(everybody, everybody)]
+    crowd = crowded(points)
+    if len(points) > 12 and area(points[crowd]) < area(points) / 8:
+        views = [(everybody, ~crowd), (crowd, everybody)]
+    heights = [height_of(points[inside]) for inside, _ in views]
+    size = (6.5, sum(heights) + 0.8 * len(views))
+    fig, axes = figure(*size, len(views), height_ratios=heights)
+    for ax, height, (inside, large) in zip(axes.flat, heights, views):
+        inch = frame(ax, points[inside], height)
+        at = points.copy()
+        at[large] = move_apart(points[large], 0.24 * inch)
+        draw_arrows(ax, at, arrows)
+        draw_prompts(ax, at, np.where(large, names, ""), np.array(kinds))
+        ax.set_xlabel(f"first axis, {100 * variance[0]:.0f} % of the variance")
+        ax.set_ylabel(f"second axis, {100 * variance[1]:.0f} %")
+    if len(views) > 1:
+        ax.set_title("the crowd of the panel above, enlarged")
+    if len(set(kinds)) > 1:
+        legend(ax, markerscale=0.6)
     return fig
 
 
-def _apart(points: np.ndarray, least: float) -> np.ndarray:
-    """The points (n, 2), those closer than `least` to another moved away from it."""
-    moved = points + 1e-6 * least * np.arange(len(points))[:, None] * [1, -1]  # equal points need a direction
+def crowded(points: ndarray) -> ndarray:
+    """Return which points (n, 2) are not far from the median, compared with the others."""
+    away = np.linalg.norm(points - np.median(points, axis=0), axis=1)
+    return away <= 2 * np.median(away)
+
+
+def area(points: ndarray) -> float:
+    """Return the area of the rectangle around points (n, 2)."""
+    return np.prod(np.ptp(points, axis=0))
+
+
+def height_of(points: ndarray) -> float:
+    """Return the height in inches of a panel for points (n, 2)."""
+    wide, high = np.ptp(points, axis=0).clip(1e-9)
+    return np.clip(5.4 * high / wide, 3, 5.4)
+
+
+def frame(ax: Axes, points: ndarray, height: float) -> float:
+    """Show these points in a panel of 5.6 inches by `height`; return what an inch stands for."""
+    side = np.ptp(points, axis=0).clip(1e-9)
+    inch = max(side / (5, height - 0.5))
+    middle = (points.min(0) + points.max(0)) / 2
+    corner = inch * np.array([2.8, height / 2])
+    limits = np.transpose([middle - corner, middle + corner])
+    ax.axis(limits.ravel())
+    ax.set_aspect("equal")
+    return inch
+
+
+def move_apart(points: ndarray, least: float) -> ndarray:
+    """Return the points (n, 2) with those closer than `least` to another moved away from it."""
+    places = np.arange(len(points))[:, None]
+    moved = points + 1e-6 * least * places * [1, -1]  # equal points need a direction
     for _ in range(200):
         gap = moved[:, None] - moved
-        far = np.linalg.norm(gap, axis=-1) + np.diag(np.full(len(points), np.inf))
-        moved = moved + (gap * (0.5 * (least - far).clip(0) / far)[..., None]).sum(1)
+        far = np.linalg.norm(gap, axis=-1)
+        np.fill_diagonal(far, np.inf)
+        push = 0.5 * (least - far).clip(0) / far
+        moved = moved + (gap * push[..., None]).sum(1)
     return moved
 
 
-def _prompts(ax: Axes, points: np.ndarray, names: Sequence[str], kinds: Sequence[str], arrows: Sequence[tuple[int, int]]) -> None:
-    """Markers, small where there is no name, and arrows between them."""
-    for a, b in arrows:
-        look = {"arrowstyle": "-|>", "color": "#999999", "linewidth": 0.6, "mutation_scale": 7, "shrinkA": 6, "shrinkB": 6}
-        ax.add_patch(FancyArrowPatch(points[a], points[b], zorder=1, **look))
+def draw_arrows(ax: Axes, points: ndarray, arrows: Sequence[tuple[int, int]]) -> None:
+    """Draw thin arrows between some of the points, which end at the markers' edges."""
+    options = {
+        "arrowstyle": "-|>",
+        "color": "#999999",
+        "linewidth": 0.6,
+        "mutation_scale": 7,
+        "shrinkA": 6,
+        "shrinkB": 6,
+    }
+    for start, end in arrows:
+        ax.add_patch(FancyArrowPatch(points[start], points[end], zorder=1, **options))
+
+
+def draw_prompts(ax: Axes, points: ndarray, names: ndarray, kinds: ndarray) -> None:
+    """Draw markers with a name inside, small ones where the name is empty."""
     for k, kind in enumerate(dict.fromkeys(kinds)):
-        here = np.array(kinds) == kind
-        look = {"marker": "osD^vh"[k % 6], "edgecolor": COLOURS[k % len(COLOURS)], "facecolor": "white", "linewidth": 1.6}
-        size = (190, 170, 150, 360, 360, 220)[k % 6] * np.array([1 if name else 0.15 for name in names])
-        ax.scatter(*points[here].T, s=size[here], zorder=2, label=kind, **look)
-    for at, name in zip(points, names, strict=True):
-        ax.annotate(name, at, ha="center", va="center_baseline", fontsize=8, zorder=3, annotation_clip=True)
+        here = kinds == kind
+        marker = [*PLATES][k % len(PLATES)]
+        ax.scatter(
+            *points[here].T,
+            s=PLATES[marker] * np.where(names[here] == "", 0.15, 1),
+            marker=marker,
+            facecolor="white",
+            edgecolor=COLOURS[k % len(COLOURS)],
+            linewidth=1.6,
+            zorder=2,
+            label=kind,
+        )
+    inside = {"ha": "center", "va": "center_baseline", "annotation_clip": True}
+    for at, name in zip(points, names):
+        ax.annotate(name, at, fontsize=8, zorder=3, **inside)
     ax.grid(visible=False)
 
 
-def against(panels: dict[str, tuple[np.ndarray, np.ndarray, str]], ylabel: str) -> Figure:
-    """Pairs as points, with the means of up to eight parts of x, each of as many pairs; panels: title -> (x, y, x's label)."""
-    lines = -(-len(panels) // 2)
-    with plt.rc_context(STYLE):
-        fig = _figure(figsize=(6.5, 2.9 * lines))
-        axes = fig.subplots(lines, 2, squeeze=False).ravel()
-        for ax in axes[len(panels) :]:
-            ax.remove()
-        for ax, (title, (x, y, xlabel)) in zip(axes, panels.items()):
-            ax.scatter(x, y, s=9, color="#56B4E9", edgecolor="none", alpha=0.6)
-            order = np.argsort(x, kind="stable")
-            parts = np.array_split(order, min(8, len(np.unique(x))))
-            middle = [(x[part].mean(), y[part].mean()) for part in parts]
-            ax.plot(*np.transpose(middle), marker="D", markersize=5, color="black", linewidth=1.2)
-            ax.set(title=title, xlabel=xlabel, ylim=(0, None))
-            ax.xaxis.get_major_locator().set_params(integer=bool(np.all(x == np.round(x))))
-        for ax in axes[: len(panels) : 2]:
-            ax.set(ylabel=ylabel)
-    return fig
+@in_our_style
+def against(panels: dict[str, tuple[ndarray, ndarray, str]], ylabel: str) -> Figure:
+    """Draw pairs (x, y) as points, and the means of up to eight parts of x with as many pairs each.
 
-
-def by_client(runs: pd.DataFrame, names: dict[str, str]) -> Figure:
-    """Accuracy (%) of every client in every seed, a row per method; the mean over them, and the worst client of each seed.
-
-    `runs`: a line per run and client, columns method, seed, accuracy.
+    panels: of each title x, y, and x's label.
     """
-    methods = [*dict.fromkeys(runs["method"])]
-    with plt.rc_context(STYLE):
-        fig = _figure(figsize=(6.5, 0.34 * len(methods) + 1.1))
-        ax = fig.subplots()
-        for y, method in enumerate(methods):
-            each = 100 * runs.loc[runs["method"] == method].set_index("seed")["accuracy"]
-            worst = each.groupby(level="seed").min()
-            ax.scatter(each, [y] * len(each), s=36, marker="|", color="#777777", linewidth=1, label="a client")
-            look = {"marker": "v", "facecolor": "white", "edgecolor": "#D55E00", "linewidth": 1.3}
-            ax.scatter(worst, [y] * len(worst), s=30, label="worst client of a seed", **look)
-            ax.scatter(each.mean(), y - 0.25, s=22, marker="D", color="black", label="mean", zorder=3)
-        labels = [textwrap.fill(names.get(method, method), 30) for method in methods]
-        ax.set_yticks(range(len(methods)), labels, fontsize=8)
-        ax.set(ylim=(len(methods) - 0.4, -0.6))
-        ax.grid(axis="both")
-        ax.set_xlabel("accuracy on the client's own test images (%)", loc="right")
-        handles, texts = ax.get_legend_handles_labels()
-        fig.legend(handles[:3], texts[:3], loc="outside lower left", ncols=3)
+    high = math.ceil(len(panels) / 2)
+    fig, axes = figure(6.5, 2.9 * high, high, 2)
+    for ax in axes.flat[len(panels) :]:
+        ax.remove()
+    for ax, title in zip(axes.flat, panels):
+        x, y, xlabel = panels[title]
+        order = np.argsort(x, kind="stable")
+        several = min(8, len(np.unique(x)))
+        parts = np.array_split(order, several)
+        means_x = [x[part].mean() for part in parts]
+        means_y = [y[part].mean() for part in parts]
+        ax.scatter(x, y, s=9, color="#56B4E9", edgecolor="none", alpha=0.6)
+        ax.plot(means_x, means_y, "kD-", markersize=5, linewidth=1.2)
+        whole = np.all(x == np.round(x))
+        ax.locator_params(axis="x", integer=bool(whole))
+        ax.set_title(title)
+        ax.set_xlabel(xlabel)
+        ax.set_ylim(0, None)
+    for ax in axes[:, 0]:
+        ax.set_ylabel(ylabel)
     return fig
 
 
-def growth(table: pd.DataFrame) -> Figure:
-    """Counts, seconds and memory of a round against each quantity that grows; table as `bench_scaling.table`."""
-    rows = {
+@in_our_style
+def growth(table: DataFrame) -> Figure:
+    """Draw counts, seconds and memory of a round by each quantity that grows.
+
+    table: as `bench.scaling.table`.
+    """
+    measures = {
         "prompts encoded": ["encoded with gradients", "if by each receiver", "experts encoded"],
         "seconds": ["seconds"],
         "MB": ["MB"],
     }
-    parts = dict(iter(table.groupby("grows", sort=False)))
-    with plt.rc_context(STYLE):
-        fig = _figure(figsize=(2.5 * len(parts) + 0.8, 6.4))
-        grid = fig.subplots(len(rows), len(parts), sharex="col", sharey="row", squeeze=False)
-        for line, (label, columns) in zip(grid, rows.items(), strict=True):
-            line[0].set(ylabel=label)
-            for ax, (what, part) in zip(line, parts.items(), strict=True):
-                for column, marker, colour in zip(columns, "osD", ("#000000", "#777777", "#0072B2"), strict=False):
-                    face = "white" if marker == "s" else colour
-                    ax.plot(part[what], part[column], marker=marker, color=colour, markerfacecolor=face, label=column)
-                ax.set(xscale="log", yscale="log")
-                ax.minorticks_off()
-                ax.set_xticks(part[what], [f"{x:g}" for x in part[what]])
-        for ax, what in zip(grid[-1], parts, strict=True):
-            ax.set(xlabel=what)
-        fig.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
+    parts = table.groupby("grows", sort=False)
+    size = (2.5 * len(parts) + 0.8, 6.4)
+    fig, grid = figure(*size, len(measures), len(parts), sharex="col", sharey="row")
+    for line, (label, columns) in zip(grid, measures.items()):
+        line[0].set_ylabel(label)
+        for ax, (what, part) in zip(line, parts):
+            for k, column in enumerate(columns):
+                ax.plot(part[what], part[column], label=column, **look(k))
+            ax.set(xscale="log", yscale="log")
+            ax.minorticks_off()
+            ax.set_xticks(part[what], [f"{x:g}" for x in part[what]])
+            ax.set_xlabel(what)
+            ax.label_outer()
+    legend(grid[0, 0])
     return fig
+
+
+@in_our_style
+def label_prior(frame: DataFrame, guess: str, null: DataFrame, observed: float) -> Figure:
+    """Draw pFedMoAP as published (points, ± std) on the majority guess (bars), by domain.
+
+    A last panel has the distance between points and bars under other partition seeds.
+
+    frame: as `label_prior.comparison`; guess: what its column `method` says of the guess; null: a
+    line per seed with a column rms; observed: the rms of the released seed.
+    """
+    domains = frame[frame["domain"] != "average"]
+    datasets = domains.groupby("dataset", sort=False)
+    widths = [*datasets["domain"].nunique(), 5]
+    size = (0.7 * sum(widths) + 0.5, 3.6)
+    fig, [axes] = figure(*size, 1, len(widths), width_ratios=widths)
+    for ax, (dataset, part) in zip(axes, datasets):
+        guessed = part["method"] == guess
+        published = part["method"] == "pFedMoAP"
+        draw_guess(ax, part[guessed], part[published])
+        ax.set_title(dataset)
+    legend(axes[0])
+    draw_other_seeds(axes[-1], 100 * null["rms"].dropna(), 100 * observed)
+    return fig
+
+
+def draw_guess(ax: Axes, guess: DataFrame, paper: DataFrame) -> None:
+    """Draw the guess as bars, the published numbers as points, and chance as a line."""
+    ax.bar(
+        guess["domain"],
+        100 * guess["mean"],
+        color="#F2CF8B",
+        edgecolor="black",
+        linewidth=0.8,
+        label="majority guess, sees no image",
+    )
+    ax.errorbar(
+        paper["domain"],
+        100 * paper["mean"],
+        100 * paper["std"],
+        fmt="ko",
+        markersize=4,
+        elinewidth=1.5,
+        label="pFedMoAP as published, ± std",
+    )
+    ax.axhline(10, color="black", linestyle=":", linewidth=1, label="chance, 10 classes")
+    ax.set_ylim(0, 55)
+    ax.set_ylabel("accuracy (%)")
+    ax.tick_params(axis="x", rotation=30)
+
+
+def draw_other_seeds(ax: Axes, rms: Series, observed: float) -> None:
+    """Draw how often which distance occurs, and where the released seed's stands."""
+    ax.hist(rms, bins=30, color="#56B4E9", edgecolor="white", linewidth=0.4)
+    ax.axvline(observed, color="black", linewidth=1.5)
+    ax.annotate(
+        f"released seed 0: {observed:.2f}",
+        (observed, 0.93),
+        xycoords=ax.get_xaxis_transform(),
+        xytext=(5, 0),
+        textcoords="offset points",
+    )
+    ax.set(
+        title=f"DomainNet, {len(rms)} other seeds",
+        xlabel="RMS distance, published to guess (points)",
+        ylabel="seeds",
+        xlim=(0, None),
+        ylim=(0, 1.15 * ax.get_ylim()[1]),
+    )

@@ -1,8 +1,10 @@
-"""Runs to records: perform the runs that have no record yet, several at a time.
+"""Runs to records: make the runs that have no record yet, several at a time.
 
-A record (fpl.records) is named by the hash of settings, code and features, so a run that was made is not made again and nothing
-else is mistaken for it. A killed sweep loses only the runs that were under way.
+A record (fpl.experiments.records) is named by the hash of settings, code and features, so a run
+that was made is not made again and nothing else is mistaken for it. A killed sweep loses only the
+runs that were under way.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -10,15 +12,18 @@ import itertools
 import json
 import math
 import os
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from fpl.data.files import atomic_write
@@ -26,52 +31,76 @@ from fpl.experiments.assemble import domains_of, rounds_of
 from fpl.experiments.cache import device, load_cached
 from fpl.experiments.fingerprint import code_fingerprint
 from fpl.experiments.records import RECORDS, save_index
-from fpl.experiments.settings import Experiment, Settings
+from fpl.experiments.settings import Experiment, Settings, own_module
+from fpl.rounds import Round
 
 
-def record_path(features_sha: str, experiment: Experiment) -> Path:
-    key = json.dumps([experiment.settings(), code_fingerprint(), features_sha], sort_keys=True)
-    return RECORDS / f"{experiment.row}-{experiment.seed}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+def tables(
+    settings: Settings, names: Sequence[str], jobs: int | None = None, fresh: bool = False
+) -> None:
+    """Make the missing runs of some tables, all in one sweep, and write each table's index."""
+    runs = {name: settings.runs(name) for name in names}
+    experiments = [experiment for table in runs.values() for _, experiment in table]
+    paths = iter(sweep(experiments, jobs, fresh))
+    for name, table in runs.items():
+        of_table = list(itertools.islice(paths, len(table)))
+        labels = [label for label, _ in table]
+        save_index(settings.tables[name].notebook, name, of_table, labels, settings.results)
 
 
+def sweep(
+    experiments: Sequence[Experiment], jobs: int | None = None, fresh: bool = False
+) -> list[Path]:
+    """Return the records of all experiments, in their order; only missing runs are made.
+
+    jobs: how many at a time (as many as cores). fresh: make all of them again.
+    Raises what a run raises, and RuntimeError when a worker was killed; finished runs are kept.
+    """
+    paths = paths_of(experiments)
+    pairs = zip(paths, experiments, strict=True)
+    todo = {path: experiment for path, experiment in pairs if fresh or not path.exists()}
+    if len(todo) <= 1:  # no pool: a bar over its rounds says more
+        for path, experiment in todo.items():
+            perform(experiment, path, progress=True)
+        return paths
+    in_workers(todo, len(set(paths)), jobs)
+    return paths
 
 
-def perform(experiment: Experiment, path: Path, progress: bool = False) -> None:
-    """Make one run and write its record to `path`, the name that the caller worked out (the code may change meanwhile)."""
-    begin, source = time.perf_counter(), experiment.source
-    rounds = [
-        {
-            "round": r.number,
-            "accuracy": [round(a, 6) for a in r.accuracy.tolist()],
-            "participants": r.participants.tolist(),
-            "loss": None if math.isnan(r.loss) else r.loss,
-            "up": r.up.tolist(),
-            "down": r.down.tolist(),
-        }
-        | ({"elsewhere": {k: [round(a, 6) for a in v.tolist()] for k, v in r.elsewhere.items()}} if r.elsewhere else {})
-        for r in tqdm(rounds_of(experiment), experiment.row, experiment.run.rounds, unit="round", disable=not progress)
-    ]
-    record = {
-        "settings": experiment.settings(),
-        "rounds": rounds,
-        "seconds": round(time.perf_counter() - begin, 3),
-        "backbone": source.backbone.name,
-        "features": load_cached(source.data, source.backbone, device())[1].sha256,
-        "views": source.data.views,
-        "domains": domains_of(experiment),
-        "code": code_fingerprint(),
-        "torch": torch.__version__,
-        "device": device(),
-    }
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(record, sort_keys=True) + "\n")
+def in_workers(todo: Mapping[Path, Experiment], total: int, jobs: int | None) -> None:
+    """Make runs in several processes, the longest first."""
+    jobs = jobs or min(os.cpu_count() or 1, 8)
+    jobs = 1 if device() == "cuda" else min(jobs, len(todo))
+    threads = max(1, torch.get_num_threads() // jobs)
+    kinds = {type(experiment.method) for experiment in todo.values()}
+    own = [str(sys.modules[k.__module__].__file__) for k in kinds if k.__module__[:8] == "fpl_own_"]
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker, (threads, own))
+    epochs = {path: e.run.rounds * e.run.local_epochs for path, e in todo.items()}
+    longest_first = sorted(todo, key=lambda path: -epochs[path])
+    with pool, tqdm(total=total, initial=total - len(todo), desc="runs", unit="run") as bar:
+        under_way = [pool.submit(perform, todo[path], path) for path in longest_first]
+        try:
+            for finished in as_completed(under_way):
+                finished.result()
+                bar.update()
+        except BrokenProcessPool:
+            raise RuntimeError(
+                "a worker was killed (out of memory?): "
+                "call the same command again, finished runs are kept"
+            ) from None
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
+def begin_worker(threads: int, own: Sequence[str]) -> None:
+    """Take a share of the cores, load methods of one's own, and end when the parent is gone.
 
-
-def settle(threads: int) -> None:
-    """In a worker: its share of the cores, and an end when the parent is gone (a killed pool leaves its workers waiting)."""
+    A killed pool would leave its workers waiting for ever.
+    """
     torch.set_num_threads(threads)
+    for path in own:
+        own_module(Path(path))
     parent = os.getppid()
 
     def watch() -> None:
@@ -82,55 +111,76 @@ def settle(threads: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def perform(experiment: Experiment, path: Path, progress: bool = False) -> None:
+    """Make one run and write its record to `path`.
+
+    The caller has worked out that name: the code may change meanwhile.
+    """
+    begin = time.perf_counter()
+    bar = tqdm(
+        rounds_of(experiment),
+        experiment.row,
+        experiment.run.rounds,
+        unit="round",
+        disable=not progress,
+    )
+    rounds = [line_of(r) for r in bar]
+    record = record_of(experiment, rounds) | {"seconds": round(time.perf_counter() - begin, 3)}
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(record, sort_keys=True) + "\n")
 
 
-def sweep(experiments: Sequence[Experiment], jobs: int | None = None, fresh: bool = False) -> list[Path]:
-    """Records of all experiments, in their order; only the missing ones are run, `jobs` at a time (as many as cores)."""
-    paths = paths_of(experiments)
-    todo = {path: e for path, e in zip(paths, experiments, strict=True) if fresh or not path.exists()}
-    if len(todo) <= 1:  # no pool: a bar over its rounds says more
-        for path, experiment in todo.items():
-            perform(experiment, path, progress=True)
-        return paths
-    jobs = 1 if device() == "cuda" else min(jobs or min(os.cpu_count() or 1, 8), len(todo))
-    threads = max(1, torch.get_num_threads() // jobs)
-    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=settle, initargs=(threads,))
-    total = len(set(paths))
-    with pool, tqdm(total=total, initial=total - len(todo), desc="runs", unit="run") as bar:
-        longest_first = sorted(todo.items(), key=lambda item: -item[1].run.rounds * item[1].run.local_epochs)
-        under_way = [pool.submit(perform, e, path) for path, e in longest_first]
-        try:
-            for finished in as_completed(under_way):
-                finished.result()
-                bar.update()
-        except BrokenProcessPool:
-            why = "a worker was killed (out of memory?)"
-            raise RuntimeError(f"{why}: call the same command again, finished runs are kept") from None
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return paths
+def line_of(r: Round) -> dict[str, Any]:
+    """Return what a record says of a round."""
+    line = {
+        "round": r.number,
+        "accuracy": rounded(r.accuracy),
+        "participants": r.participants.tolist(),
+        "loss": None if math.isnan(r.loss) else r.loss,
+        "up": r.up.tolist(),
+        "down": r.down.tolist(),
+    }
+    if r.elsewhere:
+        line["elsewhere"] = {name: rounded(accuracy) for name, accuracy in r.elsewhere.items()}
+    return line
 
 
+def rounded(accuracy: Tensor) -> list[float]:
+    return [round(a, 6) for a in accuracy.tolist()]
 
 
-def paths_of(experiments: Sequence[Experiment]) -> list[Path]:
-    """Where the records are or will be, for features that are the ones asked for."""
+def record_of(experiment: Experiment, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the record of a run, but for the time that it took."""
+    source = experiment.source
+    _, feats = load_cached(source.data, source.backbone, device())
+    return {
+        "settings": experiment.settings(),
+        "title": experiment.method.title,
+        "is_control": experiment.method.is_control,
+        "rounds": rounds,
+        "backbone": source.backbone.name,
+        "features": feats.sha256,
+        "views": source.data.views,
+        "domains": domains_of(experiment),
+        "code": code_fingerprint(experiment),
+        "torch": torch.__version__,
+        "device": device(),
+    }
+
+
+def paths_of(experiments: Iterable[Experiment]) -> list[Path]:
+    """Return where the records are or will be, for features that are the ones asked for."""
     paths = []
-    for e in experiments:
-        data = e.source.data
-        _, feats = load_cached(data, e.source.backbone, device())
-        paths.append(record_path(f"{feats.sha256} {data.views}" if data.views else feats.sha256, e))
+    for experiment in experiments:
+        data = experiment.source.data
+        _, feats = load_cached(data, experiment.source.backbone, device())
+        features = f"{feats.sha256} {data.views}" if data.views else feats.sha256
+        paths.append(record_path(features, experiment))
     return paths
 
 
-
-
-def tables(params: Settings, names: Sequence[str], jobs: int | None = None, fresh: bool = False) -> None:
-    """Make the missing runs of some tables, all in one sweep, and write for each table the index of its records."""
-    runs = {name: params.runs(name) for name in names}
-    paths = iter(sweep([experiment for table in runs.values() for _, experiment in table], jobs, fresh))
-    for name, table in runs.items():
-        save_index(name, itertools.islice(paths, len(table)), [label for label, _ in table], params.results)
-
-
+def record_path(features: str, experiment: Experiment) -> Path:
+    """Return a record's name: the row, the seed, and a hash of settings, code and features."""
+    key = [experiment.settings(), code_fingerprint(experiment), features]
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return RECORDS / f"{experiment.row}-{experiment.seed}-{digest[:16]}.json"

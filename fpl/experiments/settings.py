@@ -3,40 +3,49 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import importlib.util
 import itertools
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fpl.controls import CONTROLS, GateAlone
 from fpl.data.partitions import Partition
-from fpl.experiments.values import check_choice, number, of_type, plain
+from fpl.experiments.values import build, check_choice, load, number, of_type, plain
 from fpl.methods import METHODS, PromptFL
 from fpl.released.methods import RELEASED
 from fpl.rounds import Training
 
-T = TypeVar("T")
-# everything that can be a row of a table
-ROWS: dict[str, type[PromptFL]] = METHODS | RELEASED | CONTROLS | {"gate_alone": GateAlone}
+# Everything in the package that can be a row of a table.
+ROWS: dict[str, type[PromptFL]] = METHODS | RELEASED | CONTROLS | {GateAlone.key: GateAlone}
+# A profile is a folder with one of these: all settings, or what differs from others'.
 PARAMS = Path("params.yaml")
+PROFILE = Path("profile.yaml")
 
 
 @dataclass(frozen=True)
 class Data:
-    """The data set: one of fpl.datasets, "own" images, or a drawn demo world with its seed and size.
+    """The data set: one of fpl.data.datasets, "own" images, or a drawn demo world.
 
-    The worlds are those of fpl.shapes: "shapes" with 48 classes, and "styles" with 12, for settings with domains.
+    name: the worlds are those of fpl.data.world: "shapes" with 48 classes, and "styles" with 12,
+    for settings with domains; seed, train_per_class and test_per_class are of them.
+    root: the folder of data sets, where `fpl data fetch` puts them; of own data, file or folder.
+    layout: of a data set's lists, such as coop or torchvision; by default the first that is there.
+    store: name of the features files, if not the data set's: two backbones need two.
+    views: random crops of each training image, of which an epoch sees one after the other; 0: none.
     """
 
     name: str = "shapes"
     seed: int = 1
     train_per_class: int = 32
     test_per_class: int = 40
-    root: str = "data/images"  # the folder of data sets, where `fpl data fetch` puts them; of own data the CSV file or folder
-    layout: str = ""  # of a data set's lists, such as coop or torchvision; by default the first that is there
-    store: str = ""  # name of the features files, if not the data set's: two backbones need two
-    views: int = 0  # seeded random crops of each training image, of which an epoch sees one after the other; 0: the image itself
+    root: str = "data/images"
+    layout: str = ""
+    store: str = ""
+    views: int = 0
 
     @property
     def folder(self) -> Path:
@@ -61,16 +70,20 @@ class Data:
 
 @dataclass(frozen=True)
 class Backbone:
-    """An open_clip model name, "local-dir:FOLDER" or a built-in one with `weights` (a tag or a file)."""
+    """An open_clip model: "local-dir:FOLDER", or a built-in one with `weights` (a tag or file).
+
+    preprocessing: of images: "" for CLIP's own; cifar10 or cifar100 for what released code does
+    with these (D22).
+    """
 
     name: str = "local-dir:data/demo_clip"
     weights: str = ""
-    preprocessing: str = ""  # of images: "" for CLIP's own; cifar10 or cifar100 for what released code does with these (D22)
+    preprocessing: str = ""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as a backbone sees it, and how it is split and trained on where a table says nothing else."""
+    """A data set as a backbone sees it, and how it is split and trained on by default."""
 
     name: str
     data: Data = field(default_factory=Data)
@@ -81,7 +94,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One run: a method with its hyperparameters, how clients train, how data are split, one seed for everything drawn."""
+    """One run: a method, how clients train, how data are split, one seed for everything drawn.
+
+    row: the key of the method.
+    """
 
     row: str
     method: PromptFL
@@ -91,30 +107,33 @@ class Experiment:
     source: Source
 
     def settings(self) -> dict[str, Any]:
-        """All settings, flat and ready for JSON; a record carries them and is found by them."""
-        parts = (dataclasses.asdict(part) for part in (self.method, self.run, self.partition))
-        named = {"method": self.row, "seed": self.seed, "data": self.source.name}
-        return named | {k: v for part in parts for k, v in part.items()}
+        """Return all settings, flat; a record carries them and is found by them."""
+        flat = {"method": self.row, "seed": self.seed, "data": self.source.name}
+        for part in (self.method, self.run, self.partition):
+            flat |= dataclasses.asdict(part)
+        return flat
 
 
 @dataclass(frozen=True)
 class Table:
-    """The runs behind a table: its rows on each of its data sets, with every combination of the values that it varies.
+    """The runs behind a table: rows on data sets, with every combination of the values that vary.
 
-    `rows` maps a label to settings, of which `method` says whose row it is (by default the label); without rows, all methods and
-    controls. `data` are names of data sets; without any, the one of section data. `set` holds for all rows, under what `methods`
-    says of a row; a row that lacks a setting of `set` or `vary` goes without.
+    rows: a label to settings, of which `method` says whose row it is (by default the label);
+    without rows, all methods and controls. data: names of data sets, or the one of section data.
+    set: holds for all rows, under what `methods` says of a row; a row that lacks a setting of `set`
+    or `vary` goes without. notebook: the one that shows it.
     """
 
     rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     data: tuple[str, ...] = ()
     set: Mapping[str, Any] = field(default_factory=dict)
     vary: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    notebook: str = ""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The content of params.yaml. `results` is the folder of tables, figures and executed notebooks."""
+    """The content of params.yaml. results: the folder of tables, figures and executed notebooks."""
 
     data: Data = field(default_factory=Data)
     backbone: Backbone = field(default_factory=Backbone)
@@ -127,125 +146,245 @@ class Settings:
     results: str = "results"
 
     def source(self, name: str = "") -> Source:
-        """A data set by name; without one, that of section data. Raises ValueError for an unknown name."""
+        """Return a data set by name; without one, that of section data.
+
+        Raises ValueError for an unknown name.
+        """
         if name in ("", self.data.name) and name not in self.datasets:
             return Source(self.data.name, self.data, self.backbone, self.partition, self.run)
-        return self.datasets[check_choice(name, [*self.datasets, self.data.name], "data set")]
+        check_choice(name, [*self.datasets, self.data.name], "data set")
+        return self.datasets[name]
 
     def experiment(self, row: str, seed: int, on: str = "", **changes: Any) -> Experiment:
-        """One run of a row on a data set, `changes` over what params.yaml says of the method; a key belongs to whatever has it.
+        """Return one run of a method on a data set, with `changes` over what the file says of it.
 
-        Raises ValueError for a row or a key that nothing has, naming the nearest one that exists.
+        row: a key of ROWS, or FILE.py:CLASS. A changed setting belongs to whatever has it: the
+        method, the training or the partition. Raises ValueError for a row or a setting that nothing
+        has, naming the nearest one that exists.
         """
-        valid, wanted = sorted(parameter_names(row)), {**self.methods.get(row, {}), **changes}
+        kind = row_class(row)
+        wanted = {**self.methods.get(row, {}), **changes}
+        valid = sorted(parameter_names(row))
         for key in wanted:
             check_choice(key, valid, f"parameter of {row}")
         source = self.source(on)
-        pick = lambda cls: {f.name: wanted[f.name] for f in dataclasses.fields(cls) if f.name in wanted}  # noqa: E731
-        method = build(ROWS[row], pick(ROWS[row]), row)
-        run = build(Training, dataclasses.asdict(source.run) | ROWS[row].run | pick(Training), row)
-        partition = build(Partition, dataclasses.asdict(source.partition) | pick(Partition), row)
-        return Experiment(row, method, run, partition, seed, source)
+        run = dataclasses.asdict(source.run) | kind.training
+        return Experiment(
+            row=kind.key,
+            method=build(kind, part_of(wanted, kind), row),
+            run=build(Training, run | part_of(wanted, Training), row),
+            partition=build(
+                Partition, dataclasses.asdict(source.partition) | part_of(wanted, Partition), row
+            ),
+            seed=seed,
+            source=source,
+        )
 
     def contents(self) -> dict[str, set[str]]:
-        """The data sets of all tables, and what of their images the rows read: feats, patches."""
+        """Return the data sets of all tables, and what rows read of images: feats, patches."""
         found: dict[str, set[str]] = {}
         for name in self.tables:
             for _, experiment in self.runs(name):
                 found.setdefault(experiment.source.name, set()).add(experiment.method.inputs)
         return found
 
+    def tables_of(self, name: str) -> list[str]:
+        """Return the tables that a notebook shows, or the one table of that name.
+
+        Raises ValueError for a name that is neither.
+        """
+        shown = [table for table, asked in self.tables.items() if asked.notebook == name]
+        if name in self.tables:
+            return [name]
+        return shown or [check_choice(name, self.tables, "table, notebook or method")]
+
     def runs(self, table: str) -> list[tuple[str, Experiment]]:
-        """The runs of a table, each with the label of its row. Raises ValueError for an unknown table, row or setting."""
+        """Return the runs of a table, each with the label of its row.
+
+        Raises ValueError for an unknown table, row or setting.
+        """
         asked = self.tables[check_choice(table, self.tables, "table")]
         rows = asked.rows or {row: {} for row in dict.fromkeys([*self.methods, *CONTROLS])}
+        methods = [own.get("method", label) for label, own in rows.items()]
+        possible = parameter_names(*ROWS, *methods)
         for key in [*asked.set, *asked.vary]:
-            check_choice(key, sorted(parameter_names()), f"setting in tables.{table}")
+            check_choice(key, sorted(possible), f"setting in tables.{table}")
         found = []
         for on, (label, own) in itertools.product(asked.data or [self.data.name], rows.items()):
-            row, changes = own.get("method", label), {key: value for key, value in own.items() if key != "method"}
-            valid, said = parameter_names(row), self.methods.get(row, {})
-            common = {key: value for key, value in asked.set.items() if key in valid and key not in said}
-            varied = {key: values for key, values in asked.vary.items() if key in valid}
-            for values in itertools.product(*varied.values()):
-                settings = {**common, **changes, **dict(zip(varied, values, strict=True))}
-                found += [(label, self.experiment(row, seed, on, **settings)) for seed in self.seeds]
+            row = own.get("method", label)
+            for values in self.settings_of(asked, row, own):
+                found += [(label, self.experiment(row, seed, on, **values)) for seed in self.seeds]
         return found
 
-
-def parameter_names(row: str | None = None) -> set[str]:
-    """Everything that may be changed about a run of this table row (of any): fields of its method, of Run and of Partition."""
-    owners = ([ROWS[check_choice(row, ROWS, "method")]] if row else [*ROWS.values()]) + [Training, Partition]
-    return {f.name for owner in owners for f in dataclasses.fields(owner)}
-
-
-def build(cls: type[T], values: Any, where: str) -> T:
-    """A settings object from plain values: names and types are checked, 1e-3 may come as text. Raises ValueError."""
-    fields = {f.name: str(f.type) for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    made = {}
-    for key, value in of_type(values, dict, where).items():
-        kind = fields[check_choice(key, fields, f"parameter in {where}")]
-        made[key] = number(value, kind, f"{where}.{key}") if kind in ("int", "float") else of_type(value, str, f"{where}.{key}")
-    return cls(**made)
+    def settings_of(self, asked: Table, row: str, own: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return what each run of a table's row changes, seeds aside."""
+        valid = parameter_names(row)
+        said = self.methods.get(row, {})
+        common = {k: v for k, v in asked.set.items() if k in valid and k not in said}
+        changes = {k: v for k, v in own.items() if k != "method"}
+        varied = {k: values for k, values in asked.vary.items() if k in valid}
+        combinations = itertools.product(*varied.values())
+        return [common | changes | dict(zip(varied, values)) for values in combinations]
 
 
-def read(path: Path = PARAMS, changes: Sequence[str] = ()) -> Settings:
-    """Raises FileNotFoundError, or ValueError for what is no YAML and for anything in the file that would be ignored.
+def part_of(values: Mapping[str, Any], cls: type) -> dict[str, Any]:
+    """Return those of the values that are fields of a class."""
+    return {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
 
-    `changes` are of the form SECTION.NAME=VALUE, or SECTION=VALUE for a list, and replace what the file says.
+
+def parameter_names(*rows: str) -> set[str]:
+    """Return everything that may be changed about a run of these rows (of any, without one)."""
+    kinds = [row_class(row) for row in rows or ROWS]
+    return {f.name for kind in (*kinds, Training, Partition) for f in dataclasses.fields(kind)}
+
+
+def row_class(name: str) -> type[PromptFL]:
+    """Return the class of a row: by its key in ROWS, or a class of one's own as FILE.py:CLASS.
+
+    Raises ValueError for an unknown key, file or class, and for a class that is no PromptFL.
     """
-    content = of_type(plain(path.read_text(), str(path)), dict, str(path))
+    path, colon, cls = str(name).rpartition(":")
+    if not (colon and path.endswith(".py")):
+        return ROWS[check_choice(name, ROWS, "method")]
+    module = own_module(Path(path))
+    classes = {k: v for k, v in vars(module).items() if isinstance(v, type)}
+    own = classes[check_choice(cls, classes, f"class of {path}")]
+    if not issubclass(own, PromptFL):
+        raise ValueError(f"{name} is not a subclass of fpl.methods.PromptFL: make it one")
+    if "__dataclass_fields__" not in vars(own):
+        raise ValueError(f"{name} is no dataclass: write @dataclass(frozen=True) above the class")
+    return own
+
+
+def own_module(path: Path) -> Any:
+    """Return the module in a file of one's own, which is run once.
+
+    It is known to Python under a name made of its path, so that worker processes find its classes.
+    Raises ValueError when there is no such file, or it does not run.
+    """
+    path = path.resolve()
+    name = f"fpl_own_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}: give FILE.py:CLASS with the file of the method")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # before it runs: dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise ValueError(f"{path} does not run: {type(error).__name__}: {error}") from error
+    return module
+
+
+def read(path: Path | None = None, changes: Sequence[str] = ()) -> Settings:
+    """Return the settings in a file; without one, those of the profile where we stand.
+
+    changes: of the form SECTION.NAME=VALUE, or SECTION=VALUE for a list, instead of what the file
+    says. Raises FileNotFoundError, and ValueError for what is no YAML and for anything in the file
+    that would be ignored.
+    """
+    path = path or (PROFILE if PROFILE.exists() else PARAMS)
+    content = load(path)
     for change in changes:
-        place, equals, value = change.partition("=")
-        section, _, name = place.partition(".")
-        if not equals:
-            raise ValueError(f"{change!r} is not of the form section.name=value, such as data.name=flowers102")
-        whole = {name: plain(value, place)} if name else plain(value, place)
-        content[section] = of_type(content.get(section) or {}, dict, section) | whole if name else whole
+        apply(change, content)
+    sections = [f.name for f in dataclasses.fields(Settings)]
     for key in content:
-        check_choice(key, [f.name for f in dataclasses.fields(Settings)], f"section of {path}")
-    made: dict[str, Any] = {key: build(cls, content[key], key) for key, cls in SECTIONS.items() if key in content}
+        check_choice(key, sections, f"section of {path}")
+    made: dict[str, Any] = {k: build(v, content[k], k) for k, v in SECTIONS.items() if k in content}
     made["datasets"] = {
-        name: source(name, content, own or {}) for name, own in of_type(content.get("datasets", {}), dict, "datasets").items()
+        name: source(name, content, own or {}) for name, own in mapping(content, "datasets").items()
     }
     if "seeds" in content:
-        if content["seeds"] == []:
-            raise ValueError("seeds must name at least one seed")
-        made["seeds"] = tuple(number(seed, "int", "seeds") for seed in of_type(content["seeds"], list, "seeds"))
-    methods = of_type(content.get("methods", {}), dict, "methods")
-    made["methods"] = {name: of_type(v, dict, f"methods.{name}") for name, v in methods.items()}
-    made["tables"] = {
-        name: table(v or {}, f"tables.{name}") for name, v in of_type(content.get("tables", {}), dict, "tables").items()
-    }
+        made["seeds"] = seeds(content["seeds"])
     if "results" in content:
         made["results"] = of_type(content["results"], str, "results")
-    params = Settings(**made)
-    for row in params.methods:  # a wrong name or type anywhere is found now, not after an hour
-        params.experiment(row, 1)
-    for name in params.tables:
-        params.runs(name)
-    return params
+    made["methods"] = {
+        row: of_type(own or {}, dict, f"methods.{row}")
+        for row, own in mapping(content, "methods").items()
+    }
+    made["tables"] = tables(mapping(content, "tables"))
+    settings = Settings(**made)
+    for row in settings.methods:  # a wrong name or type anywhere is found now, not after an hour
+        settings.experiment(row, 1)
+    for name in settings.tables:
+        settings.runs(name)
+    return settings
 
 
 SECTIONS = {"data": Data, "backbone": Backbone, "partition": Partition, "run": Training}
 
 
+def apply(change: str, content: dict[str, Any]) -> None:
+    """Put SECTION.NAME=VALUE or SECTION=VALUE into the content of a settings file."""
+    place, equals, text = change.partition("=")
+    if not equals:
+        raise ValueError(
+            f"{change!r} is not of the form section.name=value, such as data.name=flowers102"
+        )
+    section, _, name = place.partition(".")
+    value = plain(text, place)
+    if name:
+        value = {**of_type(content.get(section) or {}, dict, section), name: value}
+    content[section] = value
+
+
+def mapping(content: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """Return a section that is a mapping, or an empty one."""
+    return of_type(content.get(section, {}), dict, section)
+
+
+def seeds(listed: Any) -> tuple[int, ...]:
+    """Return the seeds of the section of that name. Raises ValueError unless there is one."""
+    found = tuple(int(number(seed, "int", "seeds")) for seed in of_type(listed, list, "seeds"))
+    if not found:
+        raise ValueError("seeds must name at least one seed")
+    return found
+
+
 def source(name: str, content: Mapping[str, Any], own: Any) -> Source:
-    """The data set of that name: the sections of the whole file, with what its own say in their place."""
-    for key in of_type(own, dict, f"datasets.{name}"):
-        check_choice(key, SECTIONS, f"section of datasets.{name}")
-    merged = {key: {**content.get(key, {}), **of_type(own.get(key, {}), dict, f"datasets.{name}.{key}")} for key in SECTIONS}
-    return Source(name, **{key: build(cls, merged[key], f"datasets.{name}.{key}") for key, cls in SECTIONS.items()})
+    """Return a data set: the sections of the whole file, with what its own say in their place."""
+    where = f"datasets.{name}"
+    for key in of_type(own, dict, where):
+        check_choice(key, SECTIONS, f"section of {where}")
+    made: dict[str, Any] = {}
+    for key, cls in SECTIONS.items():
+        changed = of_type(own.get(key, {}), dict, f"{where}.{key}")
+        made[key] = build(cls, {**content.get(key, {}), **changed}, f"{where}.{key}")
+    return Source(name, **made)
 
 
-def table(content: Any, where: str) -> Table:
-    """A table from plain values; rows may be a list of methods. Raises ValueError for wrong names and types."""
+def tables(section: Mapping[str, Any]) -> dict[str, Table]:
+    """Return all notebooks' tables by name. Raises ValueError for a name that stands twice."""
+    found: dict[str, Table] = {}
+    for notebook, shown in section.items():
+        where = f"tables.{notebook}"
+        for name, content in of_type(shown or {}, dict, where).items():
+            if name in found:
+                raise ValueError(
+                    f"{where}.{name} stands under {found[name].notebook} too: rename one"
+                )
+            found[name] = table(content or {}, f"{where}.{name}", notebook)
+    return found
+
+
+def table(content: Any, where: str, notebook: str = "") -> Table:
+    """Return a table from plain values; rows may be a list of methods.
+
+    Raises ValueError for wrong names and types.
+    """
     for key in of_type(content, dict, where):
-        check_choice(key, [f.name for f in dataclasses.fields(Table)], f"part of {where}")
+        check_choice(key, ["rows", "data", "set", "vary"], f"part of {where}")
     rows = content.get("rows", {})
-    rows = dict.fromkeys(rows, {}) if isinstance(rows, list) else of_type(rows, dict, f"{where}.rows")
-    rows = {str(label): of_type(own or {}, dict, f"{where}.rows.{label}") for label, own in rows.items()}
+    rows = dict.fromkeys(rows) if isinstance(rows, list) else of_type(rows, dict, f"{where}.rows")
     vary = of_type(content.get("vary", {}), dict, f"{where}.vary")
-    vary = {key: of_type(values, list, f"{where}.vary.{key}") for key, values in vary.items()}
-    data = tuple(of_type(content.get("data", []), list, f"{where}.data"))
-    return Table(rows, data, of_type(content.get("set", {}), dict, f"{where}.set"), vary)
+    return Table(
+        rows={str(k): of_type(own or {}, dict, f"{where}.rows.{k}") for k, own in rows.items()},
+        data=tuple(of_type(content.get("data", []), list, f"{where}.data")),
+        set=of_type(content.get("set", {}), dict, f"{where}.set"),
+        vary={k: of_type(values, list, f"{where}.vary.{k}") for k, values in vary.items()},
+        notebook=notebook,
+    )

@@ -1,6 +1,7 @@
-"""Records and published numbers to tables: percent with two decimals, ours beside the paper's, as csv and markdown.
+"""Tables in percent, made from runs, beside published numbers; as CSV and Markdown.
 
-Of runs on several data sets a table has a part for each, one under the other, with a column `data` in front.
+`runs` is always a frame of `fpl.experiments.records`. Runs on several data sets give a table with a
+part for each, one under the other, and a column `data` in front.
 """
 
 from __future__ import annotations
@@ -10,288 +11,353 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
+from pandas import DataFrame, Series
 
+from fpl.data import world
+from fpl.data.datasets import DATASETS
 from fpl.data.files import ROOT, atomic_write
-from fpl.experiments.stats import by_seed, last_round, over_seeds, paired, spread
+from fpl.experiments.stats import by_seed, last_round, over_seeds, paired, reporting_rule, spread
 
+Make = Callable[..., DataFrame]
+Keys = str | Sequence[str]  # a column, or several
 TABLES = Path("results/tables")
 PAPER = "pFedMoAP (ICLR 2025, 2410.10114)"
 BESIDE = "paper, mean of 5 data sets"
-PRINTED = {  # how the paper spells the data sets
-    "flowers102": "Flowers102",
-    "oxfordpets": "OxfordPets",
-    "food101": "Food101",
-    "caltech101": "Caltech101",
-    "dtd": "DTD",
-    "cifar10": "CIFAR10",
-    "cifar100": "CIFAR100",
-    "domainnet10": "DomainNet (10 classes)",
-    "office_caltech10": "Office-Caltech10",
+PRINTED = {key: dataset.title for key, dataset in DATASETS.items()}
+SPELT = {style: style.capitalize() for style in world.STYLES}  # domains, as they are printed
+SPELT |= {key: name for dataset in DATASETS.values() for key, name in dataset.domains.items()}
+POINTS = ["mean", "std", "low", "high"]
+GENERALISATION = ["local", "base", "novel", "HM"]
+DECIMALS = {  # columns that Markdown shows with two decimals
+    *POINTS,
+    *GENERALISATION,
+    *(f"{name} std" for name in GENERALISATION),
+    *("difference", "t_low", "t_high", "noise", "paper", BESIDE),
+    *("worst", "10th percentile", "std over clients"),
+    *SPELT.values(),
 }
-DOMAINS = ("amazon", "caltech", "clipart", "dslr", "infograph", "painting", "photo", "quickdraw", "real", "sketch", "webcam")
-SPELT = {name: "DSLR" if name == "dslr" else name.capitalize() for name in DOMAINS}  # as the paper prints them
-GENERALISATION = ("local", "base", "novel", "HM")
-WITH_STD = (*GENERALISATION, *(f"{name} std" for name in GENERALISATION))
-POINTS = ("mean", "difference", "std", "low", "high", "t_low", "t_high", "noise", "worst", "10th percentile", "std over clients")
-DECIMALS = (*POINTS, "paper", BESIDE, *WITH_STD, *SPELT.values())
-NOTE_TABLE1 = (
-    "Miniature of Table 1 on the demo world, accuracy in %, last round; mean, std and 95 % interval over seeds. "
-    "The paper's column is other data and another CLIP. Up and down are the numbers that a participating client sends and "
-    "receives in the last round, and their bytes in single precision."
+
+NOTE_REAL = (
+    f"{reporting_rule()} The column `paper`, where there is one, has the paper's mean on the same "
+    "data. `up` and `down` are the numbers that a participating client sends and receives in the "
+    "last round; their bytes are those of single precision."
 )
 NOTE_DEMO = (
-    "Drawn demo world, accuracy in %, last round; mean, std and 95 % interval over seeds. Not comparable with the paper's values."
+    "The images are drawn and the CLIP is a small one, so no value can be compared with the "
+    f"paper's. {reporting_rule()}"
 )
-NOTE_SHORT = NOTE_DEMO + " 8 shots, 5 rounds."
+NOTE_SHORT = f"{NOTE_DEMO} To be quick: 8 images per class for training, 5 rounds."
+NOTE_TABLE1 = (
+    f"Table 1 of the paper in small. {NOTE_DEMO} The paper's column is its mean over five data "
+    "sets of photographs. `up` and `down` are the numbers that a participating client sends and "
+    "receives in the last round; their bytes are those of single precision."
+)
 NOTE_PAIRED = (
-    "Paired differences of accuracy in points, same client and seed; low and high from a bootstrap over seeds and clients, t low "
-    "and t high the t-interval over seeds, which is the safer one."
+    "Differences in points of percent between two rows, each client compared with itself under the "
+    "same seed. `low` and `high` are the ends of a 95 % interval from a bootstrap over seeds and "
+    "clients, `t_low` and `t_high` those of the t-interval over seeds, which is the safer one."
 )
 NOTE_CLIENTS = (
-    "Accuracy in % by client of one run, last round, averaged over seeds: worst client, 10th percentile, std over clients."
+    "How unequal clients are: accuracy in % of the worst client of a run, the 10th percentile and "
+    "the standard deviation over its clients, after the last round, each averaged over seeds."
 )
-NOTE_LEDGER = "Demo worlds: accuracy with what the released code does, minus accuracy without it. " + NOTE_PAIRED
+NOTE_LEDGER = (
+    "What it costs to do as the released code does: accuracy with it minus accuracy without it, on "
+    f"drawn images. {NOTE_PAIRED}"
+)
 NOTE_LEDGER_SPREAD = (
-    "Standard deviations in points: over seeds, and what they become; 95 % interval of the ratio where it has one."
+    "Standard deviations in points of percent: over seeds, and what the released code makes of "
+    "them; and their ratio, with its 95 % interval where it has one."
 )
 NOTE_LEDGER_ITEMS = (
-    "What released code does where its paper says something else or nothing; cost in points, from the table ledger."
+    "Where released code does something else than its paper says, or something of which the paper "
+    "says nothing; the cost in points of percent is that of the table `ledger`."
 )
-NOTE_REAL = (
-    "Accuracy in %, last round; mean, std and 95 % interval over seeds. The paper's column, where there is one, is its mean on "
-    "the same data. Up and down, where they stand, are the numbers that a participant sends and receives in the last round."
-)
-NAMES = {
-    "majority": "control: the client's majority class",
-    "zeroshot_own": "control: zero-shot, own classes only",
-    "ridge_own": "control: ridge on own features",
-    "ridge_all": "control: ridge on everybody's features, own classes only",
-    "zeroshot": "ZS-CLIP",
-    "coop": "CoOp",
-    "promptfl": "PromptFL",
-    "finetuned": "PromptFL+FT",
-    "fedper": "Prompt+FedPer",
-    "fedprox": "Prompt+FedProx",
-    "fedamp": "Prompt+FedAMP",
-    "pfedprompt": "pFedPrompt (reconstruction)",
-    "fedotp": "FedOTP",
-    "fedpgp": "FedPGP",
-    "pfedmoap": "pFedMoAP",
-    "promptfl_released": "released: PromptFL",
-    "fedprox_detached": "released: FedProx's term alone",
-    "fedprox_released": "released: Prompt+FedProx",
-    "fedotp_released": "released: FedOTP",
-    "fedpgp_two": "released: FedPGP's two prompts alone",
-    "fedpgp_placeholder": "released: FedPGP's anchor alone",
-    "fedpgp_released": "released: FedPGP",
-    "pfedmoap_oneword": "released: pFedMoAP's one word alone",
-    "pfedmoap_fixed": "released: pFedMoAP's experts alone",
-    "pfedmoap_live": "released: pFedMoAP's pool alone",
-    "pfedmoap_leak": "released: pFedMoAP's gate alone",
-    "pfedmoap_released": "released: pFedMoAP",
-}
-CONTROLS = [row for row, name in NAMES.items() if name.startswith("control: ")]
 
 
-def published() -> pd.DataFrame:
-    """data/published.csv with a numeric mean; what is no number there (such as "4.2K") is nan."""
+def note(runs: DataFrame, drawn: str) -> str:
+    """Return the sentences above a table: `drawn` for runs on drawn images, else NOTE_REAL."""
+    return NOTE_REAL if runs["data"].isin(PRINTED).any() else drawn
+
+
+def titles(runs: DataFrame) -> dict[str, str]:
+    """Return the printed name of every method and control of the runs, by its key."""
+    return runs.groupby("method", sort=False)["title"].first().to_dict()
+
+
+def controls(runs: DataFrame) -> list[str]:
+    """Return the printed names of the controls among the runs."""
+    return list(titles(runs[runs["control"]]).values())
+
+
+def published() -> DataFrame:
+    """Return data/published.csv; a mean that is no number, such as "4.2K", is nan."""
     table = pd.read_csv(ROOT / "data" / "published.csv")
     return table.assign(mean=pd.to_numeric(table["mean"], errors="coerce"))
 
 
-def note(runs: pd.DataFrame, drawn: str) -> str:
-    """What stands above a table: `drawn` where its runs are of a drawn world, else what holds for real data."""
-    return NOTE_REAL if {*runs["data"]} & {*PRINTED} else drawn
+def published_name(title: str) -> str:
+    """Return a method's name as the papers print it, from the printed name that we give it."""
+    return title.removesuffix(" (reconstruction)")
 
 
-def parts(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The runs on each data set, in their order."""
-    return {str(name): of for name, of in runs.groupby("data", sort=False)}
+def main_results() -> DataFrame:
+    """Return the published lines of Tables 1 to 4 of the pFedMoAP paper, each of a whole data set.
+
+    Of tables by domain that is the average. pFedMoAP has its main variant alone.
+    """
+    lines = published().query("paper == @PAPER and variant != 'lambda=0.0'")
+    lines = lines[lines["table"].isin(["Table 1", "Table 2", "Table 3", "Table 4"])]
+    split = lines["domain_or_split"]
+    return lines[split.str.startswith("local test") | (split == "Average")]
 
 
-def several(make: Callable[..., pd.DataFrame]) -> Callable[..., pd.DataFrame]:
-    """Let a function of runs on one data set take those on several; `data` becomes the first level of the table's index."""
+def same_data(lines: DataFrame, runs: DataFrame) -> DataFrame:
+    """Return the published lines that are of the data sets of the runs, of which none may be."""
+    return lines[lines["dataset"].isin(runs["data"].map(PRINTED))]
+
+
+def parts(runs: DataFrame) -> dict[str, DataFrame]:
+    """Return the runs on each data set, in their order."""
+    return {str(name): part for name, part in runs.groupby("data", sort=False)}
+
+
+def several(make: Make) -> Make:
+    """Let a function of runs on one data set take those on several, as this module says."""
 
     @functools.wraps(make)
-    def made(runs: pd.DataFrame, *arguments, **named) -> pd.DataFrame:
-        if "data" not in runs or runs["data"].nunique() < 2:
+    def made(runs: DataFrame, *arguments, **named) -> DataFrame:
+        if runs["data"].nunique() == 1:
             return make(runs, *arguments, **named)
-        return pd.concat({name: make(of, *arguments, **named) for name, of in parts(runs).items()}, names=["data"])
+        tables = {}
+        for name, part in parts(runs).items():
+            tables[name] = make(part, *arguments, **named)
+        return pd.concat(tables, names=["data"])
 
     return made
 
 
-def of_paper(runs: pd.DataFrame) -> pd.Series:
-    """The paper's means on the data set of the runs, by its name of the method; empty for a data set that it does not have."""
-    found = published().query("paper == @PAPER and variant != 'lambda=0.0'")
-    here = found["dataset"].isin([PRINTED[name] for name in {*runs["data"]} & {*PRINTED}])
-    main = found["table"].isin(["Table 1", "Table 2", "Table 3", "Table 4"])
-    whole = found["domain_or_split"].str.startswith("local test") | (found["domain_or_split"] == "Average")
-    return found[here & main & whole].set_index("method")["mean"]
+def summary(runs: DataFrame, key: Keys = "method") -> DataFrame:
+    """Return mean, std and 95 % interval in percent over seeds, a line per value of `key`.
 
-
-def printed_name(method: str) -> str:
-    return NAMES.get(method, method).removesuffix(" (reconstruction)")
-
-
-def summary(runs: pd.DataFrame, key: str | Sequence[str] = "method", rule: str = "last round") -> pd.DataFrame:
-    """Mean over clients by a rule of `fpl.stats.RULES`, then over seeds: mean, std, 95 % interval; a line per value of `key`."""
-    values = by_seed(runs, key, rule)
-    levels = [*range(values.index.nlevels - 1)]
-    return values.groupby(level=levels, sort=False, dropna=False).apply(lambda v: over_seeds(list(v))).unstack()
-
-
-@several
-def table1(runs: pd.DataFrame) -> pd.DataFrame:
-    """Table 1 in percent; beside it the paper's numbers or, for a drawn world, the mean of its five data sets."""
-    same, theirs = of_paper(runs), published().query("paper == @PAPER and table == 'Table 1' and variant != 'lambda=0.0'")
-    five = theirs.groupby("method")["mean"].mean()
-    own = summary(runs)
-    table = percent(own)
-    table.insert(0, "row", [NAMES.get(m, m) for m in own.index])
-    table["paper" if len(same) else BESIDE] = [(same if len(same) else five).get(printed_name(m)) for m in own.index]
-    moved = last_round(runs).groupby("method")[["up", "down"]].mean().reindex(own.index).round().astype(int)
-    table = table.join(moved).join(4 * moved.add_suffix(", bytes"))
-    return table.rename_axis("method").round(2)
-
-
-@several
-def beside(runs: pd.DataFrame, published_table: str, dataset: str, split: str = "") -> pd.DataFrame:
-    """Methods and controls in percent, beside the paper's numbers on the same data set; then the mean over each domain's clients.
-
-    For a drawn world these are those of a column of a published table of pFedMoAP: other data, another CLIP.
+    Each seed counts with its mean over clients.
     """
-    same, theirs = of_paper(runs), published().query("paper == @PAPER and table == @published_table and dataset == @dataset")
-    theirs = theirs[theirs["domain_or_split"] == split] if split else theirs
-    table = percent(summary(runs))
-    table.insert(0, "row", [NAMES.get(method, method) for method in table.index])
-    theirs = same if len(same) else theirs.set_index("method")["mean"]
-    table["paper" if len(same) else f"paper, {dataset}"] = table["row"].map(theirs)
-    for domain, of in runs[runs["domain"] != ""].groupby("domain"):
-        table[SPELT.get(domain, domain)] = 100 * summary(of)["mean"]
-    return table.rename_axis("method").round(2)
+    values = by_seed(runs, key)
+    levels = [*range(values.index.nlevels - 1)]
+    groups = values.groupby(level=levels, sort=False, dropna=False)
+    table = groups.apply(lambda seeds: over_seeds(list(seeds))).unstack()
+    return (100 * table[POINTS]).assign(seeds=table["seeds"].astype(int))
+
+
+def titled(runs: DataFrame, key: Keys = "method") -> DataFrame:
+    """Return `summary` with the printed names of the methods in front, as column `row`."""
+    table = summary(runs, key)
+    methods = table.index.get_level_values("method")
+    table.insert(0, "row", methods.map(titles(runs)))
+    return table
+
+
+def add_paper(table: DataFrame, runs: DataFrame, other: Series, label: str) -> None:
+    """Add the paper's means on the same data set to a table of methods, as column `paper`.
+
+    other: where the paper does not have the data set, these means by method stand in their place,
+    in a column called `label`.
+    """
+    names = table["row"].map(published_name)
+    same = same_data(main_results(), runs).set_index("method")["mean"]
+    if same.empty:
+        table[label] = names.map(other)
+    else:
+        table["paper"] = names.map(same)
 
 
 @several
-def table6(runs: pd.DataFrame) -> pd.DataFrame:
-    """Methods by epsilon (0: no noise) in percent, with the noise multiplier, beside the paper's numbers or their mean."""
-    from fpl.privacy import noise_multiplier  # loads torch, which no other table needs
+def table1(runs: DataFrame) -> DataFrame:
+    """Return Table 1: all methods beside the paper's numbers, and what they send and receive.
+
+    A drawn world stands beside the mean of the paper's five data sets.
+    """
+    theirs = main_results().query("table == 'Table 1'")
+    table = titled(runs)
+    add_paper(table, runs, theirs.groupby("method")["mean"].mean(), BESIDE)
+    table = table.join(moved(runs, ["method"])).round(2)
+    return with_bytes(table, runs)
+
+
+@several
+def beside(runs: DataFrame, dataset: str) -> DataFrame:
+    """Return methods and controls beside the paper's numbers, then the means over domains.
+
+    A domain's mean is that over its clients.
+
+    dataset: what a drawn world stands beside, as Tables 2 to 4 of the paper call it.
+    """
+    theirs = main_results().query("dataset == @dataset").set_index("method")["mean"]
+    table = titled(runs)
+    add_paper(table, runs, theirs, f"paper, {dataset}")
+    for domain, part in runs[runs["domain"] != ""].groupby("domain"):
+        table[SPELT.get(domain, domain)] = summary(part)["mean"]
+    return table.round(2)
+
+
+@several
+def table6(runs: DataFrame) -> DataFrame:
+    """Return Table 6: methods by epsilon (0: no noise), the noise multiplier, the paper's numbers.
+
+    A drawn world stands beside the mean of the paper's data sets.
+    """
+    from fpl.privacy import noise_multiplier  # it loads torch, which no other table needs
 
     theirs = published().query("paper == @PAPER and table == 'Table 6'")
-    same = theirs[theirs["dataset"].isin([PRINTED.get(name) for name in runs["data"].unique()])]
-    paper = (same if len(same) else theirs).groupby(["method", "variant"])["mean"].mean()
-    table = grid(runs, ["method", "epsilon"])
-    releases, delta = runs["rounds"].iloc[0], runs["delta"].iloc[0]
-    spelt = [(NAMES[m].replace("Prompt+", "PromptFL+"), f"eps={e:g}, delta={delta:g}" if e else "no DP") for m, e in table.index]
-    z = [noise_multiplier(e, delta, releases) if e else 0.0 for _, e in table.index]
-    table.insert(0, "row", [NAMES[method] for method, _ in table.index])
-    table.insert(1, "noise", z)
-    return table.assign(**{"paper" if len(same) else BESIDE: [paper.get(key) for key in spelt]}).round(2)
+    same = same_data(theirs, runs)
+    label = BESIDE if same.empty else "paper"
+    lines = theirs if same.empty else same
+    means = lines.groupby(["method", "variant"])["mean"].mean()
+    releases = runs["rounds"].iloc[0]
+    delta = runs["delta"].iloc[0]
+    table = titled(runs, ["method", "epsilon"])
+    noise = []
+    paper = []
+    for (_, epsilon), row in table["row"].items():
+        name = row.replace("Prompt+", "PromptFL+")
+        variant = f"eps={epsilon:g}, delta={delta:g}" if epsilon else "no DP"
+        paper.append(means.get((name, variant)))
+        noise.append(noise_multiplier(epsilon, delta, releases) if epsilon else 0.0)
+    table.insert(1, "noise", noise)
+    return table.assign(**{label: paper}).round(2)
 
 
 @several
-def labelled(runs: pd.DataFrame) -> pd.DataFrame:
-    """A line per label of a table's rows, in percent."""
+def grid(runs: DataFrame, keys: Keys, value: str = "accuracy") -> DataFrame:
+    """Return a line per value of a column, or per combination of the values of several.
+
+    value: the result that is averaged, such as the accuracy on the domain held out, "target".
+    """
+    return summary(runs.assign(accuracy=runs[value]), keys).round(2)
+
+
+@several
+def labelled(runs: DataFrame) -> DataFrame:
+    """Return a line per label of a table's rows."""
     table = grid(runs, "row")
     return table.assign(row=table.index).rename_axis("label")
 
 
 @several
-def grid(runs: pd.DataFrame, keys: str | Sequence[str], value: str = "accuracy") -> pd.DataFrame:
-    """A line per value of a setting, or combination of several, in percent; `value`: a column of what was found elsewhere."""
-    return percent(summary(runs.assign(accuracy=runs[value]), keys)).round(2)
+def ablation(runs: DataFrame, key: str) -> DataFrame:
+    """Return a line per value of one hyperparameter, in ascending order."""
+    return grid(runs, key).sort_index()
 
 
-def named(table: pd.DataFrame, levels: Sequence[str]) -> pd.DataFrame:
-    """The same with some levels of its index made one, called row; what a row lacks is left out."""
+def with_controls(table: DataFrame, runs: DataFrame) -> DataFrame:
+    """Return an ablation with the controls below, which do not depend on its values."""
+    if "data" in table.index.names:
+        found = {}
+        for name, part in parts(runs).items():
+            found[name] = with_controls(table.loc[name], part)
+        return pd.concat(found, names=["data"])
+    below = grid(runs[runs["control"]], "method").rename(index=titles(runs))
+    whole = pd.concat([table.rename(index="{:g}".format), below])
+    return whole.rename_axis(table.index.name)
+
+
+def levels(runs: DataFrame, methods: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return for each data set the means of some methods in percent, by their printed names."""
+    found = {}
+    for name, part in parts(runs).items():
+        means = 100 * by_seed(part).groupby(level="method").mean()
+        found[name] = {titles(runs)[method]: means[method] for method in methods}
+    return found
+
+
+def named(table: DataFrame, levels: Sequence[str]) -> DataFrame:
+    """Return a table with some levels of its index joined to one, called `row`.
+
+    Words stand for themselves and numbers have their level's name; what a row lacks is left out.
+    """
     flat = table.reset_index()
-    labels = [
-        ", ".join(
-            str(v) if isinstance(v, str) else f"{level} {v:g}" for level, v in zip(levels, line, strict=True) if pd.notna(v)
-        )
-        for line in flat[[*levels]].itertuples(index=False)
-    ]
+    rows = []
+    for line in flat[[*levels]].to_dict("records"):
+        there = {level: value for level, value in line.items() if pd.notna(value)}
+        words = [v if isinstance(v, str) else f"{level} {v:g}" for level, v in there.items()]
+        rows.append(", ".join(words))
     others = [level for level in table.index.names if level not in levels]
-    return flat.assign(row=labels).set_index(["row", *others])[[*table.columns]]
+    return flat.assign(row=rows).set_index(["row", *others])[[*table.columns]]
 
 
 @several
-def differences(runs: pd.DataFrame, pairs: Mapping[str, Sequence[str]]) -> pd.DataFrame:
-    """What `fpl.stats.paired` says of several pairs of rows, by their labels, in points of percent."""
-    table = pd.DataFrame({name: paired(runs, a, b, key="row") for name, (a, b) in pairs.items()}).T.rename_axis("pair")
-    points = ["mean", "low", "high", "t_low", "t_high"]
-    return (100 * table[points]).round(2).assign(seeds=table["seeds"].astype(int), clients=table["clients"].astype(int))
+def differences(runs: DataFrame, pairs: Mapping[str, Sequence[str]]) -> DataFrame:
+    """Return what `fpl.experiments.stats.paired` says of pairs of rows, in points of percent.
+
+    pairs: for each line's name the labels of two rows; the second is subtracted from the first.
+    """
+    found = DataFrame({name: paired(runs, a, b) for name, (a, b) in pairs.items()}).T
+    points = 100 * found[["mean", "low", "high", "t_low", "t_high"]]
+    numbers = found[["seeds", "clients"]].astype(int)
+    return points.round(2).join(numbers).rename_axis("pair")
 
 
 @several
-def clients(runs: pd.DataFrame) -> pd.DataFrame:
-    """Mean over clients and `fpl.stats.spread` of methods and controls, in percent."""
-    mean = by_seed(runs).groupby(level=0, sort=False).mean().rename("mean")
-    table = (100 * spread(runs).join(mean)).round(2)
-    table.insert(0, "row", [NAMES.get(method, method) for method in table.index])
-    return table[["row", "mean", "worst", "tenth", "std"]].rename(columns={"tenth": "10th percentile", "std": "std over clients"})
+def clients(runs: DataFrame) -> DataFrame:
+    """Return for each method the mean over clients and how unequal they are, as `stats.spread`."""
+    mean = by_seed(runs).groupby(level="method", sort=False).mean().rename("mean")
+    table = 100 * pd.concat([mean, spread(runs)], axis=1)
+    table.insert(0, "row", table.index.map(titles(runs)))
+    columns = {"tenth": "10th percentile", "std": "std over clients"}
+    return table.round(2).rename(columns=columns)
 
 
-def metrics(table: pd.DataFrame, path: Path = Path("results/metrics.json")) -> None:
-    """Mean and std of every row, as DVC reads them."""
+def with_bytes(table: DataFrame, runs: DataFrame) -> DataFrame:
+    """Return a table with the bytes, in single precision, that a participant sends and receives.
+
+    They are those of the last round.
+    """
+    numbers = moved(runs, [*table.index.names])
+    return table.join(4 * numbers.add_suffix(", bytes"))
+
+
+def moved(runs: DataFrame, keys: list[str]) -> DataFrame:
+    """Return how many numbers a participant sends (up) and receives (down) in the last round."""
+    groups = last_round(runs).groupby(keys, sort=False, dropna=False)
+    return groups[["up", "down"]].mean().round().astype(int)
+
+
+@several
+def generalisation(runs: DataFrame, key: str = "method") -> DataFrame:
+    """Return FedPGP's base-to-novel table: mean and std over seeds, a line per value of `key`.
+
+    Its runs have only base classes in training. `local` is the accuracy on each client's own test
+    images, `base` on the test images of all base classes and `novel` on those of all novel ones,
+    each the mean over clients. HM = 3 / (1 / local + 1 / base + 1 / novel) of each seed; this is
+    what later papers say, but no released code has the formula, so whether FedPGP's own tables use
+    it is not verified. Methods that cannot tell novel classes apart have neither `novel` nor HM.
+    """
+    columns = {"accuracy": "local", "base": "base", "novel": "novel"}
+    groups = last_round(runs).groupby([key, "seed"], sort=False)
+    found = groups[[*columns]].mean().rename(columns=columns)
+    found["HM"] = 3 / (1 / found).sum(axis=1, skipna=False)
+    seeds = (100 * found).groupby(level=key, sort=False)
+    table = seeds.mean().join(seeds.std().add_suffix(" std"))
+    return table.assign(seeds=seeds.size()).round(2)
+
+
+def metrics(table: DataFrame, path: Path = TABLES / "10_table1" / "metrics.json") -> None:
+    """Write the mean and std of every row, as DVC reads them."""
     with atomic_write(path) as temporary:
         table[["mean", "std"]].to_json(temporary, orient="index", indent=2)
 
 
-def with_bytes(table: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
-    """The same with the bytes, in single precision, that a participant sends and receives in the last round."""
-    keys = [*table.index.names]
-    moved = 4 * last_round(runs).groupby(keys, sort=False, dropna=False)[["up", "down"]].mean().round().astype(int)
-    return table.join(moved.add_suffix(", bytes"))
+def save(table: DataFrame, name: str, folder: Path = TABLES, note: str = "") -> None:
+    """Write a table as CSV and as Markdown, above which the note stands.
 
-
-@several
-def ablation(runs: pd.DataFrame, key: str) -> pd.DataFrame:
-    """One hyperparameter varied: a line per value, in percent."""
-    return grid(runs, key).sort_index()
-
-
-def with_controls(table: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
-    """The table with a line for each control below; they do not depend on what the table varies."""
-    if "data" in table.index.names:
-        of = parts(runs)
-        return pd.concat({name: with_controls(table.loc[name], of[name]) for name in table.index.unique("data")}, names=["data"])
-    controls = percent(summary(runs[runs["method"].isin(CONTROLS)])).round(2)
-    return pd.concat([table.rename(index="{:g}".format), controls.rename(index=NAMES)]).rename_axis(table.index.name)
-
-
-def levels(runs: pd.DataFrame, methods: Sequence[str]) -> dict[str, dict[str, float]]:
-    """For each data set the mean of some rows in percent, by their printed names."""
-    means = {name: 100 * by_seed(of).groupby(level=0).mean() for name, of in parts(runs).items()}
-    return {name: {NAMES[method]: of[method] for method in methods} for name, of in means.items()}
-
-
-@several
-def generalisation(runs: pd.DataFrame, key: str = "method") -> pd.DataFrame:
-    """FedPGP's base-to-novel table in percent, of runs with classes "base", a line per value of `key`; mean and std over seeds.
-
-    "local" is each client's own test images, "base" the test images of all base classes, "novel" of all novel ones, each the mean
-    over clients after the last round; HM = 3 / (1 / local + 1 / base + 1 / novel) of each seed. The formula is what follow-up
-    work says; no released code has it, so whether FedPGP's own tables use it is not verified. Methods that cannot classify among
-    novel classes have neither "novel" nor HM.
+    name: the files' name below `folder`, without a suffix, such as "10_table1/table1".
     """
-    columns = {"accuracy": "local", "base": "base", "novel": "novel"}
-    found = last_round(runs).groupby([key, "seed"], sort=False)[[*columns]].mean().rename(columns=columns)
-    found["HM"] = 3 / (1 / found).sum(axis=1, skipna=False)
-    seeds = (100 * found).groupby(level=key, sort=False)
-    return seeds.mean().join(seeds.std().add_suffix(" std")).assign(seeds=seeds.size()).round(2)
-
-
-def percent(summary: pd.DataFrame) -> pd.DataFrame:
-    columns = ["mean", "std", "low", "high"]
-    return (100 * summary[columns]).assign(seeds=summary["seeds"].astype(int))
-
-
-def save(table: pd.DataFrame, name: str, folder: Path = TABLES, note: str = "") -> None:
-    """NAME.csv and NAME.md; the note stands above the markdown table."""
     with atomic_write(folder / f"{name}.csv") as temporary:
         table.to_csv(temporary, lineterminator="\n")
-    flat = table.reset_index()
-    shown = flat.apply(lambda c: c.map("{:.2f}".format, na_action="ignore") if c.dtype == float and c.name in DECIMALS else c)
+    shown = table.reset_index()
+    for column in DECIMALS.intersection(shown):
+        if shown[column].dtype == float:
+            shown[column] = shown[column].map("{:.2f}".format, na_action="ignore")
+    text = shown.fillna("").to_markdown(index=False, disable_numparse=True)
     with atomic_write(folder / f"{name}.md") as temporary:
-        temporary.write_text(f"{note}\n\n{shown.fillna('').to_markdown(index=False, disable_numparse=True)}\n".lstrip())
+        temporary.write_text(f"{note}\n\n{text}\n".lstrip())

@@ -1,363 +1,429 @@
-"""Clients as the code released with pFedMoAP (ICLR 2025, github.com/ljaiverson/pFedMoAP at a481de3) deals them, index by index.
+"""Splits deal clients as the code released with pFedMoAP does, index by index.
 
-Use these to reproduce published numbers, for nothing else; `fpl.partitions` has partitions without their defects. Rebuilt from a
-description of the release, not from its text. Arrays stay in the released order. Every split seeds generators of its own with the
-numbers that the release gives to the global ones; one that is passed as `draw` (Python's) or `rng` (legacy NumPy's) is re-seeded
-instead, and what it draws next is what the released run would draw next.
+That is github.com/ljaiverson/pFedMoAP at a481de3 (ICLR 2025). Use these to reproduce published
+numbers, for nothing else; `fpl.data.partitions` is without their defects. Rebuilt from a
+description of the release, not from its text. Arrays stay in the released order. Every split seeds
+generators of its own with the numbers that the release gives to the global ones; one that is passed
+as `draw` (Python's) or `rng` (legacy NumPy's) is seeded again instead, and what it draws next is
+what the released run would draw next.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy import ndarray
+from numpy.random import RandomState
 
-from fpl.data.partitions import SUPERCLASSES, Indices, Partition
+from fpl.data.partitions import SUPERCLASSES, Indices, Partition, groups
+
+Lists = tuple[ndarray, ndarray]  # classes of the training images and of the test images
+Parts = tuple[Indices, Indices]  # of each client, places in these two lists
 
 SPLIT_SEED = 2023  # of the pathological split, whatever the run's seed
 PACHINKO_SEED = 12345
+PASSES = 1000  # after which `label_dirichlet` gives up; the release would go on forever
 
 
 def make(
-    partition: Partition, labels: np.ndarray, split: np.ndarray, seed: int, domain: np.ndarray | None = None
-) -> tuple[Indices, Indices]:
-    """As `fpl.partitions.make`: image numbers of each client, of the released split of the partition's kind.
+    partition: Partition, labels: ndarray, split: ndarray, seed: int, domain: ndarray | None = None
+) -> Parts:
+    """Deal images by the released split of a kind: their numbers for each client.
 
-    Numbers that the release fixes stay as they are (sizes, its own seeds). Raises ValueError for a kind that it has not, and for
-    shots where it takes all images.
+    Numbers that the release fixes stay as they are (sizes, its own seeds). Arguments are those of
+    `fpl.data.partitions.make`. Raises ValueError for a kind that the release has not, and for shots
+    where it takes all images.
     """
-    if partition.kind not in ("pathological", "iid") and partition.shots:
-        raise ValueError(f"the released {partition.kind} split takes all training images: set shots to 0, not {partition.shots}")
-    n, beta, useall = partition.clients, partition.concentration, not partition.shots
-    if partition.kind == "domain":
-        if domain is None:
-            raise ValueError("the partition by domain needs the domain of each image: give a domain column")
-        groups = [domain == name for name in np.unique(domain)]
-        if n % len(groups):
-            raise ValueError(f"{n} clients cannot be shared evenly by {len(groups)} domains: use a multiple of {len(groups)}")
-        parts = [_numbers(domain_dirichlet, labels, split, here, n // len(groups), beta) for here in groups]
-        return [i for train, _ in parts for i in train], [i for _, test in parts for i in test]
-    everything = np.full(len(labels), True)
-    if partition.kind in ("pathological", "iid"):
-        return _numbers(pathological, labels, split, everything, n, partition.shots or 1, useall, partition.kind == "iid")
-    if partition.kind in ("dirichlet", "pachinko"):
-        rule: Callable = label_dirichlet if partition.kind == "dirichlet" else pachinko
-        return _numbers(rule, labels, split, everything, n, beta, seed)
-    raise ValueError(f"the released code has no {partition.kind} split: use form ours")
-
-
-def _numbers(rule: Callable, labels: np.ndarray, split: np.ndarray, here: np.ndarray, *settings: Any) -> tuple[Indices, Indices]:
-    """A rule on the training and the test list of some images, in numbers of all images."""
-    train, test = (np.flatnonzero(here & (split == name)) for name in ("train", "test"))
-    found = rule(labels[train], labels[test], *settings)
-    return [train[i] for i in found[0]], [test[i] for i in found[1]]
+    kind, shots, beta = partition.kind, partition.shots, partition.concentration
+    if kind not in ("pathological", "iid", "domain", "dirichlet", "pachinko"):
+        raise ValueError(f"the released code has no {kind} split: use form ours")
+    by_shots = kind in ("pathological", "iid")
+    if shots and not by_shots:
+        raise ValueError(
+            f"the released {kind} split takes all training images: set shots to 0, not {shots}"
+        )
+    separate = groups(partition, np.full(len(labels), True), domain)
+    n = partition.clients // len(separate)
+    train: Indices = []
+    test: Indices = []
+    for group in separate:
+        places = [np.flatnonzero(group & (split == name)) for name in ("train", "test")]
+        lists = (labels[places[0]], labels[places[1]])
+        if by_shots:
+            parts = pathological(lists, n, shots, iid=kind == "iid")
+        elif kind == "domain":
+            parts = domain_dirichlet(lists, n, beta)
+        elif kind == "dirichlet":
+            parts = label_dirichlet(lists, n, beta, seed)
+        else:
+            parts = pachinko(lists, n, beta, seed)
+        train += [places[0][index] for index in parts[0]]
+        test += [places[1][index] for index in parts[1]]
+    return train, test
 
 
 def pathological(
-    train_labels: ArrayLike,
-    test_labels: ArrayLike,
+    lists: Lists,
     n_clients: int,
     shots: int = 16,
-    useall: bool = False,
     iid: bool = False,
     repeat_rate: float = 0.0,
     draw: random.Random | None = None,
-) -> tuple[Indices, Indices]:
-    """Training and test indices of each client, of the five data sets with disjoint classes.
+) -> Parts:
+    """Deal disjoint classes, as on five data sets.
 
-    train_labels, test_labels (images,): class of each image in the order of the split file. A client trains on `shots` images of
-    each of its classes (on all with `useall`) and is tested on all test images of them; classes stand in the order of their first
-    appearance in the list. The paper (section 4.1) says that the classes are dealt evenly; see `pathological_classes` for what is
-    done. Classes and shots are the same for every seed of a run. `iid`: every client has all classes, shots are drawn by each
-    client for itself, and whole sets are divided (see `whole`). `repeat_rate`: 0.1 on OxfordPets with exactly 20 clients, else 0.
+    Classes stand in the order of their first appearance in the list. The paper (section 4.1) says
+    that they are dealt evenly; see `pathological_classes` for what is done. Classes and shots are
+    the same for every seed of a run.
 
-    Raises ValueError when a client would have nothing to train on (Pets with 50 clients), and for a repeat rate in settings in
-    which the release deals the repeated classes in several groups, or in none, which are not reproduced here.
+    shots: training images of each class and client, 0 for all; clients are tested on all images.
+    iid: every client has all classes, draws its shots for itself, and whole lists are divided.
+    repeat_rate: 0.1 on OxfordPets with exactly 20 clients and 16 shots or all images, else 0.
+
+    Raises ValueError when a client would have nothing to train on (Pets with 50 clients), and for a
+    repeat rate in settings in which the release deals the repeated classes in several groups, or in
+    none, which are not reproduced here.
     """
-    _above_zero(n_clients=n_clients, shots=shots)
-    if repeat_rate and (iid or n_clients // shots != 1):
+    check_positive(n_clients=n_clients)
+    if repeat_rate and (iid or (shots and n_clients // shots != 1)):
         raise ValueError(
-            f"repeat_rate {repeat_rate} is reproduced for n_clients / 2 < shots <= n_clients without iid only, "
-            f"not for {n_clients} clients and {shots} shots with iid={iid}: use repeat_rate 0"
+            f"repeat_rate {repeat_rate} is reproduced for n_clients / 2 < shots <= n_clients and "
+            f"without iid only, not for {n_clients} clients and {shots} shots with iid={iid}: "
+            "use repeat_rate 0"
         )
     draw = draw or random.Random()
-    train_labels, test_labels = np.asarray(train_labels), np.asarray(test_labels)
-    n_classes = int(max(train_labels.max(), test_labels.max())) + 1
+    n_classes = count_classes(lists)
     parts = []
-    for labels, few in ((train_labels, not useall), (test_labels, False)):
+    for labels, few in zip(lists, (shots, 0), strict=True):
         draw.seed(SPLIT_SEED)
         classes, shared = pathological_classes(n_classes, n_clients, draw, iid, repeat_rate)
-        parts.append(few_shot(labels, classes, shots, draw, shared) if few else whole(labels, classes, draw, iid, shared))
+        if few:
+            parts.append(few_shot(labels, classes, few, draw, shared))
+        else:
+            parts.append(whole(labels, classes, draw, iid, shared))
     train, test = parts
     empty = sum(not len(own) for own in train)
     if empty:
-        found = f"the released split of {n_classes} classes leaves {empty} of {n_clients} clients without training images"
-        raise ValueError(f"{found}: use fewer clients")
+        raise ValueError(
+            f"the released split of {n_classes} classes leaves {empty} of {n_clients} clients "
+            "without training images: use fewer clients"
+        )
     return train, test
+
+
+def count_classes(lists: Lists) -> int:
+    return int(np.concatenate(lists).max()) + 1
 
 
 def pathological_classes(
     n_classes: int, n_clients: int, draw: random.Random, iid: bool = False, repeat_rate: float = 0.0
 ) -> tuple[list[list[int]], list[int]]:
-    """Class list of each client in dealt order, and the classes that all share. Clients may be left without a class.
+    """List the classes of each client in dealt order, and those that all share.
 
-    Shuffled classes in blocks of round(c / n), half to even; the last client gets the rest, which may be many, few or none.
-    With a repeat rate the first int(rate c) of the shuffled classes belong to everybody and the rest is dealt.
+    Shuffled classes in blocks of round(c / n), half to even; the last client gets the rest, which
+    may be many, few or none. With a repeat rate the first int(rate c) of the shuffled classes
+    belong to everybody and the rest is dealt.
     """
     order = list(range(n_classes))
     draw.shuffle(order)
     n_shared = int(repeat_rate * n_classes)
-    shared, dealt = order[:n_shared], order[n_shared:]
+    shared = order[:n_shared]
+    dealt = order[n_shared:]
     if shared:
-        draw.shuffle(list(range(n_clients)))  # into groups that share classes: there is one, what remains are the numbers drawn
+        # into groups that share classes: there is one, what remains are the numbers drawn
+        draw.shuffle(list(range(n_clients)))
     if iid:
-        return [list(range(n_classes)) for _ in range(n_clients)], shared
+        return [list(range(n_classes))] * n_clients, shared
     size = round(len(dealt) / n_clients)
-    ends = [*range(size, n_clients * size, size)] if size else [0] * (n_clients - 1)
-    return [shared + dealt[begin:end] for begin, end in zip([0, *ends], [*ends, n_classes], strict=True)], shared
+    starts = [size * i for i in range(n_clients)]
+    ends = [*starts[1:], n_classes]
+    return [shared + dealt[i:j] for i, j in zip(starts, ends, strict=True)], shared
 
 
 def few_shot(
-    labels: ArrayLike, classes: Sequence[Sequence[int]], shots: int, draw: random.Random, shared: Sequence[int] = ()
+    labels: ndarray,
+    classes: Sequence[Sequence[int]],
+    shots: int,
+    draw: random.Random,
+    shared: Sequence[int] = (),
 ) -> Indices:
-    """`shots` images of each class of each client, all where there are fewer; shots // n of a shared class, but at least one.
+    """Draw `shots` images of each class of each client, all where there are fewer.
 
-    Raises ValueError where classes are shared and a class has too few images: the release fails there too.
+    Of a shared class each of n clients gets shots // n, but at least one. Raises ValueError where
+    classes are shared and a class has too few images: the release fails there too.
     """
-    lists = _by_class(labels)
-    wanted = {label: max(shots // len(classes), 1) if label in shared else shots for label in lists}
-    short = [label for label, images in lists.items() if len(images) < wanted[label]]
+    images_of = by_class(labels)
+    of_shared = max(shots // len(classes), 1)
+    wanted = {label: of_shared if label in shared else shots for label in images_of}
+    short = [label for label, images in images_of.items() if len(images) < wanted[label]]
     if shared and short:
-        raise ValueError(f"class {short[0]} has fewer than {wanted[short[0]]} images, which a repeat rate needs: use fewer shots")
-    return [
-        _array(
-            images if label in short else draw.sample(images, wanted[label]) for label, images in lists.items() if label in own
+        raise ValueError(
+            f"class {short[0]} has fewer than {wanted[short[0]]} images, "
+            "which a repeat rate needs: use fewer shots"
         )
-        for own in classes
-    ]
+    parts = []
+    for own in classes:
+        found = []
+        for label, images in images_of.items():
+            if label in own:
+                found += images if label in short else draw.sample(images, wanted[label])
+        parts.append(np.array(found, int))
+    return parts
 
 
 def whole(
-    labels: ArrayLike, classes: Sequence[Sequence[int]], draw: random.Random, iid: bool = False, shared: Sequence[int] = ()
+    labels: ndarray,
+    classes: Sequence[Sequence[int]],
+    draw: random.Random,
+    iid: bool = False,
+    shared: Sequence[int] = (),
 ) -> Indices:
-    """All images of each client's classes; those of a class that all have (`iid`, `shared`) are divided among the n clients.
+    """Give each client all images of its classes; of a class that all have, its piece.
 
-    Divided means: client i gets the i-th piece of round(images / n) of a random order. Where that rounds down the rest goes to
-    nobody, where it rounds up the last clients get less.
+    All have every class (`iid`) or those that are `shared`. Client i gets the i-th piece of
+    round(images / n) of a random order: where that rounds down the rest goes to nobody, where it
+    rounds up the last clients get less.
     """
-    lists, n = _by_class(labels), len(classes)
-    mixed = {label: list(images) for label, images in lists.items()}
+    images_of = by_class(labels)
+    mixed = {label: list(images) for label, images in images_of.items()}
     for images in mixed.values():
         draw.shuffle(images)
-
-    def part(label: int, client: int) -> list[int]:
-        if not (iid or label in shared):
-            return lists[label]
-        size = round(len(lists[label]) / n)
-        return sorted(mixed[label][client * size : (client + 1) * size])
-
-    return [_array(part(label, client) for label in lists if label in own) for client, own in enumerate(classes)]
-
-
-def _by_class(labels: ArrayLike) -> dict[int, list[int]]:
-    """Indices of each class, classes in the order of their first appearance."""
-    labels = np.asarray(labels)
-    return {label: np.flatnonzero(labels == label).tolist() for label in dict.fromkeys(labels.tolist())}
+    parts = []
+    for client, own in enumerate(classes):
+        found = []
+        for label, images in images_of.items():
+            if label not in own:
+                continue
+            if iid or label in shared:
+                size = round(len(images) / len(classes))
+                images = sorted(mixed[label][client * size : (client + 1) * size])
+            found += images
+        parts.append(np.array(found, int))
+    return parts
 
 
-def _array(pieces) -> np.ndarray:
-    return np.array([index for piece in pieces for index in piece], int)
+def by_class(labels: ndarray) -> dict[int, list[int]]:
+    """List the images of each class, classes in the order of their first appearance."""
+    return {
+        label: np.flatnonzero(labels == label).tolist() for label in dict.fromkeys(labels.tolist())
+    }
 
 
 def label_dirichlet(
-    train_labels: ArrayLike,
-    test_labels: ArrayLike,
+    lists: Lists,
     n_clients: int,
     beta: float = 0.5,
     seed: int = 1,
+    rng: RandomState | None = None,
     min_size: int = 10,
-    passes: int = 1000,
-    rng: np.random.RandomState | None = None,
-) -> tuple[Indices, Indices]:
-    """`noniid-labeldir`, Dirichlet over the labels of CIFAR: p ~ Dir(beta 1_n) for every class, the same for train and test.
+) -> Parts:
+    """Deal the classes of CIFAR by p ~ Dir(beta 1_n), the same for training and test images.
 
-    A client that already holds 1/n of the training images gets none of the class. Everything is drawn again until every client
-    has `min_size` training and test images. The paper says Dir(0.5), and no more. `seed` is the run's, so the split varies.
-    Raises ValueError after `passes` of them (the release would go on forever), and if the p of all clients that may still take
-    images round to 0.
+    The release's `noniid-labeldir`. A client that already holds 1/n of the training images gets
+    none of the class. Everything is drawn again until every client has `min_size` training and test
+    images. The paper says Dir(0.5), and no more.
+
+    seed: the run's, so the split varies.
+
+    Raises ValueError after PASSES draws, and if the p of all clients that may still take images
+    round to 0.
     """
-    _above_zero(n_clients=n_clients, beta=beta)
-    rng = rng or np.random.RandomState()
+    check_positive(n_clients=n_clients, beta=beta)
+    rng = rng or RandomState()
     rng.seed(seed)
-    for _ in range(passes):
-        train, test = _pass(np.asarray(train_labels), np.asarray(test_labels), n_clients, beta, rng)
+    for _ in range(PASSES):
+        train, test = deal_classes(lists, n_clients, beta, rng)
         if min(map(len, train + test)) >= min_size:
-            return _shuffled(train, test, rng)
+            return shuffled(train, test, rng)
     raise ValueError(
-        f"{n_clients} clients with {min_size} training and test images each were not found in {passes} passes: "
-        "use fewer clients, a larger beta or a smaller min_size"
+        f"{n_clients} clients with {min_size} training and test images each were not found in "
+        f"{PASSES} passes: use fewer clients, a larger beta or a smaller min_size"
     )
 
 
 def domain_dirichlet(
-    train_labels: ArrayLike,
-    test_labels: ArrayLike,
+    lists: Lists,
     n_clients: int = 5,
     beta: float = 0.3,
-    min_size: int = 2,
     seed: int = 0,
-    rng: np.random.RandomState | None = None,
-) -> tuple[Indices, Indices]:
-    """The clients of one domain of DomainNet or Office-Caltech10; those of the next domain follow.
+    rng: RandomState | None = None,
+    min_size: int = 2,
+) -> Parts:
+    """Deal the images of one domain of DomainNet or Office-Caltech10.
 
-    The paper (section 4.1) says Dir(0.3) with 5 clients in each domain, and no more. The release: the rule of `label_dirichlet`,
-    with NumPy re-seeded for every class. So the split does not depend on the run's seed, the p of different classes are related,
-    and the label counts depend on the class counts alone, not on the order of the list. See `domain_loader` for what follows.
-    train_labels (n_train,), test_labels (n_test,): class of each image of the domain.
-    ValueError if a client gets fewer than `min_size` images: the release would then try again with the same numbers, forever;
-    and if the p of all clients that may still take images round to 0 (tiny beta), where the release fails too.
+    The paper (section 4.1) says Dir(0.3) with 5 clients in each domain, and no more. The release:
+    the rule of `label_dirichlet`, with NumPy seeded again for every class. So the split does not
+    depend on the run's seed, the p of different classes are related, and the label counts depend on
+    the class counts alone, not on the order of the list. See `mistaken` for what follows.
+
+    Raises ValueError if a client gets fewer than `min_size` images: the release would then try
+    again with the same numbers, forever; and if the p of all clients that may still take images
+    round to 0 (tiny beta), where the release fails too.
     """
-    _above_zero(n_clients=n_clients, beta=beta)
-    rng = rng or np.random.RandomState()
-    train, test = _pass(np.asarray(train_labels), np.asarray(test_labels), n_clients, beta, rng, seed)
-    size, split, client = min((len(i), name, c) for name, part in (("train", train), ("test", test)) for c, i in enumerate(part))
-    if size < min_size:
-        raise ValueError(
-            f"client {client} would hold {size} {split} images, fewer than min_size={min_size}, and every further pass of the "
-            "released rule is the same because it re-seeds: pass another seed, a smaller min_size or fewer clients"
-        )
-    return _shuffled(train, test, rng)
+    check_positive(n_clients=n_clients, beta=beta)
+    rng = rng or RandomState()
+    train, test = deal_classes(lists, n_clients, beta, rng, seed)
+    for name, part in (("train", train), ("test", test)):
+        for client, images in enumerate(part):
+            if len(images) < min_size:
+                raise ValueError(
+                    f"client {client} would hold {len(images)} {name} images, fewer than "
+                    f"min_size={min_size}, and every further pass of the released rule is the same "
+                    "because it seeds again: pass another seed, a smaller min_size or fewer clients"
+                )
+    return shuffled(train, test, rng)
 
 
-def _pass(
-    train_labels: np.ndarray, test_labels: np.ndarray, n_clients: int, beta: float, rng: np.random.RandomState, seed=None
-) -> tuple[Indices, Indices]:
-    """Every class dealt once; with a `seed` the generator starts again for each: the defect that fixes the domain split."""
+def deal_classes(
+    lists: Lists, n_clients: int, beta: float, rng: RandomState, seed: int | None = None
+) -> Parts:
+    """Deal every class once; a `seed` starts each anew, the defect that fixes the domain split."""
     train: Indices = [np.empty(0, int)] * n_clients
     test: Indices = [np.empty(0, int)] * n_clients
-    for label in range(int(max(train_labels.max(), test_labels.max())) + 1):
+    full = len(lists[0]) / n_clients
+    for label in range(count_classes(lists)):
         if seed is not None:
             rng.seed(seed)
-        train_class = rng.permutation(np.flatnonzero(train_labels == label))
-        test_class = rng.permutation(np.flatnonzero(test_labels == label))
+        train_images, test_images = (rng.permutation(np.flatnonzero(y == label)) for y in lists)
         shares = rng.dirichlet(np.full(n_clients, beta))
-        shares[[len(held) >= len(train_labels) / n_clients for held in train]] = 0
-        train, test = _deal(train, train_class, shares), _deal(test, test_class, shares)
+        shares[[len(held) >= full for held in train]] = 0
+        train = deal(train, train_images, shares)
+        test = deal(test, test_images, shares)
     return train, test
 
 
-def _deal(held: Indices, images: np.ndarray, shares: np.ndarray) -> Indices:
-    """Adds to each client its part of `images`; `shares` (n,) need not sum to 1. ValueError if they are all 0.
+def deal(held: Indices, images: ndarray, shares: ndarray) -> Indices:
+    """Add to each client its part of `images`; `shares` (n,) need not sum to 1.
 
-    The last client may get one image in spite of a share of 0, where the sum of the others rounds to less than 1.
+    The last client may get one image in spite of a share of 0, where the sum of the others rounds
+    to less than 1. Raises ValueError if all shares are 0.
     """
     if not shares.sum() > 0:  # NaN, too
-        raise ValueError("no client that may still take images drew a share of the class: pass another seed or a larger beta")
+        raise ValueError(
+            "no client that may still take images drew a share of the class: "
+            "pass another seed or a larger beta"
+        )
     cuts = (np.cumsum(shares / shares.sum())[:-1] * len(images)).astype(int)
     return [np.concatenate(pair) for pair in zip(held, np.split(images, cuts), strict=True)]
 
 
-def _shuffled(train: Indices, test: Indices, rng: np.random.RandomState) -> tuple[Indices, Indices]:
+def shuffled(train: Indices, test: Indices, rng: RandomState) -> Parts:
     for pair in zip(train, test, strict=True):
         for images in pair:
             rng.shuffle(images)
     return train, test
 
 
-def domain_loader(labels: ArrayLike, parts: Indices) -> list[tuple[np.ndarray, np.ndarray]]:
-    """What the released DomainNet and Office loader hands each client of a domain: labels, and numbers of the images beside them.
-
-    labels (images,) of the domain, parts: its clients, of one split. Labels are those of the client's indices; the images, and
-    the class names that come with them, are the first ones of the domain, the same for all its clients. So labels say nothing
-    about images: about one in ten fits. The paper describes an ordinary shift of labels and features.
-    """
-    labels = np.asarray(labels)
-    return [(labels[index], np.arange(len(index))) for index in parts]
-
-
 def mistaken(
-    loader: str, labels: np.ndarray, split: np.ndarray, domain: np.ndarray, parts: tuple[Indices, Indices], seed: int
-) -> tuple[np.ndarray, np.ndarray, tuple[Indices, Indices]]:
-    """What the released loader makes of a partition by domain: image numbers, their labels, and who has which of these.
+    loader: str, labels: ndarray, split: ndarray, domain: ndarray, parts: Parts, seed: int
+) -> tuple[ndarray, ndarray, Parts]:
+    """Give what the released loader of DomainNet and Office makes of a partition by domain.
 
-    "mismatched" (D1): see `domain_loader`. "misnamed" (D2): see `class_order`; that the prompt of class c speaks of another class
-    is said here by giving its images the label of that class. "both".
+    That is image numbers, their labels, and which of these each client has.
+
+    loader: "mismatched" (D1), a client's labels are its own, but its images are the first ones of
+        the domain, the same for all its clients, so labels say nothing about images, and about one
+        in ten fits; "misnamed" (D2), the prompt of class c speaks of another class (see
+        `class_order`), said here by giving its images the label of that class; or "both". The paper
+        describes an ordinary shift of labels and features.
     """
-    images, given, sizes = [], [], []
+    images = []
+    renamed = []
     for of_split, name in zip(parts, ("train", "test"), strict=True):
         for index in of_split:
             if len(set(domain[index])) > 1:
-                raise ValueError(f"loader {loader!r} is for clients of one domain each: use kind domain, or loader right")
+                raise ValueError(
+                    f"loader {loader!r} is for clients of one domain each: "
+                    "use kind domain, or loader right"
+                )
             here = np.flatnonzero((domain == domain[index[0]]) & (split == name))
             images.append(index if loader == "misnamed" else here[: len(index)])
-            given.append(labels[index])
-            sizes.append(len(index))
-    renamed = np.concatenate(given)
+            renamed.append(labels[index])
+    ends = np.cumsum([len(index) for index in images])
+    places = np.split(np.arange(ends[-1]), ends[:-1])
+    given = np.concatenate(renamed)
     if loader != "mismatched":
-        renamed = np.array(class_order(range(int(labels.max()) + 1), seed))[renamed]
-    places = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
-    return np.concatenate(images), renamed, (places[: len(parts[0])], places[len(parts[0]) :])
+        given = np.array(class_order(range(int(labels.max()) + 1), seed))[given]
+    n = len(parts[0])
+    return np.concatenate(images), given, (places[:n], places[n:])
 
 
 def class_order(classes: Sequence[Any], seed: int) -> list[Any]:
-    """The class names in the order in which a prompt's row c gets one, on DomainNet and Office.
+    """Order class names as the rows of a prompt get them on DomainNet and Office.
 
-    The release keeps the names in a Python set, whose order differs from process to process, so a prompt carries the name of a
-    random class, the same in training and test. Those orders cannot be had back: here a permutation by a named seed.
+    The release keeps the names in a Python set, whose order differs from process to process, so a
+    prompt carries the name of a random class, the same in training and test. Those orders cannot be
+    had back: here a permutation by a named seed.
     """
-    return [classes[i] for i in np.random.default_rng([seed, *b"names"]).permutation(len(classes))]
+    order = np.random.default_rng([seed, *b"names"]).permutation(len(classes))
+    return [classes[i] for i in order]
 
 
 def pachinko(
-    train_labels: ArrayLike,
-    test_labels: ArrayLike,
+    lists: Lists,
     n_clients: int,
     beta: float = 0.5,
     seed: int = 1,
     draw: random.Random | None = None,
-    rng: np.random.RandomState | None = None,
-) -> tuple[Indices, Indices]:
-    """`noniid-labeldir100`, the release's default: Pachinko allocation over the 20 superclasses of CIFAR-100.
+    rng: RandomState | None = None,
+) -> Parts:
+    """Deal by Pachinko allocation over the 20 superclasses of CIFAR-100, the release's default.
 
-    Training and test images are pooled. Client after client draws weights of the superclasses, Dir(beta 1_20), and of the classes
-    in each, Dir(10 1_5), then 1/n of the images without replacement; what is used up is taken out of the tree. The images of the
-    test list become its test set, so a client's training and test labels are two samples and differ. The run's seed decides
-    nothing but the order of the clients. The paper says Dir(0.5), and not whether it means this or `label_dirichlet`.
-    Raises ValueError unless the labels are the 100 classes (on CIFAR-10 the release ends in an IndexError), for a client without
-    images, and for weights that round to 0 (tiny beta).
+    The release's `noniid-labeldir100`. Training and test images are pooled. Client after client
+    draws weights of the superclasses, Dir(beta 1_20), and of the classes in each, Dir(10 1_5), then
+    1/n of the images without replacement; what is used up is taken out of the tree. The images of
+    the test list become its test set, so a client's training and test labels are two samples and
+    differ. The paper says Dir(0.5), and not whether it means this or `label_dirichlet`.
+
+    seed: the run's, which decides nothing but the order of the clients.
+
+    Raises ValueError unless the labels are the 100 classes (on CIFAR-10 the release ends in an
+    IndexError), for a client without images, and for weights that round to 0 (tiny beta).
     """
-    _above_zero(n_clients=n_clients, beta=beta)
-    labels = np.concatenate([np.asarray(train_labels), np.asarray(test_labels)]).tolist()
-    if set(labels) != set(range(100)):
+    check_positive(n_clients=n_clients, beta=beta)
+    labels = np.concatenate(lists).tolist()
+    classes = set(labels)
+    if classes != set(range(100)):
         raise ValueError(
-            f"pachinko needs the 100 classes of CIFAR-100, these labels have {len(set(labels))}: use label_dirichlet "
-            "(the released code ends in an IndexError here)"
+            f"pachinko needs the 100 classes of CIFAR-100, these labels have {len(classes)}: "
+            "use label_dirichlet (the released code ends in an IndexError here)"
         )
-    draw, rng = draw or random.Random(), rng or np.random.RandomState()
+    draw = draw or random.Random()
+    rng = rng or RandomState()
     draw.seed(PACHINKO_SEED)
     rng.seed(PACHINKO_SEED)
     images: dict[int, list[int]] = {label: [] for label in range(100)}
     for i in draw.sample(range(len(labels)), len(labels)):
         images[labels[i]].append(i)
-    tree = [list(classes) for classes in SUPERCLASSES]
-    clients = [_one_client(tree, images, len(labels) // n_clients, beta, draw, rng) for _ in range(n_clients)]
+    tree = SUPERCLASSES.tolist()
+    size = len(labels) // n_clients
+    clients = [draw_client(tree, images, size, beta, draw, rng) for _ in range(n_clients)]
     draw.seed(seed)
     draw.shuffle(clients)
-    n_train = len(np.asarray(train_labels))
-    train, test = ([own[own < n_train] for own in clients], [own[own >= n_train] - n_train for own in clients])
+    n_train = len(lists[0])
+    train = [own[own < n_train] for own in clients]
+    test = [own[own >= n_train] - n_train for own in clients]
     if not all(map(len, train + test)):
-        raise ValueError(f"{n_clients} clients cannot share {len(labels)} images, some would have none: use fewer clients")
+        raise ValueError(
+            f"{n_clients} clients cannot share {len(labels)} images, some would have none: "
+            "use fewer clients"
+        )
     return train, test
 
 
-def _one_client(
-    tree: list[list[int]], images: dict[int, list[int]], size: int, beta: float, draw: random.Random, rng: np.random.RandomState
-) -> np.ndarray:
-    """Takes `size` images out of `images`, and out of `tree` the classes and superclasses that are empty then."""
-    top = _weights(rng.dirichlet(np.full(len(tree), beta)))
+def draw_client(
+    tree: list[list[int]],
+    images: dict[int, list[int]],
+    size: int,
+    beta: float,
+    draw: random.Random,
+    rng: RandomState,
+) -> ndarray:
+    """Take `size` images out of `images`, and out of `tree` what is empty then."""
+    top = positive(rng.dirichlet(np.full(len(tree), beta)))
     inner = [rng.dirichlet(np.full(len(classes), 10.0)) for classes in tree]
     own = []
     for _ in range(size):
@@ -367,36 +433,40 @@ def _one_client(
         own.append(left.pop(draw.randrange(len(left))))
         if not left:
             del tree[s][k]
-            inner[s] = _without(inner[s], k)
+            inner[s] = without(inner[s], k)
             if not tree[s]:
                 del tree[s], inner[s]
-                top = _without(top, s)
+                top = without(top, s)
     return np.array(own, int)
 
 
-def _without(weights: np.ndarray, k: int) -> np.ndarray:
+def without(weights: ndarray, k: int) -> ndarray:
+    """Drop a weight and let the others sum to 1."""
     rest = np.delete(weights, k)
-    return rest / _weights(rest).sum() if len(rest) else rest
+    return rest / positive(rest).sum() if len(rest) else rest
 
 
-def _weights(weights: np.ndarray) -> np.ndarray:
+def positive(weights: ndarray) -> ndarray:
     if not weights.sum() > 0:  # NaN, too
-        raise ValueError("all superclasses that still have images drew the weight 0: use a larger beta")
+        raise ValueError(
+            "all superclasses that still have images drew the weight 0: use a larger beta"
+        )
     return weights
 
 
-def participants(n_clients: int, participation: float, rounds: int, rng: np.random.RandomState) -> np.ndarray:
-    """Clients of every round in their order of training (rounds, m), m = max(int(participation n), 1), without replacement.
+def participants(n_clients: int, participation: float, rounds: int, rng: RandomState) -> ndarray:
+    """Draw the clients of every round in their order of training: (rounds, m), without replacement.
 
-    `rng` is NumPy's state when the rounds begin: seeded by the run and moved on by the split. After `domain_dirichlet` it is the
-    same for every seed, and so are the participants.
+    m is max(int(participation n), 1). After `domain_dirichlet` they are the same for every seed.
+
+    rng: NumPy's state when the rounds begin, seeded by the run and moved on by the split.
     """
-    _above_zero(n_clients=n_clients, participation=participation, rounds=rounds)
+    check_positive(n_clients=n_clients, participation=participation, rounds=rounds)
     m = max(int(participation * n_clients), 1)
     return np.stack([rng.choice(n_clients, m, replace=False) for _ in range(rounds)])
 
 
-def _above_zero(**values: float) -> None:
+def check_positive(**values: float) -> None:
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"{name} ({value}) must be above 0")

@@ -1,4 +1,8 @@
-"""A small world of files, the same for every test that needs one: drawn images, a random CLIP, their features."""
+"""What several test modules need: here a small world of files, a random CLIP and its features.
+
+`helpers.tiny` has what stands in for CLIP and its clients in memory, and the golden files;
+`helpers.runs` plays whole runs and watches them.
+"""
 
 import contextlib
 import json
@@ -13,24 +17,31 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fpl.data import encoders, features, world
+from fpl.data import encoders, extraction, world
+from fpl.data.manifest import read_manifest
 from fpl.experiments import settings
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DATA = settings.Data(train_per_class=2, test_per_class=1)
 BACKBONE = settings.Backbone("local-dir:clip")
-MODEL = {
-    "embed_dim": 32,
-    "vision_cfg": {"image_size": 32, "patch_size": 16, "layers": 1, "width": 32, "head_width": 16},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
+VISION = {"image_size": 32, "patch_size": 16, "layers": 1, "width": 32, "head_width": 16}
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1}
+MODEL = {"embed_dim": 32, "vision_cfg": VISION, "text_cfg": TEXT}
+PREPROCESS = {
+    "mean": [0.5] * 3,
+    "std": [0.25] * 3,
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
 }
-PREPROCESS = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
 PARAMS = settings.Settings(
     data=DATA,
     backbone=BACKBONE,
     partition=settings.Partition(clients=4, shots=2),
     run=settings.Training(rounds=2, local_epochs=1, batch_size=8),
-    methods={"promptfl": {"n_ctx": 2}, "pfedmoap": {"n_ctx": 2, "n_experts": 2, "d_gate": 16, "heads": 4}},
+    methods={
+        "promptfl": {"n_ctx": 2},
+        "pfedmoap": {"n_ctx": 2, "n_experts": 2, "d_gate": 16, "heads": 4},
+    },
 )
 
 OTHER = {  # of every setting to which 1 cannot be added, a value that is not the default
@@ -48,6 +59,7 @@ OTHER = {  # of every setting to which 1 cannot be added, a value that is not th
     "memory": "always",
     "anchor": "a {}.",
     "transport": "balanced",
+    "gamma": 0.5,
     "choice": "random",
     "mixing": "linear",
     "gate_kept": "aggregated",
@@ -57,34 +69,35 @@ OTHER = {  # of every setting to which 1 cannot be added, a value that is not th
 
 
 def store_clip(folder, seed=0):
-    """A random open_clip model in the layout that `local-dir:` loads."""
+    """Write a random open_clip model in the layout that `local-dir:` loads."""
     folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        save_file(
-            {k: v.contiguous() for k, v in open_clip.CLIP(**MODEL).state_dict().items()}, folder / "open_clip_model.safetensors"
-        )
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL, "preprocess_cfg": PREPROCESS}))
+        weights = {k: v.contiguous() for k, v in open_clip.CLIP(**MODEL).state_dict().items()}
+    save_file(weights, folder / "open_clip_model.safetensors")
+    config = {"model_cfg": MODEL, "preprocess_cfg": PREPROCESS}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
 
 
 @contextlib.contextmanager
 def standing_in(folder):
-    """In `folder` as the project's root."""
+    """Stand in `folder` as the project's root."""
     with contextlib.chdir(folder):
         yield folder
 
 
 def build(folder):
-    """Images, model and features under `folder`, where the settings above look for them."""
+    """Make images, model and features under `folder`, where the settings above look for them."""
     with standing_in(folder):
         store_clip(Path("clip"))
         world.make(DATA.folder, DATA.seed, DATA.train_per_class, DATA.test_per_class)
-        features.extract(features.read_manifest(DATA.folder / "manifest.csv"), encoders.load(BACKBONE.name), DATA.features)
+        manifest = read_manifest(DATA.folder / "manifest.csv")
+        extraction.extract(manifest, encoders.load(BACKBONE.name), DATA.features)
     return folder
 
 
 def python(folder, *arguments):
-    """A process of its own that stands in `folder`."""
+    """Start a process of its own that stands in `folder`."""
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     return subprocess.Popen(
         [sys.executable, *arguments],
@@ -97,10 +110,11 @@ def python(folder, *arguments):
 
 
 def refuses(call, words):
-    """A ValueError of one line that has all the words."""
+    """Hold that a call ends in a ValueError of one line that has all the words."""
     with pytest.raises(ValueError) as error:
         call()
-    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
+    said = str(error.value)
+    assert "\n" not in said and all(word in said for word in words), said
 
 
 class Here:

@@ -1,0 +1,5 @@
+"""`python -m fpl.cli` is `fpl`."""
+
+from fpl.cli import main
+
+main()

@@ -1,0 +1,29 @@
+"""fpl check: whether a method keeps the promises that all methods here keep."""
+
+import sys
+
+from fpl.cli.options import Options, Parser, assignments
+
+
+def add(parser: Parser) -> None:
+    """Add the options."""
+    which = "a class of your own, my_method.py:MyMethod, or a method of the table"
+    parser.add_argument("method", help=which)
+    what = "settings of the method, such as lam=1"
+    parser.add_argument("changes", nargs="*", metavar="name=value", help=what)
+
+
+def run(options: Options) -> None:
+    """Check the promises on a method, on a small random CLIP, and say which are broken.
+
+    Each declared tensor gets a gradient, what leaves a client is exactly what the method shares,
+    clients in one batch learn what they learn alone, and so on. Exit status 1 if one is broken.
+    """
+    from fpl.experiments import promises, settings, values
+
+    method = settings.row_class(options.method)
+    changes = assignments(options.changes, values.plain)
+    broken = promises.check(method, changes)
+    print(*broken or [f"all {len(promises.PROMISES)} promises hold"], sep="\n")
+    if broken:
+        sys.exit(1)

@@ -1,0 +1,32 @@
+"""fpl data: what data sets there are, and getting them."""
+
+from pathlib import Path
+
+from fpl.cli.options import Options, Parser
+
+
+def add(parser: Parser) -> None:
+    """Add the options."""
+    parser.add_argument("what", choices=("list", "fetch", "check"))
+    which = "a data set of `fpl data list`, or own"
+    parser.add_argument("name", nargs="?", default="", help=which)
+    where = "folder of data sets (data/images); for own, the CSV or folder"
+    parser.add_argument("--root", type=Path, default=Path("data/images"), help=where)
+
+
+def run(options: Options) -> None:
+    """List the data sets, fetch one, or check what is there and what is missing."""
+    from fpl.data import datasets, fetch
+
+    if options.what == "list":
+        print(datasets.overview(options.root).to_markdown(index=False))
+        return
+    left = []
+    if options.what == "fetch":
+        print(f"terms of use: {fetch.terms(options.name)}", flush=True)
+        left = fetch.fetch(options.name, options.root)
+    table = datasets.checklist(options.name, options.root)
+    incomplete = (table["todo"] != "").any()
+    if options.what == "check" and incomplete and options.name != "own":
+        left = fetch.by_hand(options.name, options.root)
+    print(table.to_markdown(index=False), *left, sep="\n")

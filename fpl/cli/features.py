@@ -1,0 +1,113 @@
+"""fpl features: image features, made once and handed on as packs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fpl.cli.options import Options, Parser, add_settings, read_settings
+
+if TYPE_CHECKING:
+    from fpl.experiments.settings import Data
+
+
+def add(parser: Parser) -> None:
+    """Add the options."""
+    add_settings(parser)
+    actions = ("extract", "export", "import", "verify")
+    parser.add_argument(
+        "action", nargs="?", choices=actions, default="extract", help="what to do (extract)"
+    )
+    parser.add_argument("file", nargs="?", type=Path, help="the pack to write or read")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        help="processes that decode images (with a GPU a core each, up to 8; else fewer)",
+    )
+    parser.add_argument(
+        "--views",
+        type=int,
+        metavar="V",
+        help="also write V random crops and flips of each training image",
+    )
+    switches = {
+        "--patches": "also write the file of patch features, which FedOTP reads",
+        "--all": "of every data set of the tables, all that their rows read",
+        "--skip-bad": "leave out images that cannot be read",
+        "--fresh": "extract again what is there as asked for",
+        "--force": "import over other features",
+    }
+    for name, what in switches.items():
+        parser.add_argument(name, action="store_true", help=what)
+
+
+def run(options: Options) -> None:
+    """Run the frozen image tower over the images once (extract), or handle packs of features.
+
+    A pack is one file with all that the tables need: features, labels, class names, split, domain
+    and provenance. Whoever imports it needs no images, but the weights of the text tower, which are
+    not in it.
+    """
+    command = f"`fpl features {options.action}`"
+    if options.action == "extract":
+        if options.file:
+            where = "params.yaml says where it goes"
+            raise ValueError(f"{command} takes no file ({options.file}): {where}")
+        extract(options)
+    elif not options.file:
+        raise ValueError(f"{command} needs the name of a pack")
+    elif options.action == "import":
+        unpack(options)
+    else:
+        describe_pack(options)
+
+
+def extract(options: Options) -> None:
+    """Make the features files that are asked for and not there, and say where they are."""
+    import fpl
+    from fpl.experiments.extract import Request, make_features
+
+    settings = read_settings(options)
+    asked = {options.on: {"patches"} if options.patches else set()}
+    if options.all:
+        asked = settings.contents()
+    for name, contents in asked.items():
+        source = settings.source(name)
+        model = source.backbone
+        clip = fpl.load(model.name, model.weights, model.preprocessing)
+        request = Request(contents, options.views, options.workers, options.skip_bad, options.fresh)
+        for path, skipped in make_features(source.data, clip, request):
+            without = f", without {len(skipped)} images that cannot be read" if skipped else ""
+            print(f"features: {path}{without}")
+
+
+def files_of(data: Data) -> dict[str, Path]:
+    """Return where the settings look for features, by content."""
+    from fpl.data import features
+
+    return {content: features.file_of(data.features, content) for content in features.CONTENT}
+
+
+def unpack(options: Options) -> None:
+    """Put what is in a pack where the settings look for it."""
+    from fpl.data import pack
+
+    settings = read_settings(options)
+    data = settings.data
+    model = settings.backbone.name
+    written = pack.unpack(options.file, files_of(data), data.name, model, options.force)
+    for path, is_new in written.items():
+        print(f"features: {path}{'' if is_new else ', which was there already'}")
+
+
+def describe_pack(options: Options) -> None:
+    """Verify a pack, which export makes first, and say what is in it."""
+    from fpl.data import pack
+
+    if options.action == "export":
+        data = read_settings(options).data
+        described = pack.export(files_of(data), data.name, options.file)
+    else:
+        described = pack.verify(options.file)
+    for what, value in described.items():
+        print(f"{what + ':':10}{value}")

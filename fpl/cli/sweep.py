@@ -1,0 +1,63 @@
+"""fpl sweep: all runs of some tables, or of one method with several values."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+from fpl.cli.options import Options, Parser, add_fresh, add_settings, assignments, read_settings
+
+if TYPE_CHECKING:
+    from fpl.experiments.settings import Settings
+
+
+def add(parser: Parser) -> None:
+    """Add the options."""
+    add_settings(parser)
+    add_fresh(parser)
+    parser.add_argument(
+        "what",
+        nargs="*",
+        metavar="TABLE | METHOD NAME=VALUES",
+        help="tables, or notebooks for all tables of theirs (everything), or a method (also "
+        "my_method.py:MyMethod) and name=values: 0,1,3 or first:last[:step], such as pfedmoap "
+        "n_experts=0,1,3 lam=0:2:0.5",
+    )
+    kept = "of a method's runs: keep them under this name, for notebooks/05_sweep.ipynb"
+    parser.add_argument("--name", default="", help=kept)
+    parser.add_argument("--jobs", type=int, help="runs at a time (the number of cores)")
+
+
+def run(options: Options) -> None:
+    """Make the missing runs of tables (all of params.yaml), or of a method with several values."""
+    from fpl.experiments import runner
+    from fpl.experiments.settings import ROWS
+
+    settings = read_settings(options)
+    first = options.what[0] if options.what else ""
+    if first in ROWS or ".py:" in first:
+        sweep_method(settings, options)
+        return
+    names: dict[str, None] = {}  # in the order in which they are asked for, each once
+    for name in options.what or settings.tables:
+        names |= dict.fromkeys(settings.tables_of(name))
+    runner.tables(settings, [*names], options.jobs, options.fresh)
+
+
+def sweep_method(settings: Settings, options: Options) -> None:
+    """Run a method with every combination of the values, and print a line for each."""
+    from fpl.experiments import records, runner, tables, values
+
+    method, *changes = options.what
+    lists = assignments(changes, values.several)
+    seeds = [int(values.number(seed, "int", "seed")) for seed in lists.pop("seed", settings.seeds)]
+    experiments = []
+    for combination in itertools.product(*lists.values()):
+        named = dict(zip(lists, combination, strict=True))
+        experiments += [settings.experiment(method, seed, options.on, **named) for seed in seeds]
+    paths = runner.sweep(experiments, options.jobs, options.fresh)
+    if options.name:
+        rows = [method] * len(paths)
+        records.save_index("05_sweep", options.name, paths, rows, settings.results)
+    table = tables.grid(records.frame(paths), [*lists] or ["method"])
+    print(table.reset_index().to_markdown(index=False))

@@ -1,0 +1,187 @@
+"""The public verbs: load a CLIP, make features, split them into clients, train, look at results.
+
+import fpl
+clip = fpl.load()
+data = fpl.features("shapes", clip)
+clients = fpl.split(data, kind="pathological", clients=10, shots=16, seed=1)
+result = fpl.train("pfedmoap", clip, clients, rounds=10)
+result.table()
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fpl.data import datasets, encoders, world
+from fpl.data.features import Features
+from fpl.data.features import load as open_features
+from fpl.data.files import ROOT
+from fpl.data.partitions import Partition
+from fpl.experiments import cache
+from fpl.experiments.assemble import deal
+from fpl.experiments.extract import Request, make_features
+from fpl.experiments.settings import Backbone, Data, part_of, row_class
+from fpl.experiments.values import build, check_choice
+from fpl.methods import PromptFL
+from fpl.prompts import Clip, PromptTree
+from fpl.rounds import Round, Seeds, Training, run_rounds
+from fpl.state import Clients, Tensors
+
+
+@dataclass(frozen=True)
+class Split(Clients):
+    """Clients that know the names of their classes, and the seed that they were drawn with."""
+
+    classes: tuple[str, ...] = ()
+    seed: int = 1
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave: its method, training and clients, and every round."""
+
+    method: PromptFL
+    training: Training
+    clients: Split
+    rounds: list[Round]
+
+    @property
+    def accuracy(self) -> Float[Tensor, " n"]:
+        """Each client's accuracy after the last round, in [0, 1]: never that of the best round."""
+        return self.rounds[-1].accuracy
+
+    @property
+    def prompts(self) -> Float[Tensor, "n *k m w"] | None:
+        """The prompt that each client classifies with; None for a method that learns none."""
+        learnt: Tensors = self.rounds[-1].evaluated
+        return self.method.ctx(learnt) if learnt else None
+
+    def table(self) -> pd.DataFrame:
+        """Return a line for each client: its images and classes, and accuracy in percent."""
+        clients = self.clients
+        everybody = range(len(clients))
+        counts = [clients.counts(i) for i in everybody]
+        return pd.DataFrame(
+            {
+                "training images": [int(count.sum()) for count in counts],
+                "classes": [int((count > 0).sum()) for count in counts],
+                "test images": [len(clients.test[i]) for i in everybody],
+                "accuracy, %": (100 * self.accuracy).round(decimals=2).tolist(),
+            },
+            index=pd.Index(everybody, name="client"),
+        ).round(2)
+
+
+def load(name: str = "", weights: str | Path = "", preprocessing: str = "") -> Clip:
+    """Load a frozen CLIP, on a GPU when there is one; without a name, the demo's.
+
+    name: an open_clip model such as "ViT-B-16-quickgelu" with `weights`, a tag such as "openai" or
+    the path of a file; or "local-dir:FOLDER" or "hf-hub:REPOSITORY", which have their own.
+    preprocessing: of images; "" for CLIP's own.
+    Raises FileNotFoundError for weights that are not there and ValueError for an unknown model.
+    """
+    name = name or demo_clip()
+    return encoders.load(name, weights or None, cache.device(), preprocessing=preprocessing)
+
+
+def demo_clip() -> str:
+    """Return the name of the demo's CLIP; within a profile it is the name that features carry."""
+    name = Backbone().name
+    if Path(name.removeprefix(encoders.LOCAL)).exists():
+        return name
+    return f"{encoders.LOCAL}{ROOT / 'data' / 'demo_clip'}"
+
+
+def features(
+    images: str | Path, clip: Clip, patches: bool = False, skip_bad: bool = False
+) -> Features:
+    """Return the features of images, extracted once and then read from data/features.
+
+    images: a demo world ("shapes" or "styles"), a data set under data/images by its name
+    (`fpl data list`), or the path of your own: a folder CLASS/FILE or DOMAIN/CLASS/FILE, or a CSV.
+    patches: make those of patches, too, which FedOTP reads (`fpl run` finds them).
+    skip_bad: leave out images that cannot be read.
+    Raises OSError for images that cannot be read, and ValueError for what is no data set.
+    """
+    data = data_of(str(images), clip)
+    request = Request({"patches"} if patches else set(), skip_bad=skip_bad)
+    paths = [path for path, _ in make_features(data, clip, request)]
+    return open_features(paths[0], clip.provenance, cache.device())
+
+
+def data_of(images: str, clip: Clip) -> Data:
+    """Return the settings of a data set; features of every model have a file of their own."""
+    known = [*world.WORLDS, *datasets.DATASETS]
+    is_demo = clip.provenance["model"] == Backbone().name
+    model = hashlib.sha256(repr(clip.provenance).encode()).hexdigest()[:8]
+    if images in known:
+        return Data(name=images, store="" if is_demo else f"{images}_{model}")
+    path = Path(images)
+    if not path.exists():
+        check_choice(images, known, "data set, and no path of images of your own:")
+    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+    return Data(name="own", root=images, store=f"{path.stem}_{place}_{model}")
+
+
+def split(data: Features, seed: int = 1, **partition: Any) -> Split:
+    """Deal images to clients.
+
+    partition: fields of fpl.data.partitions.Partition, such as kind="dirichlet", clients=10,
+    concentration=0.3, shots=16. Raises ValueError for unknown ones and for images that cannot be
+    dealt as asked.
+    """
+    asked = build(Partition, partition, "split")
+    nobody: list[Tensor] = []
+    whole = Split(
+        *(data.feats, data.labels, nobody, nobody, len(data.classes)),
+        classes=tuple(data.classes),
+        seed=seed,
+    )
+    dealt = deal(whole, data, asked, seed)
+    assert isinstance(dealt, Split)
+    return dealt
+
+
+def train(
+    method: str | type[PromptFL] | PromptFL,
+    clip: Clip,
+    clients: Split,
+    seed: int | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Result:
+    """Train a method on clients, and evaluate it after every round.
+
+    method: a key such as "pfedmoap", FILE.py:CLASS, a class of your own, or an instance of one.
+    seed: of what training draws; by default that of the split. progress: show a bar.
+    settings: of the method (n_experts=5) and of fpl.rounds.Training (rounds=10); what is not given
+    has its default there. params.yaml is not read.
+    Raises ValueError for settings that are unknown or out of range, and FloatingPointError when the
+    loss is no longer finite.
+    """
+    kind = row_class(method) if isinstance(method, str) else method
+    if not isinstance(kind, type):
+        kind = type(kind)
+    valid = [field.name for cls in (kind, Training) for field in fields(cls)]
+    for name in settings:
+        check_choice(name, sorted(valid), f"setting of {kind.title}")
+    chosen = part_of(settings, kind)
+    if isinstance(method, PromptFL):
+        chosen = vars(method) | chosen
+    made = build(kind, chosen, kind.key)
+    training = build(Training, kind.training | part_of(settings, Training), kind.key)
+    names = clients.classes[: clients.n_cls]
+    text = PromptTree(clip, names, made.n_ctx, precision=training.precision)
+    drawn = clients.seed if seed is None else seed
+    seeds = Seeds(training.init_seed or drawn, training.order_seed or drawn)
+    rounds = run_rounds(made, text, clients, training, seeds)
+    bar = tqdm(rounds, made.title, training.rounds, unit="round", disable=not progress)
+    return Result(made, training, clients, list(bar))

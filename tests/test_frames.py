@@ -1,0 +1,265 @@
+"""Promise: a frame says which run a line is of, and no result is ever taken for a setting."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fpl.audit import ledger, published
+from fpl.experiments import records, stats, tables
+
+TITLES = {"promptfl": "PromptFL", "pfedmoap": "pFedMoAP", "majority": "control: majority"}
+# A twelfth method, which the package does not know, in a file of one's own.
+OWN = "my_method.py:Mine"
+METHODS = TITLES | {OWN: "Mine"}
+CLIENTS = 4
+
+
+def record(method, seed, n_rounds=6, **settings):
+    """A made-up record, whose numbers depend on its settings alone."""
+    gen = np.random.default_rng([seed, *json.dumps([method, settings]).encode()])
+    rounds = []
+    for number in range(n_rounds):
+        participants = sorted(gen.choice(CLIENTS, 3, replace=False).tolist())
+        rounds.append(
+            {
+                "round": number,
+                "accuracy": gen.uniform(0.2, 0.9, CLIENTS).round(6).tolist(),
+                "participants": participants,
+                "loss": None,
+                "up": gen.integers(100, 200, 3).tolist(),
+                "down": gen.integers(100, 200, 3).tolist(),
+            }
+        )
+    rounds[-1]["elsewhere"] = {
+        "base": gen.uniform(size=CLIENTS).tolist(),
+        "novel": gen.uniform(size=CLIENTS).tolist(),
+    }
+    fixed = {"method": method, "seed": seed, "data": "shapes", "rounds": n_rounds}
+    return {
+        "settings": fixed | settings,
+        "title": METHODS[method],
+        "is_control": method == "majority",
+        "domains": ["photo", "photo", "sketch", "sketch"],
+        "rounds": rounds,
+    }
+
+
+def store(made):
+    """Write records where tables look for them, and return their paths."""
+    records.RECORDS.mkdir(parents=True, exist_ok=True)
+    paths = [records.RECORDS / f"run-{number}.json" for number, _ in enumerate(made)]
+    for path, content in zip(paths, made):
+        path.write_text(json.dumps(content))
+    return paths
+
+
+def some_runs():
+    """Rows of several methods and values of a setting, one of which ends earlier."""
+    made = [record(method, seed) for method in METHODS for seed in (1, 2, 3)]
+    for lam in (0.0, 0.5):
+        made += [record("pfedmoap", seed, lam=lam) for seed in (1, 2, 3)]
+    made += [record("pfedmoap", seed, n_rounds=3, lam=2.0) for seed in (1, 2, 3)]
+    labels = [made["settings"]["method"] for made in made[:12]]
+    return made, labels + ["pfedmoap, varied"] * 9
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def everything(runs):
+    """All that is made of runs: means, intervals and tables."""
+    main = runs[runs["row"] != "pfedmoap, varied"]
+    lam = runs[runs["row"] == "pfedmoap, varied"]
+    pair = ledger.Pair("five", "pfedmoap", "promptfl", rule="mean of the last five rounds")
+    item = ledger.Item("D0", "B", "where", "does", "paper", "evidence", costs=[pair])
+    yield stats.by_seed(runs, ["row", "lam"])
+    yield stats.spread(main)
+    yield stats.paired(runs, "pfedmoap", "promptfl")
+    yield pd.Series(stats.varied(runs))
+    yield tables.table1(main)
+    yield tables.beside(main, "CIFAR100")
+    yield tables.grid(runs, ["row", "lam"])
+    yield tables.grid(main, "row", "novel")
+    yield tables.labelled(runs)
+    yield tables.with_controls(tables.ablation(lam, "lam"), main)
+    yield tables.differences(runs, {"one": ("pfedmoap", OWN)})
+    yield tables.clients(main)
+    yield tables.with_bytes(tables.grid(runs, ["row", "lam"]), runs)
+    yield tables.generalisation(main)
+    yield pd.DataFrame(tables.levels(main, [OWN]))
+    yield published.lines(main, published.TABLE1, "shapes")
+    yield ledger.costs([item], runs)
+
+
+RESULTS = {  # of a client in a round
+    "macro_f1": lambda gen: gen.uniform(),
+    "n_correct": lambda gen: int(gen.integers(20)),
+    "seconds": lambda gen: math.nan if gen.uniform() < 0.5 else gen.uniform(),
+    "worst_class": lambda gen: str(gen.choice(["circle", "star"])),
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+@pytest.mark.parametrize("way", ["in the record", "in the frame"])
+def test_a_new_result_changes_no_number(name, way):
+    made, labels = some_runs()
+    before = records.frame(store(made), labels)
+    gen = np.random.default_rng(0)
+    if way == "in the frame":
+        after = before.assign(**{name: [RESULTS[name](gen) for _ in range(len(before))]})
+    else:
+        for found in [found for content in made for found in content["rounds"]]:
+            found[name] = [RESULTS[name](gen) for _ in range(CLIENTS)]
+        after = records.frame(store(made), labels)
+    assert after[name].nunique() > 1
+    for old, new in zip(everything(before), everything(after), strict=True):
+        assert new.equals(old)
+
+
+def test_every_setting_is_one_and_no_result_is():
+    made, labels = some_runs()
+    runs = records.frame(store(made), labels)
+    assert stats.settings_of(runs) == ["method", "seed", "data", "rounds", "lam"]
+    assert stats.varied(runs) == ["row", "rounds", "lam"]
+    assert stats.varied(runs[runs["row"] == "promptfl"]) == ["row"]
+    lam = runs.query("row == 'pfedmoap, varied' and rounds == 6")
+    assert stats.varied(lam) == ["lam"]
+
+
+CHANGES = {
+    "concat": lambda runs: pd.concat([runs[:200], runs[200:]], ignore_index=True),
+    "groupby": lambda runs: pd.concat([part for _, part in runs.groupby("method")]),
+    "query": lambda runs: runs.query("round >= 0"),
+    "assign": lambda runs: runs.assign(note="x"),
+    "merge": lambda runs: runs.merge(runs[["run"]].drop_duplicates().assign(more=1)),
+    "copy": lambda runs: pd.DataFrame(runs.to_dict("list")),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_done_to_a_frame_loses_no_setting(change):
+    made, labels = some_runs()
+    runs = records.frame(store(made), labels)
+    changed = CHANGES[change](runs)
+    assert set(stats.settings_of(changed)) == set(stats.settings_of(runs))
+    assert set(stats.varied(changed)) == {"row", "rounds", "lam"}
+
+
+@pytest.mark.parametrize("column", ["run", "row", "settings"])
+def test_a_column_that_is_lost_is_missed_in_one_sentence(column):
+    made, labels = some_runs()
+    runs = records.frame(store(made), labels).drop(columns=column)
+    with pytest.raises(ValueError, match=f"lost their column '{column}': keep it") as error:
+        stats.settings_of(runs) if column == "settings" else stats.by_seed(runs)
+    assert "\n" not in str(error.value)
+
+
+def test_one_record_under_two_labels_is_two_rows():
+    (path,) = store([record("promptfl", 1)])
+    runs = records.frame([path, path], ["one", "other"])
+    assert len(runs) == 2 * 6 * CLIENTS and runs["run"].nunique() == 1
+    both = stats.by_seed(runs, "row")
+    assert both["one", 1] == both["other", 1] == stats.by_seed(runs[runs["row"] == "one"]).iloc[0]
+
+
+def test_a_setting_does_not_hide_another_column():
+    for taken in ("accuracy", "title", "run", "up", "novel"):
+        with pytest.raises(ValueError, match=f"the setting {taken} has the name of another"):
+            records.frame(store([record("promptfl", 1, **{taken: 1})]))
+
+
+def test_what_a_frame_says_of_clients():
+    content = record("promptfl", 1, n_rounds=2)
+    runs = records.frame(store([content]))
+    assert runs["row"].eq("promptfl").all() and runs["title"].eq("PromptFL").all()
+    assert runs["domain"].tolist() == 2 * content["domains"]
+    for found in content["rounds"]:
+        lines = runs[runs["round"] == found["round"]].set_index("client")
+        assert lines["accuracy"].tolist() == found["accuracy"]
+        for name in ("up", "down"):
+            moved = lines[name].dropna()
+            assert moved.to_dict() == dict(zip(found["participants"], found[name]))
+    assert runs[runs["round"] == 0][["base", "novel", "target"]].isna().all(axis=None)
+    last = runs[runs["round"] == 1]
+    assert last["novel"].tolist() == content["rounds"][1]["elsewhere"]["novel"]
+    content["domains"] = None
+    assert records.frame(store([content]))["domain"].eq("").all()
+
+
+def test_a_method_of_ones_own_is_in_all_tables():
+    made, labels = some_runs()
+    runs = records.frame(store(made[:12]), labels[:12])
+    table = tables.table1(runs)
+    assert table["row"].tolist() == list(METHODS.values())
+    assert table.loc[OWN, ["mean", "low", "high", "up, bytes", "down, bytes"]].notna().all()
+    assert math.isnan(table.loc[OWN, tables.BESIDE]) and table.loc["promptfl", tables.BESIDE] > 0
+    assert tables.clients(runs).loc[OWN, "row"] == "Mine"
+    assert tables.controls(runs) == ["control: majority"]
+    ablation = tables.ablation(runs[runs["method"] == OWN], "rounds")
+    assert tables.with_controls(ablation, runs).index.tolist() == ["6", "control: majority"]
+
+
+def test_a_table_is_found_in_the_folder_of_its_notebook():
+    paths = store([record("promptfl", seed) for seed in (1, 2)])
+    with pytest.raises(
+        FileNotFoundError, match="the runs of table mine were not made .*`fpl sweep"
+    ):
+        records.of_table("mine")
+    records.save_index("10_table1", "mine", paths, ["a", "b"])
+    assert records.of_table("mine").groupby("row")["seed"].first().to_dict() == {"a": 1, "b": 2}
+    records.save_index("11_other", "mine", paths, ["a", "b"])
+    with pytest.raises(ValueError, match="table mine has several indexes, .*10_table1.*11_other"):
+        records.of_table("mine")
+    records.save_index("12_third", "other", paths, ["a", "b"], "elsewhere")
+    paths[0].unlink()
+    with pytest.raises(FileNotFoundError, match="1 of 2 runs of table other were not made"):
+        records.of_table("other", "elsewhere")
+
+
+def test_the_last_round_is_reported_never_the_best():
+    content = record("promptfl", 1, n_rounds=3)
+    content["rounds"][0]["accuracy"] = [1.0] * CLIENTS
+    runs = records.frame(store([content]))
+    last = content["rounds"][-1]["accuracy"]
+    assert stats.last_round(runs)["accuracy"].tolist() == last
+    assert stats.by_seed(runs).tolist() == pytest.approx([np.mean(last)])
+    assert "after the last round" in stats.reporting_rule()
+    for note in (tables.NOTE_REAL, tables.NOTE_DEMO, tables.NOTE_SHORT, tables.NOTE_TABLE1):
+        assert stats.reporting_rule() in note
+
+
+def test_each_run_has_its_own_last_round():
+    """An ablation over the number of rounds has runs of one row and seed that end differently."""
+    made = [record("promptfl", seed, n_rounds) for n_rounds in (1, 4) for seed in (1, 2)]
+    found = stats.by_seed(records.frame(store(made)), "rounds")
+    for content in made:
+        settings = content["settings"]
+        last = np.mean(content["rounds"][-1]["accuracy"])
+        assert found[settings["rounds"], settings["seed"]] == pytest.approx(last)
+
+
+BY_HAND = {  # mean, sample std, and t for n - 1 degrees of freedom in mean -+ t std / sqrt(n)
+    "three": ([0.80, 0.82, 0.87], 0.83, math.sqrt((0.03**2 + 0.01**2 + 0.04**2) / 2), 4.302653),
+    "two": ([0.5, 0.7], 0.6, math.sqrt(0.02), 12.706205),
+    "equal": ([0.4, 0.4, 0.4, 0.4], 0.4, 0.0, 3.182446),
+}
+
+
+@pytest.mark.parametrize("case", BY_HAND)
+def test_uncertainty_over_seeds(case):
+    values, mean, std, t = BY_HAND[case]
+    half = t * std / math.sqrt(len(values))
+    wanted = {"mean": mean, "std": std, "low": mean - half, "high": mean + half}
+    wanted["seeds"] = len(values)
+    assert stats.over_seeds(values).to_dict() == pytest.approx(wanted, rel=1e-6, abs=1e-6)
+
+
+def test_one_seed_has_no_uncertainty():
+    found = stats.over_seeds([0.7])
+    assert found["mean"] == 0.7 and found["seeds"] == 1
+    assert found[["std", "low", "high"]].isna().all()
