@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fpl.methods import PFedMoAP, PromptFL, ZeroShot
+from fpl.prompts import PromptTree
 from fpl.state import Clients, Ids
 
 # Penalties between which a ridge regression chooses.
@@ -28,10 +29,10 @@ class Control(PromptFL):
     transfers = False
     is_control = True
 
-    def init(self, text, gen):
+    def init(self, text: PromptTree, gen):
         return {}
 
-    def encode(self, text, p, context):
+    def encode(self, text: PromptTree, p, context):
         return None
 
 
@@ -42,11 +43,11 @@ class Majority(Control):
     key = "majority"
     title = "control: the client's majority class"
 
-    def context(self, text, down, client_ids, clients):
+    def context(self, text: PromptTree, down, client_ids, clients: Clients):
         counts = [clients.counts(i) for i in client_ids.tolist()]
         return {"prior": torch.stack(counts).float()}
 
-    def logits(self, text, t, p, context, x):
+    def logits(self, text: PromptTree, t, p, context, x):
         return context["prior"].unsqueeze(1).expand(-1, x.shape[1], -1)
 
 
@@ -59,11 +60,11 @@ class ZeroShotOwn(ZeroShot):
     transfers = False
     is_control = True
 
-    def context(self, text, down, client_ids, clients):
+    def context(self, text: PromptTree, down, client_ids, clients: Clients):
         zero_shot = super().context(text, down, client_ids, clients)
         return {**zero_shot, "own": own_classes(clients, client_ids)}
 
-    def logits(self, text, t, p, context, x):
+    def logits(self, text: PromptTree, t, p, context, x):
         return restrict(super().logits(text, t, p, context, x), context["own"])
 
 
@@ -79,7 +80,7 @@ class RidgeOwn(Control):
     title = "control: ridge on own features"
     alpha: NonNegativeFloat = 0.0
 
-    def context(self, text, down, client_ids, clients):
+    def context(self, text: PromptTree, down, client_ids, clients: Clients):
         fits = [self.fit(*clients.training(i), clients.n_cls) for i in client_ids.tolist()]
         return {"w": torch.stack([w for w, _ in fits]), "b": torch.stack([b for _, b in fits])}
 
@@ -103,7 +104,7 @@ class RidgeOwn(Control):
         w = vh.T @ ((s / (s**2 + alpha)).unsqueeze(1) * projected)
         return w, level - mean @ w
 
-    def logits(self, text, t, p, context, x):
+    def logits(self, text: PromptTree, t, p, context, x):
         return x @ context["w"] + context["b"].unsqueeze(1)
 
 
@@ -114,7 +115,7 @@ class RidgeAll(RidgeOwn):
     key = "ridge_all"
     title = "control: ridge on everybody's features, own classes only"
 
-    def context(self, text, down, client_ids, clients):
+    def context(self, text: PromptTree, down, client_ids, clients: Clients):
         n = len(client_ids)
         everybody = [clients.training(i) for i in range(len(clients))]
         x = torch.cat([features for features, _ in everybody])
@@ -123,7 +124,7 @@ class RidgeAll(RidgeOwn):
         own = own_classes(clients, client_ids)
         return {"w": w.expand(n, -1, -1), "b": b.expand(n, -1), "own": own}
 
-    def logits(self, text, t, p, context, x):
+    def logits(self, text: PromptTree, t, p, context, x):
         return restrict(super().logits(text, t, p, context, x), context["own"])
 
 
@@ -147,7 +148,7 @@ class GateAlone(PFedMoAP):
     shared = ()
     n_experts: PositiveInt = 4
 
-    def check_experts(self, clients):
+    def check_experts(self, clients: Clients):
         if self.n_experts > len(TEMPLATES):
             wrong = f"n_experts {self.n_experts} must be between 1 and {len(TEMPLATES)}"
             raise ValueError(f"{wrong}: experts are templates here")
@@ -155,10 +156,10 @@ class GateAlone(PFedMoAP):
     def cohorts(self, server, drawn):
         return PromptFL.cohorts(self, server, drawn)
 
-    def download(self, server, client_ids, clients):
+    def download(self, server, client_ids, clients: Clients):
         return {}
 
-    def context(self, text, down, client_ids, clients):
+    def context(self, text: PromptTree, down, client_ids, clients: Clients):
         chosen = TEMPLATES[: self.n_experts]
         experts = torch.stack([self.pool(text.zero_shot(template)) for template in chosen])
         return {"experts": experts.expand(len(client_ids), -1, -1, -1)}

@@ -147,16 +147,16 @@ class ZeroShot(PromptFL):
     shared = ()
     template: str = "a photo of a {}."
 
-    def check(self, text, clients):
+    def check(self, text: PromptTree, clients: Clients):
         check_template("template", self.template)
 
-    def init(self, text, gen):
+    def init(self, text: PromptTree, gen):
         return {}
 
-    def context(self, text, down, client_ids, clients):
+    def context(self, text: PromptTree, down, client_ids, clients: Clients):
         return {"text": text.zero_shot(self.template).expand(len(client_ids), -1, -1)}
 
-    def encode(self, text, p, context):
+    def encode(self, text: PromptTree, p, context):
         return context["text"]
 
 
@@ -204,12 +204,12 @@ class FedPer(PromptFL):
     shared = ("base",)
     n_base: NonNegativeInt = 8
 
-    def check(self, text, clients):
+    def check(self, text: PromptTree, clients: Clients):
         if self.n_base > self.n_ctx:
             bounds = f"n_base {self.n_base} is not between 0 and n_ctx {self.n_ctx}"
             raise ValueError(f"{bounds}: it counts vectors of the prompt")
 
-    def init(self, text, gen):
+    def init(self, text: PromptTree, gen):
         ctx = super().init(text, gen)["ctx"]
         return {"base": ctx[: self.n_base], "head": ctx[self.n_base :]}
 
@@ -230,10 +230,10 @@ class FedProx(PromptFL):
     degenerate = (({"mu": 0}, PromptFL),)
     mu: FiniteFloat = 0.5
 
-    def context(self, text, down, client_ids, clients):
+    def context(self, text: PromptTree, down, client_ids, clients: Clients):
         return {"download": down["ctx"]}
 
-    def loss(self, text, p, context, x, y):
+    def loss(self, text: PromptTree, p, context, x, y):
         return super().loss(text, p, context, x, y) + self.term(p, context)
 
     def term(self, p: Tensors, context: Tensors) -> PerClient:
@@ -264,7 +264,7 @@ class FedAMP(PromptFL):
     attraction: FiniteFloat = 1.0
     step: PositiveFloat = 1.0
 
-    def download(self, server, client_ids, clients):
+    def download(self, server, client_ids, clients: Clients):
         prompts = server.uploads["ctx"].flatten(1)
         seen = server.has_upload
         everybody = torch.arange(len(seen), device=client_ids.device)
@@ -284,10 +284,10 @@ class FedAMP(PromptFL):
         shape = server.uploads["ctx"].shape[1:]
         return {"cloud": cloud.view(len(client_ids), *shape), "pull": pull}
 
-    def context(self, text, down, client_ids, clients):
+    def context(self, text: PromptTree, down, client_ids, clients: Clients):
         return down
 
-    def loss(self, text, p, context, x, y):
+    def loss(self, text: PromptTree, p, context, x, y):
         away = (p["ctx"] - context["cloud"]).square().sum((1, 2))
         return super().loss(text, p, context, x, y) + context["pull"] * away
 
@@ -316,7 +316,7 @@ class PFedPrompt(PromptFL):
     beta: FiniteFloat = 5.5
     memory: Literal["test", "always"] = "test"
 
-    def context(self, text, down, client_ids, clients):
+    def context(self, text: PromptTree, down, client_ids, clients: Clients):
         keys = []
         values = []
         for i in client_ids.tolist():
@@ -329,14 +329,14 @@ class PFedPrompt(PromptFL):
             "values": pad_sequence(values, batch_first=True),
         }
 
-    def logits(self, text, t, p, context, x):
+    def logits(self, text: PromptTree, t, p, context, x):
         consensus = super().logits(text, t, p, context, x)
         if "keys" not in context:
             return consensus
         near = torch.exp(-self.beta * (1 - x @ context["keys"].mT))
         return consensus + self.blend * near @ context["values"]
 
-    def loss(self, text, p, context, x, y):
+    def loss(self, text: PromptTree, p, context, x, y):
         return super().loss(text, p, context if self.memory == "always" else {}, x, y)
 
 
@@ -360,18 +360,18 @@ class FedOTP(PromptFL):
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.8
     transport: Literal["unbalanced", "balanced"] = "unbalanced"
 
-    def check(self, text, clients):
+    def check(self, text: PromptTree, clients: Clients):
         if clients.patches is None:
             needs = "FedOTP needs patch features and there are none"
             raise ValueError(f"{needs}: make them with `fpl features --patches`")
 
-    def init(self, text, gen):
+    def init(self, text: PromptTree, gen):
         return {name: super(FedOTP, self).init(text, gen)["ctx"] for name in ("ctx", "local")}
 
     def ctx(self, p):
         return torch.stack([p["ctx"], p["local"]], dim=1)
 
-    def logits(self, text, t, p, context, x):
+    def logits(self, text: PromptTree, t, p, context, x):
         patches = F.normalize(x.to(t.dtype), dim=-1)
         sim = torch.einsum("nbMd,nkcd->nbcMk", patches, t)
         plan, _ = self.plan(sim)
@@ -405,16 +405,16 @@ class FedPGP(PromptFL):
     tau: PositiveFloat = 0.5
     anchor: str = "a photo of a {}."
 
-    def check(self, text, clients):
+    def check(self, text: PromptTree, clients: Clients):
         check_template("anchor", self.anchor)
 
-    def init(self, text, gen):
+    def init(self, text: PromptTree, gen):
         drawn = super().init(text, gen)
         drawn["u"] = 0.02 * torch.randn(self.n_ctx, self.rank, generator=gen)
         drawn["v"] = 0.02 * torch.randn(self.rank, text.width, generator=gen)
         return drawn
 
-    def context(self, text, down, client_ids, clients):
+    def context(self, text: PromptTree, down, client_ids, clients: Clients):
         if not self.mu:
             return {}
         return {"anchor": text.zero_shot(self.template()).expand(len(client_ids), -1, -1)}
@@ -425,7 +425,7 @@ class FedPGP(PromptFL):
     def ctx(self, p):
         return p["ctx"] + p["u"] @ p["v"]
 
-    def loss(self, text, p, context, x, y):
+    def loss(self, text: PromptTree, p, context, x, y):
         if not self.mu:
             return super().loss(text, p, context, x, y)
         common, personal = self.pair(text, p)
@@ -486,7 +486,7 @@ class PFedMoAP(PromptFL):
     def shared(self) -> tuple[str, ...]:  # type: ignore[override]
         return ("ctx",) if self.gate_kept == "private" else ("ctx", *gate.names(self.mixing))
 
-    def check(self, text, clients):
+    def check(self, text: PromptTree, clients: Clients):
         if self.d_gate % self.heads:
             raise ValueError(f"heads {self.heads} does not divide d_gate {self.d_gate}: change one")
         if text.dim % self.d_gate:
@@ -499,7 +499,7 @@ class PFedMoAP(PromptFL):
             wrong = f"n_experts {self.n_experts} must be below the number of clients {len(clients)}"
             raise ValueError(f"{wrong}: experts are other clients")
 
-    def init(self, text, gen):
+    def init(self, text: PromptTree, gen):
         prompt = super().init(text, gen)
         return prompt | gate.init(self.d_gate, gen, self.mixing, self.n_experts + 1)
 
@@ -519,7 +519,7 @@ class PFedMoAP(PromptFL):
         k = min(self.n_experts, int(distance.isfinite().sum(1).min()))
         return distance.sort(dim=1, stable=True).indices[:, :k]
 
-    def download(self, server, client_ids, clients):
+    def download(self, server, client_ids, clients: Clients):
         down = super().download(server, client_ids, clients)
         seen = server.has_upload
         if not self.n_experts or seen.sum() < 2 or not seen[client_ids].all():
@@ -527,7 +527,7 @@ class PFedMoAP(PromptFL):
         chosen = self.neighbours(server, client_ids, clients)
         return {**down, "experts": server.uploads["ctx"][chosen]}  # (n, k, m, w)
 
-    def context(self, text, down, client_ids, clients):
+    def context(self, text: PromptTree, down, client_ids, clients: Clients):
         if "experts" not in down:
             return {}
         n, k = down["experts"].shape[:2]
@@ -539,7 +539,7 @@ class PFedMoAP(PromptFL):
     def pool(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n g"]:
         return gate.pool(x, self.d_gate, self.pooling)
 
-    def logits(self, text, t, p, context, x):
+    def logits(self, text: PromptTree, t, p, context, x):
         local = super().logits(text, t, p, context, x)
         if "experts" not in context:
             return local

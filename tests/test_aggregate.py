@@ -1,4 +1,4 @@
-"""Promise: the server averages the participants' uploads, weighted by their numbers of training images."""
+"""Promise: the server averages the uploads, weighted by numbers of training images."""
 
 import pytest
 import torch
@@ -7,33 +7,28 @@ from helpers.tiny import error, golden
 from fpl.methods import PromptFL
 from fpl.state import Server
 
-LIMITS = {
-    "fedavg_all": 5e-7,
-    "fedavg_subset_order": 5e-7,
-    "fedavg_half": 2e-3,
-}  # theirs in half precision, ours always in single
+# theirs in half precision, ours always in single
+LIMITS = {"fedavg_all": 5e-7, "fedavg_subset_order": 5e-7, "fedavg_half": 2e-3}
+
+
+def named(z, prompt, prefix):
+    """Return the tensors of a golden file that begin like this."""
+    found = {k.removeprefix(prefix): v for k, v in z.items() if k.startswith(prefix)}
+    return {"prompt": z[prompt], **found}
 
 
 def aggregate(z, who, sizes):
-    """Stored tensors of all clients -> the server after the clients `who` have uploaded theirs."""
-    stacks = {
-        "prompt": z["prompts"],
-        **{k.removeprefix("w."): v for k, v in z.items() if k.startswith("w.")},
-    }
-    pool = {k: torch.zeros_like(v) for k, v in stacks.items()}
-    server = Server(
-        {k: v[0] for k, v in pool.items()}, pool, torch.zeros(len(sizes), dtype=torch.bool)
-    )
-    return stacks, PromptFL().aggregate(
-        server, who, {k: v[who] for k, v in stacks.items()}, sizes[who]
-    )
+    """Return all stored tensors, and the server after the clients `who` have uploaded theirs."""
+    stacks = named(z, "prompts", "w.")
+    none = {k: torch.zeros_like(v) for k, v in stacks.items()}
+    params = {k: v[0] for k, v in none.items()}
+    server = Server(params, none, torch.zeros(len(sizes), dtype=torch.bool))
+    uploads = {k: v[who] for k, v in stacks.items()}
+    return stacks, PromptFL().aggregate(server, who, uploads, sizes[who])
 
 
 def errors(z, server):
-    want = {
-        "prompt": z["avg_prompt"],
-        **{k.removeprefix("avg."): v for k, v in z.items() if k.startswith("avg.")},
-    }
+    want = named(z, "avg_prompt", "avg.")
     assert want.keys() == server.params.keys() and len(want) == 4
     return [error(server.params[k], v) for k, v in want.items()]
 
@@ -59,16 +54,10 @@ def test_the_pool_keeps_the_last_upload_of_every_client_and_who_has_one():
     for k, v in stacks.items():
         assert torch.equal(server.uploads[k][server.has_upload], v[server.has_upload])
         assert not server.uploads[k][~server.has_upload].any()
-    newer = PromptFL().aggregate(
-        server,
-        torch.tensor([1, 5]),
-        {k: v[[0, 1]] for k, v in stacks.items()},
-        torch.tensor([3, 1]),
-    )
+    two = {k: v[[0, 1]] for k, v in stacks.items()}
+    newer = PromptFL().aggregate(server, torch.tensor([1, 5]), two, torch.tensor([3, 1]))
+    prompts = stacks["prompt"]
     assert newer.has_upload.nonzero()[:, 0].tolist() == [0, 1, 5, 6]
-    assert torch.equal(newer.uploads["prompt"][[0, 1, 5, 6]], stacks["prompt"][[0, 0, 1, 6]])
-    assert (
-        error(newer.params["prompt"], 0.75 * stacks["prompt"][0] + 0.25 * stacks["prompt"][1])
-        < 1e-6
-    )
+    assert torch.equal(newer.uploads["prompt"][[0, 1, 5, 6]], prompts[[0, 0, 1, 6]])
+    assert error(newer.params["prompt"], 0.75 * prompts[0] + 0.25 * prompts[1]) < 1e-6
     assert server.has_upload.sum() == 3  # the older server is not changed

@@ -1,7 +1,11 @@
-"""Promise: settings are read whole or refused, and every one of them reaches what it names and the record that is found by it."""
+"""Promise: settings are read whole or refused.
+
+Every one of them reaches what it names, and the record that is found by it.
+"""
 
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import yaml
@@ -16,14 +20,13 @@ PARAMS = settings.Settings(methods={"coop": {"rounds": 1, "n_ctx": 4}, "pfedmoap
 ROWS = [*METHODS, *CONTROLS]
 
 
-def read(tmp_path, change):
-    """params.yaml with one change, given as path in the tree and new value."""
+def read(tmp_path, way, value):
+    """Return the settings of params.yaml with another value at this path in the tree."""
     content = copy.deepcopy(CONTENT)
-    *way, last = change[0]
-    at = content
-    for key in way:
-        at = at[key]
-    at[last] = change[1]
+    place = content
+    for key in way[:-1]:
+        place = place[key]
+    place[way[-1]] = value
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
     return settings.read(tmp_path / "params.yaml")
 
@@ -33,10 +36,11 @@ def test_params_yaml_reads():
     for section in ("data", "backbone", "partition", "run"):
         assert dataclasses.asdict(getattr(params, section)).items() >= CONTENT[section].items()
     assert params.seeds == tuple(CONTENT["seeds"]) and params.methods == CONTENT["methods"]
+    assert {*params.tables} == {name for shown in CONTENT["tables"].values() for name in shown}
     table = params.runs("table1")
-    assert {(label, e.row, e.seed) for label, e in table} == {
-        (row, row, seed) for row in [*CONTENT["methods"], *CONTROLS] for seed in CONTENT["seeds"]
-    }
+    rows = [*CONTENT["methods"], *CONTROLS]
+    found = {(label, e.row, e.seed) for label, e in table}
+    assert found == {(row, row, seed) for row in rows for seed in CONTENT["seeds"]}
     for _, e in table:
         assert e.settings().items() >= CONTENT["methods"].get(e.row, {}).items()
 
@@ -50,51 +54,97 @@ datasets:
 seeds: [1, 2]
 methods: {coop: {rounds: 1}, promptfl: {}, pfedmoap: {n_experts: 2}}
 tables:
-  all: {}
-  two:
-    data: [shapes, other]
-    rows: {promptfl: {}, coop: {}, near: {method: pfedmoap, lam: 3}}
-    set: {rounds: 9, gate_lr: 0.5, heads: 4}
-    vary: {n_experts: [0, 1], shots: [1, 2]}
+  10_all: {all: {}}
+  11_two:
+    two:
+      data: [shapes, other]
+      rows: {promptfl: {}, coop: {}, near: {method: pfedmoap, lam: 3}}
+      set: {rounds: 9, gate_lr: 0.5, heads: 4}
+      vary: {n_experts: [0, 1], shots: [1, 2]}
 """
 
 
 def test_a_table_is_a_grid_of_rows_data_sets_values_and_seeds(tmp_path):
     (tmp_path / "params.yaml").write_text(WORLDS)
     params = settings.read(tmp_path / "params.yaml")
-    assert [label for label, _ in params.runs("all")[::2]] == ["coop", "promptfl", "pfedmoap", *CONTROLS]
-    runs = params.runs("two")
-    wanted = [
-        (on, label, experts, shots, seed)
-        for on in ("shapes", "other")
-        for label in ("promptfl", "coop", "near")
-        for experts in ((0, 1) if label == "near" else (None,))
-        for shots in (1, 2)
-        for seed in (1, 2)
-    ]
-    found = [(e.settings(), label) for label, e in runs]
-    assert [(s["data"], label, s.get("n_experts"), s["shots"], s["seed"]) for s, label in found] == wanted
-    assert {(s["method"], s["rounds"], s.get("heads"), s.get("lam")) for s, _ in found} == {
-        ("promptfl", 9, None, None), ("coop", 1, None, None), ("pfedmoap", 9, 4, 3)
-    }  # fmt: skip
+    labels = [label for label, _ in params.runs("all")[::2]]
+    assert labels == ["coop", "promptfl", "pfedmoap", *CONTROLS]
+    found = []
+    for label, experiment in params.runs("two"):
+        s = experiment.settings()
+        found.append((s["data"], label, s.get("n_experts"), s["shots"], s["seed"]))
+    wanted = []
+    for on, label in itertools.product(("shapes", "other"), ("promptfl", "coop", "near")):
+        varied = itertools.product((0, 1) if label == "near" else (None,), (1, 2), (1, 2))
+        wanted += [(on, label, *values) for values in varied]
+    assert found == wanted
+    names = ("method", "rounds", "heads", "lam")
+    runs = [experiment.settings() for _, experiment in params.runs("two")]
+    found = {tuple(s.get(name) for name in names) for s in runs}
+    near = ("pfedmoap", 9, 4, 3)
+    assert found == {("promptfl", 9, None, None), ("coop", 1, None, None), near}
+
+
+def test_a_table_belongs_to_its_notebook_and_to_no_other(tmp_path):
+    (tmp_path / "params.yaml").write_text(WORLDS)
+    params = settings.read(tmp_path / "params.yaml")
+    assert params.tables_of("11_two") == params.tables_of("two") == ["two"]
+    assert params.tables["all"].notebook == "10_all"
+    with pytest.raises(ValueError, match="unknown table, notebook or method 'tow'.* mean 'two'"):
+        params.tables_of("tow")
+    (tmp_path / "params.yaml").write_text(WORLDS.replace("{all: {}}", "{two: {}}"))
+    with pytest.raises(ValueError, match="tables.11_two.two stands under 10_all too: rename one"):
+        settings.read(tmp_path / "params.yaml")
+
+
+def test_a_profile_says_what_differs_from_the_file_beneath_it(tmp_path):
+    (tmp_path / "params.yaml").write_text(WORLDS)
+    path = tmp_path / "profile.yaml"
+    path.write_text(
+        "over: params.yaml\nrun: {rounds: 9}\nseeds: [3]\ntables: {10_all: null}\n"
+        "datasets: {other: {run: {lr: 0.5}}}\n"
+    )
+    below, above = settings.read(tmp_path / "params.yaml"), settings.read(path)
+    assert (above.run.rounds, above.run.lr, above.seeds) == (9, 0.1, (3,))
+    assert above.methods == below.methods and [*above.tables] == ["two"]
+    assert (above.source("other").run.rounds, above.source("other").run.lr) == (7, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "read_as"),
+    [("run.lr=1e-3", {"lr": 1e-3}), ("run.rounds=8", {"rounds": 8}), ("run={lr: 2}", {"lr": 2.0})],
+)
+def test_a_change_on_the_command_line_is_as_if_the_file_said_so(change, read_as, tmp_path):
+    (tmp_path / "params.yaml").write_text("seeds: [4]\n")
+    found = settings.read(tmp_path / "params.yaml", [change])
+    assert found == settings.Settings(seeds=(4,), run=settings.Training(**read_as))
 
 
 def test_a_data_set_differs_from_the_file_where_it_says_so(tmp_path):
     (tmp_path / "params.yaml").write_text(WORLDS)
     params = settings.read(tmp_path / "params.yaml")
-    first, other = params.source(), params.source("other")
-    assert first == params.source("shapes") and first.run == params.run and first.data == params.data
+    first = params.source()
+    other = params.source("other")
+    assert first == params.source("shapes")
+    assert first.run == params.run and first.data == params.data
     assert (other.run.rounds, other.run.lr, other.partition.shots) == (7, 0.1, 5)
     assert (other.data.name, other.data.seed, other.backbone.name) == ("own", 3, "RN50")
-    assert params.experiment("promptfl", 1, "other").run.rounds == 7 and params.experiment("promptfl", 1).run.rounds == 4
+    assert params.experiment("promptfl", 1, "other").run.rounds == 7
+    assert params.experiment("promptfl", 1).run.rounds == 4
 
 
-@pytest.mark.parametrize(
-    ("text", "values"),
-    [("3", [3]), ("0,1,.5", [0, 1, 0.5]), ("knn,random", ["knn", "random"]), ("1:3", [1, 2, 3]), ("0:1:0.5", [0, 0.5, 1])],
-)  # fmt: skip
-def test_lists_and_ranges(text, values):
-    assert values.several(text, "x") == values
+LISTS = {
+    "3": [3],
+    "0,1,.5": [0, 1, 0.5],
+    "knn,random": ["knn", "random"],
+    "1:3": [1, 2, 3],
+    "0:1:0.5": [0, 0.5, 1],
+}
+
+
+@pytest.mark.parametrize("text", LISTS)
+def test_lists_and_ranges(text):
+    assert values.several(text, "x") == LISTS[text]
 
 
 @pytest.mark.parametrize("text", ["3:1", "1:2:0", "a:b", "1:3:-1"])
@@ -108,6 +158,7 @@ def test_what_the_file_does_not_say_is_the_default(tmp_path):
     assert settings.read(tmp_path / "params.yaml") == settings.Settings(seeds=(4,))
 
 
+D_GATE = ["tables", "11_ablations", "d_gate"]
 UNKNOWN = {
     "section": (["methodss"], {}, "methodss", "methods"),
     "data": (["data", "sed"], 1, "sed", "seed"),
@@ -118,8 +169,13 @@ UNKNOWN = {
     "method, capitals": (["methods", "PromptFL"], {}, "PromptFL", "promptfl"),
     "parameter of a method": (["methods", "pfedmoap", "n_expert"], 3, "n_expert", "n_experts"),
     "parameter that another method has": (["methods", "promptfl", "lam"], 3, "lam", None),
-    "table": (["tables", "d_gate", "varies"], {}, "varies", "vary"),
-    "varied": (["tables", "d_gate", "vary"], {"d_gates": [32]}, "d_gates", "d_gate"),
+    "table": ([*D_GATE, "varies"], {}, "varies", "vary"),
+    "varied": (
+        ["tables", "11_ablations", "d_gate", "vary"],
+        {"d_gates": [32]},
+        "d_gates",
+        "d_gate",
+    ),
 }
 
 
@@ -127,7 +183,7 @@ UNKNOWN = {
 def test_an_unknown_name_is_an_error_with_the_nearest_one(case, tmp_path):
     way, value, wrong, near = UNKNOWN[case]
     with pytest.raises(ValueError) as error:
-        read(tmp_path, (way, value))
+        read(tmp_path, way, value)
     message = str(error.value)
     assert message.startswith("unknown ") and repr(wrong) in message and "\n" not in message
     assert f"did you mean {near!r}?" in message if near else "did you mean " in message
@@ -152,9 +208,9 @@ WRONG_TYPE = [
     (["methods", "pfedmoap", "lam"], "half", "pfedmoap.lam"),
     (["methods", "pfedmoap", "heads"], True, "pfedmoap.heads"),
     (["methods", "coop", "local_epochs"], "many", "coop.local_epochs"),
-    (["tables", "n_experts", "vary", "n_experts"], [0, 1.5], "pfedmoap.n_experts"),
-    (["tables", "lam", "vary", "lam"], 2, "lam"),
-    (["tables", "lam"], [1], "tables.lam"),
+    (["tables", "11_ablations", "n_experts", "vary", "n_experts"], [0, 1.5], "pfedmoap.n_experts"),
+    (["tables", "11_ablations", "lam", "vary", "lam"], 2, "lam"),
+    (["tables", "11_ablations", "lam"], [1], "tables.11_ablations.lam"),
     (["datasets"], {"a": 3}, "datasets.a"),
     (["run"], 5, "run"),
     (["methods"], ["promptfl"], "methods"),
@@ -166,10 +222,12 @@ WRONG_TYPE = [
 ]
 
 
-@pytest.mark.parametrize(("way", "value", "named"), WRONG_TYPE, ids=[f"{case[2]}={case[1]}" for case in WRONG_TYPE])
+@pytest.mark.parametrize(
+    ("way", "value", "named"), WRONG_TYPE, ids=[f"{case[2]}={case[1]}" for case in WRONG_TYPE]
+)
 def test_a_wrong_type_is_refused(way, value, named, tmp_path):
     with pytest.raises(ValueError) as error:
-        read(tmp_path, (way, value))
+        read(tmp_path, way, value)
     assert named in str(error.value) and "\n" not in str(error.value)
 
 
@@ -182,17 +240,20 @@ def test_a_file_that_is_no_mapping_is_refused_by_name(text, tmp_path):
     assert str(path) in str(error.value)
 
 
-@pytest.mark.parametrize(("given", "read_as"), [("1e-3", 0.001), ("0.5", 0.5), (1, 1.0), (0.002, 0.002)])
+@pytest.mark.parametrize(
+    ("given", "read_as"), [("1e-3", 0.001), ("0.5", 0.5), (1, 1.0), (0.002, 0.002)]
+)
 def test_numbers_may_come_as_text(given, read_as, tmp_path):
-    found = read(tmp_path, (["run", "lr"], values)).run.lr
+    found = read(tmp_path, ["run", "lr"], given).run.lr
     assert found == read_as and type(found) is float
-    found = read(tmp_path, (["methods", "pfedmoap", "lam"], values)).experiment("pfedmoap", 1).method.lam
+    changed = read(tmp_path, ["methods", "pfedmoap", "lam"], given)
+    found = changed.experiment("pfedmoap", 1).method.lam
     assert found == read_as and type(found) is float
 
 
 @pytest.mark.parametrize(("given", "read_as"), [("8", 8), (8.0, 8), (8, 8)])
 def test_whole_numbers_too(given, read_as, tmp_path):
-    found = read(tmp_path, (["run", "rounds"], values)).run.rounds
+    found = read(tmp_path, ["run", "rounds"], given).run.rounds
     assert found == read_as and type(found) is int
 
 
@@ -211,9 +272,10 @@ OWNERS = [
 
 @pytest.mark.parametrize(("row", "key", "owner", "value"), OWNERS)
 def test_a_change_reaches_its_owner_and_nothing_else(row, key, owner, value):
-    before, after = PARAMS.experiment(row, 1), PARAMS.experiment(row, 1, **{key: value})
-    in_file = dataclasses.replace(PARAMS, methods={**PARAMS.methods, row: {**PARAMS.methods.get(row, {}), key: value}})
-    assert in_file.experiment(row, 1) == after
+    before = PARAMS.experiment(row, 1)
+    after = PARAMS.experiment(row, 1, **{key: value})
+    methods = {**PARAMS.methods, row: {**PARAMS.methods.get(row, {}), key: value}}
+    assert dataclasses.replace(PARAMS, methods=methods).experiment(row, 1) == after
     assert getattr(getattr(after, owner), key) == value
     changed = dataclasses.replace(getattr(before, owner), **{key: value})
     assert after == dataclasses.replace(before, **{owner: changed})
@@ -221,7 +283,10 @@ def test_a_change_reaches_its_owner_and_nothing_else(row, key, owner, value):
 
 
 def test_a_change_beats_the_file_and_leaves_it_alone():
-    assert PARAMS.experiment("coop", 1).run.rounds == 1 and PARAMS.experiment("coop", 1, rounds=7).run.rounds == 7
+    assert (
+        PARAMS.experiment("coop", 1).run.rounds == 1
+        and PARAMS.experiment("coop", 1, rounds=7).run.rounds == 7
+    )
     assert PARAMS.experiment("promptfl", 1).run.rounds == PARAMS.run.rounds == 10
 
 

@@ -250,7 +250,7 @@ def test_features_that_are_not_finite_are_refused(
     ids=str,
 )
 def test_repeating_gives_the_same_bytes(settings, content, manifest, tower, files, tmp_path):
-    """Whoever decodes the images, and however many devices (here all of them the CPU) take turns."""
+    """Whoever decodes the images, and however many devices (here all the CPU) take turns."""
     path, whole = tmp_path / "again.h5", files[content].read_bytes()
     for _ in range(2):
         assert extract(manifest, tower, path, content, **settings).read_bytes() == whole

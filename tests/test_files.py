@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from fpl import cli
+from fpl.cli import repro
 from fpl.data import files
 
 
@@ -64,7 +64,7 @@ def test_a_killed_holder_lets_go(tmp_path):
 )
 def test_half_written_files_are_told_from_whole_ones(text, whole, tmp_path):
     (tmp_path / "file").write_text(text)
-    assert cli.readable(tmp_path / "file") == whole
+    assert repro.readable(tmp_path / "file") == whole
 
 
 def test_whoever_has_to_wait_is_told_so(tmp_path):

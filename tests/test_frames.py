@@ -42,6 +42,7 @@ def record(method, seed, n_rounds=6, **settings):
         "settings": fixed | settings,
         "title": METHODS[method],
         "is_control": method == "majority",
+        "images": "shapes",
         "domains": ["photo", "photo", "sketch", "sketch"],
         "rounds": rounds,
     }

@@ -105,7 +105,7 @@ def test_without_experts_the_gate_and_lam_are_not_used(name):
 
 @pytest.fixture
 def stack():
-    """Gates of three clients, their images (3, 6, 16) and experts (3, 5, 4, 16), the local first."""
+    """Gates of three clients, images (3, 6, 16) and experts (3, 5, 4, 16), the local one first."""
     gen = torch.Generator().manual_seed(1)
     gates = [gate.init(16, gen) for _ in range(3)]
     p = {k: torch.stack([one[k] for one in gates]) for k in gates[0]}

@@ -169,20 +169,21 @@ def test_split_and_shots_can_have_seeds_of_their_own():
     """With both fixed, as the releases do, the run's seed changes nothing; with one, only the
     other."""
     labels, split = world(48)
-    make = lambda seed, **fixed: partitions.make(
-        Partition(clients=10, shots=4, **fixed), labels, split, seed
-    )[0]
-    images = lambda parts: set(np.concatenate(parts).tolist())  # noqa: E731
+
+    def make(seed, **fixed):
+        return partitions.make(Partition(clients=10, shots=4, **fixed), labels, split, seed)[0]
+
+    def images(parts):
+        return set(np.concatenate(parts).tolist())
+
     both = [make(seed, split_seed=2023, shot_seed=2023) for seed in (1, 2)]
     assert all(map(np.array_equal, *both)) and all(map(np.array_equal, both[0], make(2023)))
     same_split = [make(seed, split_seed=2023) for seed in (1, 2)]
-    assert classes(same_split[0], labels) == classes(same_split[1], labels) and images(
-        same_split[0]
-    ) != images(same_split[1])
+    assert classes(same_split[0], labels) == classes(same_split[1], labels)
+    assert images(same_split[0]) != images(same_split[1])
     same_shots = [make(seed, shot_seed=2023) for seed in (1, 2)]
-    assert classes(same_shots[0], labels) != classes(same_shots[1], labels) and images(
-        same_shots[0]
-    ) == images(same_shots[1])
+    assert classes(same_shots[0], labels) != classes(same_shots[1], labels)
+    assert images(same_shots[0]) == images(same_shots[1])
 
 
 @pytest.mark.parametrize("kind", KINDS)

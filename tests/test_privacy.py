@@ -71,7 +71,7 @@ def test_k_releases_are_one_with_less_noise(epsilon, delta, releases):
 
 @pytest.mark.parametrize("epsilon", [50.0, 25.0, 5.0])
 def test_privacy_loss_composed_by_number_agrees(epsilon):
-    """Opacus' other accountant, without a closed form, gives an upper bound with an error of 0.01."""
+    """Opacus' other accountant knows no closed form: an upper bound with an error of 0.01."""
     from opacus.accountants import PRVAccountant
 
     prv = PRVAccountant()
@@ -259,7 +259,7 @@ def test_a_row_whose_clients_leave_each_other_more_than_uploads_is_refused(name,
     if name not in UNCOVERED:
         next(run)
         return
-    with pytest.raises(ValueError, match=r"^clients of this row .* epsilon 50.0 .* another row$"):
+    with pytest.raises(ValueError, match=r"^clients of this row .* epsilon 0, not 50.0, or another"):
         next(run)
 
 

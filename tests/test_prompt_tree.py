@@ -1,16 +1,20 @@
-"""Promise: the prompt tree gives features and gradients of open_clip's own 77-token prompts, from a fraction of the tokens."""
+"""Promise: the prompt tree gives the features and gradients of open_clip's own 77-token prompts.
+
+It takes a fraction of the tokens.
+"""
 
 from contextlib import contextmanager
+from typing import get_args
 
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.tiny import NAMES, ROOT, error, golden, stored_clip, tiny_model
+from helpers import ROOT
+from helpers.tiny import NAMES, error, golden, stored_clip, tiny_model
 
-from fpl import rounds
 from fpl.data.encoders import load
-from fpl.prompts import PRECISIONS, Clip, PromptTree, words
+from fpl.prompts import PRECISIONS, Clip, Precision, PromptTree, words
 
 LONGEST = " ".join(["cat"] * 58)  # with SOS, 16 context vectors, the full stop and EOS: 77 tokens
 LISTS = {
@@ -49,11 +53,9 @@ def towers(kind):
         return load(f"local-dir:{ROOT}/data/demo_clip")
     if kind == "ViT-B-16":  # its text tower; the image tower, which no prompt meets, is a tiny one
         return Clip(tiny_model(embed_dim=512, **open_clip.get_model_config(kind)["text_cfg"]))
-    custom = {
-        "kind": open_clip.CustomTextCLIP,
-        "proj_bias": True,
-    }  # other names of the same things in open_clip
-    return Clip(tiny_model(**custom) if kind == "custom" else tiny_model())
+    if kind == "custom":  # other names of the same things in open_clip
+        return Clip(tiny_model(open_clip.CustomTextCLIP, proj_bias=True))
+    return Clip(tiny_model())
 
 
 @pytest.fixture(scope="module", params=["tiny", "custom", "demo"])
@@ -66,11 +68,9 @@ def encode_text(clip, prompts, ctx=None):
     embedding = getattr(clip.model, "text", clip.model).token_embedding
 
     def put(module, args, x):
-        return (
-            x
-            if ctx is None
-            else torch.cat([x[:, :1], ctx.expand(len(x), -1, -1), x[:, 1 + len(ctx) :]], dim=1)
-        )
+        if ctx is None:
+            return x
+        return torch.cat([x[:, :1], ctx.expand(len(x), -1, -1), x[:, 1 + len(ctx) :]], dim=1)
 
     with embedding.register_forward_hook(put):
         return clip.model.encode_text(clip.tokenizer(prompts), normalize=True)
@@ -78,11 +78,10 @@ def encode_text(clip, prompts, ctx=None):
 
 def compare(clip, names, n_ctx=16):
     """Largest difference of the features, relative difference of a gradient."""
-    gen, text = torch.Generator().manual_seed(1), PromptTree(clip, names, n_ctx)
-    start, r = (
-        0.02 * torch.randn(n_ctx, text.width, generator=gen),
-        torch.randn(len(names), text.dim, generator=gen),
-    )
+    gen = torch.Generator().manual_seed(1)
+    text = PromptTree(clip, names, n_ctx)
+    start = 0.02 * torch.randn(n_ctx, text.width, generator=gen)
+    r = torch.randn(len(names), text.dim, generator=gen)
     prompts = [f"{'X ' * n_ctx}{name.replace('_', ' ')}." for name in names]
     found = []
     for encode in (text, lambda ctx: encode_text(clip, prompts, ctx)):
@@ -237,8 +236,11 @@ def test_food101_takes_427_tokens_instead_of_7777(clip):
 
 @pytest.mark.parametrize("precision", ["bfloat16", "half"])
 def test_a_lower_precision_is_of_the_transformer_alone(clip, precision):
-    """Features and gradients come in single precision and are near those of it: 8 or 11 bits instead of 24."""
-    assert rounds.CHOICES["precision"] == tuple(PRECISIONS)
+    """Features and gradients come in single precision and are near those of it.
+
+    They have 8 or 11 bits instead of 24.
+    """
+    assert get_args(Precision) == tuple(PRECISIONS)
     made, gen = {}, torch.Generator().manual_seed(1)
     start, r = (
         0.02 * torch.randn(3, 16, 32, generator=gen),

@@ -36,8 +36,10 @@ class CountingEncoder:
         else:
             self.read += prompts
         numbers = ctx.flatten(-2)
-        first = torch.arange(self.n_cls * self.dim) % numbers.shape[-1]  # from the start if short
-        return F.normalize(numbers[..., first].unflatten(-1, (self.n_cls, self.dim)), dim=-1)
+        first = torch.arange(self.n_cls * self.dim)
+        first = first % numbers.shape[-1]  # again from the start of a short prompt
+        features = numbers[..., first].unflatten(-1, (self.n_cls, self.dim))
+        return F.normalize(features, dim=-1)
 
     def zero_shot(self, template: str = "") -> Float[Tensor, "c d"]:
         """Return features for a template, which are the same for all."""

@@ -39,7 +39,9 @@ def extract(clip: Clip, images: int, batch: int, workers: int, repeats: int) -> 
         options = extraction.Options(workers)
         decoded = extraction.Images(manifest, clip.transform)
         loader = DataLoader(decoded, batch, num_workers=workers)
-        pixels = [x.flatten(0, 1).to(device()) for x, _ in loader]
+        pixels = []
+        for x, _ in loader:
+            pixels.append(x.flatten(0, 1).to(device()))
         ways = {
             "bare model": lambda: encode_bare(clip, pixels),
             "extraction": lambda: extraction.extract(
@@ -49,25 +51,36 @@ def extract(clip: Clip, images: int, batch: int, workers: int, repeats: int) -> 
         }
         table = rates(ways, images, repeats)
     model = clip.provenance["model"]
-    return table.assign(model=model, device=device(), batch=batch, workers=workers)
+    about = {"model": model, "device": device(), "batch": batch, "workers": workers}
+    return table.assign(**about)
 
 
 def rates(ways: dict[str, Callable[[], object]], images: int, repeats: int) -> pd.DataFrame:
     """Let calls take turns, once without counting and then `repeats` times; a line for each."""
-    turns = [{way: timed(call) for way, call in ways.items()} for _ in range(repeats + 1)]
+    turns = []
+    for _ in range(repeats + 1):
+        turns.append({way: timed(call) for way, call in ways.items()})
     seconds = pd.DataFrame(turns[1:])
     median = seconds.median()
     first = seconds.columns[0]
-    table = pd.DataFrame({"images": images, "seconds": median, "images/s": images / median})
-    table[f"share of {first}"] = seconds.rdiv(seconds[first], axis=0).median()
+    share = seconds.rdiv(seconds[first], axis=0)
+    columns = {
+        "images": images,
+        "seconds": median,
+        "images/s": images / median,
+        f"share of {first}": share.median(),
+    }
+    table = pd.DataFrame(columns)
     return table.rename_axis("way").reset_index()
 
 
 @torch.no_grad()
 def encode_bare(clip: Clip, pixels: list[Tensor]) -> Tensor:
     """Encode batches that are on the device of the model."""
-    with torch.autocast(device(), torch.float16, enabled=device() == "cuda"):
-        return torch.cat([extraction.image_features(clip, x, "feats") for x in pixels]).cpu()
+    is_cuda = device() == "cuda"
+    with torch.autocast(device(), torch.float16, enabled=is_cuda):
+        encoded = [extraction.image_features(clip, x, "feats") for x in pixels]
+    return torch.cat(encoded).cpu()
 
 
 def draw_photos(folder: Path, images: int) -> Manifest:
@@ -78,9 +91,12 @@ def draw_photos(folder: Path, images: int) -> Manifest:
     manifest = list_photos(folder, images)
     for number, row in enumerate(manifest.rows):
         rng = np.random.default_rng([0, number])
-        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+        colours = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        coarse = Image.fromarray(colours)
         smooth = coarse.resize(PHOTO, Image.Resampling.BICUBIC)
-        noisy = np.asarray(smooth) + rng.normal(0, 8, (*PHOTO[::-1], 1))
+        width, height = PHOTO
+        noise = rng.normal(0, 8, (height, width, 1))
+        noisy = np.asarray(smooth) + noise
         photo = Image.fromarray(noisy.clip(0, 255).astype("uint8"))
         photo.save(folder / row["path"], quality=90)
     return manifest
@@ -110,8 +126,8 @@ def read(images: int, repeats: int, dim: int = 512) -> pd.DataFrame:
             "array alone": lambda: read_array(path),
             "features.load": lambda: features.load(path),
         }
-        table = rates(ways, images, repeats)
-        return table.assign(d=dim, MiB=path.stat().st_size / 2**20)
+        size = path.stat().st_size / 2**20
+        return rates(ways, images, repeats).assign(d=dim, MiB=size)
 
 
 def read_array(path: Path) -> np.ndarray:

@@ -55,10 +55,12 @@ class World:
 def draw_clients(n: int, batch: int, dim: int, n_cls: int) -> Clients:
     """Draw clients, each with one batch of unit features to train on and to be tested on."""
     gen = torch.Generator().manual_seed(1)
-    feats = F.normalize(torch.randn(n * batch, dim, generator=gen), dim=-1)
-    labels = torch.randint(n_cls, (n * batch,), generator=gen)
-    own = torch.arange(n * batch, device=device()).split(batch)
-    return Clients(feats.to(device()), labels.to(device()), own, own, n_cls)
+    images = n * batch
+    feats = torch.randn(images, dim, generator=gen)
+    feats = F.normalize(feats, dim=-1).to(device())
+    labels = torch.randint(n_cls, (images,), generator=gen).to(device())
+    own = torch.arange(images, device=device()).split(batch)
+    return Clients(feats, labels, own, own, n_cls)
 
 
 def make_world(clip: Clip, case: Case) -> World:
@@ -90,7 +92,8 @@ def make_world(clip: Clip, case: Case) -> World:
     inits = [method.init(text, gen) for _ in range(n)]
     local = {}
     for name in inits[0]:
-        local[name] = torch.stack([init[name] for init in inits]).to(like)
+        everybody = [init[name] for init in inits]
+        local[name] = torch.stack(everybody).to(like)
     server = Server(
         params={"ctx": local["ctx"].mean(0)},
         uploads={"ctx": local["ctx"]},
@@ -131,7 +134,8 @@ class Parts:
 
     def step(self) -> None:
         """Make a local step of the clients."""
-        order = [self.world.clients.test[i].unsqueeze(0) for i in self.ids.tolist()]
+        test = self.world.clients.test
+        order = [test[i].unsqueeze(0) for i in self.ids.tolist()]
         train_locally(self.setup, self.local, self.context, order)
 
     @torch.no_grad()

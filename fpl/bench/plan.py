@@ -88,17 +88,21 @@ def needs(settings: Settings, fetch: bool = False) -> pd.DataFrame:
     machine; it is missing when that fails.
     """
     sources = [settings.source(name) for name in settings.contents()]
+    sets = {(source.data.name, source.data.root): source.data for source in sources}
     table = []
-    for data in {(s.data.name, s.data.root): s.data for s in sources}.values():
+    for data in sets.values():
         found = images_of(data)
-        state = f"{found.train + found.test} images, {found.classes} classes"
-        table.append(("data set", data.name, "not there" if found.todo else state, found.todo))
+        state = "not there"
+        if not found.todo:
+            state = f"{found.train + found.test} images, {found.classes} classes"
+        table.append(("data set", data.name, state, found.todo))
     for backbone in dict.fromkeys(source.backbone for source in sources):
         name = f"{backbone.name} {backbone.weights}".strip()
         table.append(("weights", name, *weights_of(backbone, fetch)))
     sizes = disk(settings)
     # a file may be larger than estimated
-    wanted = (sizes["GB"] - sizes["there, GB"]).clip(lower=0).sum()
+    left = sizes["GB"] - sizes["there, GB"]
+    wanted = left.clip(lower=0).sum()
     free = shutil.disk_usage(".").free / GB
     todo = ""
     if wanted > free:
@@ -215,8 +219,10 @@ def disk(settings: Settings) -> pd.DataFrame:
     for experiments in distinct(settings).values():
         for e in experiments:
             n = e.partition.clients
-            size += e.run.rounds * (10 * n + 30 * e.run.participants(n)) + 1500
-    there = sum(path.stat().st_size for path in runner.RECORDS.glob("*.json"))
+            of_round = 10 * n + 30 * e.run.participants(n)
+            size += e.run.rounds * of_round + 1500
+    kept = runner.RECORDS.glob("*.json")
+    there = sum(path.stat().st_size for path in kept)
     table.append((str(runner.RECORDS), size / GB, there / GB))
     return pd.DataFrame(table, columns=["files", "GB", "there, GB"])
 
@@ -230,7 +236,8 @@ def steps_per_epoch(experiment: Experiment) -> float:
     total = share * images.train
     if partition.shots:
         holders = 1 if partition.kind in ("pathological", "even") else n  # of a class
-        total = min(total, partition.shots * math.ceil(share * images.classes) * holders)
+        classes = math.ceil(share * images.classes)
+        total = min(total, partition.shots * classes * holders)
     return max(1.0, total / n / experiment.run.batch_size)
 
 
@@ -246,7 +253,8 @@ def encodings(method: PromptFL, n: int, training: Training, tower: Tower) -> tup
     own = torch.arange(2 * n).split(2)
     feats = F.normalize(patches[:, 0], dim=-1)
     clients = Clients(feats, torch.arange(2 * n) % 2, own, own, 2, patches)
-    short = replace(training, rounds=min(training.rounds, 2), participation=1.0, batch_size=2)
+    rounds = min(training.rounds, 2)
+    short = replace(training, rounds=rounds, participation=1.0, batch_size=2)
     encoder = CountingEncoder(tower.width, tower.dim)
     trained, read = count_round(method, encoder, clients, short)
     return trained / n, read
@@ -296,8 +304,10 @@ def stages(settings: Settings, rates: Rates | None = None) -> pd.DataFrame:
         source = settings.source(name)
         model = source.backbone.name
         numbers = encoded(source, wanted)
-        files = {content: features.file_of(source.data.features, content) for content in numbers}
-        left = [number for content, number in numbers.items() if not files[content].exists()]
+        left = []
+        for content, number in numbers.items():
+            if not features.file_of(source.data.features, content).exists():
+                left.append(number)
         hours = sum(left) / rates.images[model] / HOUR if rates else math.nan
         inputs = f"{source.data.name}, {model}"
         there = len(numbers) - len(left)
@@ -323,7 +333,8 @@ def distinct(settings: Settings) -> dict[str, list[Experiment]]:
     for name in settings.tables:
         found[name] = []
         for _, e in settings.runs(name):
-            about = [e.settings(), e.source.backbone.name, e.source.data.store]
+            source = e.source
+            about = [e.settings(), source.backbone.name, source.data.store]
             key = json.dumps(about, sort_keys=True)
             if key not in seen:
                 seen.add(key)
@@ -351,7 +362,8 @@ def calibrate(settings: Settings, seconds: float = 10, images: int = 0) -> Rates
     text: dict[str, float] = {}
     pixels: dict[str, float] = {}
     number = images or (512 if device() == "cuda" else 8)
-    for name in sorted({settings.source(each).backbone.name for each in settings.contents()}):
+    models = {settings.source(name).backbone.name for name in settings.contents()}
+    for name in sorted(models):
         clip = load_model(name)
         text[name] = text_speed(clip, tower_of(Backbone(name)), seconds)
         pixels[name] = image_speed(clip, number)
@@ -369,8 +381,9 @@ def text_speed(clip: Clip, tower: Tower, seconds: float) -> float:
     n = min(text.at_once, 10)
     clients = draw_clients(n, 16, text.dim, text.n_cls)
     setup = Setup(method, text, clients, Training(local_epochs=1))
-    init = method.init(text, torch.Generator().manual_seed(1))["ctx"]
-    begin = {"ctx": init.to(device()).repeat(n, 1, 1)}
+    gen = torch.Generator().manual_seed(1)
+    ctx = method.init(text, gen)["ctx"].to(device())
+    begin = {"ctx": ctx.repeat(n, 1, 1)}
     order = [own.unsqueeze(0) for own in clients.train]
     step = functools.partial(train_locally, setup, begin, {}, order)
     step()
@@ -392,8 +405,8 @@ def image_speed(clip: Clip, images: int) -> float:
 
     It is made twice, and the second counts.
     """
-    workers = min(os.cpu_count() or 1, 8) if device() == "cuda" else 0
-    options = extraction.Options(workers)
+    cores = min(os.cpu_count() or 1, 8)
+    options = extraction.Options(cores if device() == "cuda" else 0)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         manifest = draw_photos(folder, images)

@@ -62,16 +62,26 @@ def evaluation(
     gen = torch.Generator().manual_seed(1)
     method = PFedMoAP(n_experts=experts, **settings)
     clients = draw_clients(1, images, text.dim, classes)
-    p = {name: value[None].to(device()) for name, value in method.init(text, gen).items()}
+    p = {}
+    for name, value in method.init(text, gen).items():
+        p[name] = value.unsqueeze(0).to(device())
     encoded = torch.randn(1, experts, classes, method.d_gate, generator=gen)
-    context = {"experts": F.normalize(encoded, dim=-1).to(device())}
+    features = F.normalize(encoded, dim=-1)
+    context = {"experts": features.to(device())}
 
     def call() -> None:
         evaluate(method, text, p, context, clients, [0])
 
     call()
-    line = {"images": images, "classes": classes, "experts": experts, "seconds": timed(call)}
-    return pd.DataFrame([line | {"MB": memory(call) / 1e6, "machine": machine()}])
+    line = {
+        "images": images,
+        "classes": classes,
+        "experts": experts,
+        "seconds": timed(call),
+        "MB": memory(call) / 1e6,
+        "machine": machine(),
+    }
+    return pd.DataFrame([line])
 
 
 def cost(
@@ -82,10 +92,13 @@ def cost(
     Experts are counted as we encode them, and as if every receiver encoded its own. Clients have
     one batch of random features each, which an epoch sees `steps` times, and are tested on it.
     """
-    n, steps, k = case["clients"], case["steps"], case["experts"]
+    n = case["clients"]
+    steps = case["steps"]
+    k = case["experts"]
     text = PromptTree(clip, names(case["classes"]))
     clients = draw_clients(n, batch, text.dim, text.n_cls)
-    clients = replace(clients, train=[own.repeat(steps) for own in clients.test])
+    train = [own.repeat(steps) for own in clients.test]
+    clients = replace(clients, train=train)
     method = PFedMoAP(n_experts=k, **settings)
     training = Training(rounds=2, local_epochs=1, batch_size=batch)
     rounds = run_rounds(method, text, clients, training, Seeds())

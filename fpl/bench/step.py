@@ -76,19 +76,22 @@ def table(case: Case, clip: Clip, repeats: int = 3, measure_round: bool = False)
     absent = []
     for way in WAYS:
         try:
-            ways[way] = count(Parts(way, clip, world, listed), [*ways.values()])
+            parts = Parts(way, clip, world, listed)
+            ways[way] = count(parts, [*ways.values()])
         except Exception as error:
             if way != COMPILED:
                 raise
-            reason = str(error).strip().partition("\n")[0][:100]
-            absent.append(f"{way}: not here, {type(error).__name__} {reason}")
+            reason, _, _ = str(error).strip().partition("\n")
+            kind = type(error).__name__
+            absent.append(f"{way}: not here, {kind} {reason[:100]}")
     for way, counted in ways.items():
         found.setdefault(way, {}).update(counted.line)
         if measure_round or device() == "cuda":
             found[way]["round measured, s"] = whole_round(counted.parts)
     seconds = take_turns(ways, repeats)
     lines = pd.DataFrame.from_dict(found, orient="index").loc[[*ways]]
-    lines = lines.join(times(ways, seconds)).reindex([*ways, *absent], columns=COLUMNS)
+    lines = lines.join(times(ways, seconds))
+    lines = lines.reindex([*ways, *absent], columns=COLUMNS)
     lines = lines.rename_axis("way").reset_index()
     for at, name in enumerate(SETTING, start=1):
         lines.insert(at, name, getattr(case, name))
@@ -117,7 +120,8 @@ def count(parts: Parts, before: Sequence[Counted]) -> Counted:
     often = parts.in_round(read - case.clients)
     line: dict[str, Any] = {}
     if parts.way == COMPILED:
-        line["first call, s"] = timed(lambda: [call() for call in parts.calls.values()])
+        calls = parts.calls.values()
+        line["first call, s"] = sum(timed(call) for call in calls)
         flops = before[-1].flops
     else:
         flops = {part: operations(call) for part, call in parts.calls.items()}
@@ -184,7 +188,8 @@ def times(ways: Mapping[str, Counted], seconds: pd.DataFrame) -> pd.DataFrame:
     speed = pd.DataFrame()
     for way, counted in ways.items():
         step[way] = seconds[way, "step"] / counted.parts.size
-        total[way] = sum(often * seconds[way, part] for part, often in counted.often.items())
+        each = [often * seconds[way, part] for part, often in counted.often.items()]
+        total[way] = sum(each)
         speed[way] = counted.line["GFLOP per step"] / step[way]
     first = next(iter(ways))
     columns = {
@@ -200,7 +205,8 @@ def times(ways: Mapping[str, Counted], seconds: pd.DataFrame) -> pd.DataFrame:
 def whole_round(parts: Parts) -> float:
     """Return the seconds of the second round of a run, in which everybody has experts."""
     setup = parts.setup
-    made = run_rounds(setup.method, setup.text, setup.clients, setup.training, Seeds())
+    clients = setup.clients
+    made = run_rounds(setup.method, setup.text, clients, setup.training, Seeds())
     next(made)
     return timed(lambda: next(made))
 
@@ -225,17 +231,19 @@ def differences(
                 raise
             continue
         ctx = learnt.pop("ctx")
-        of_gate = torch.cat([value.flatten() for value in learnt.values()])
+        flat = [value.flatten() for value in learnt.values()]
+        of_gate = torch.cat(flat)
         found[way] = {"feature": features, "ctx gradient": ctx, "gate gradient": of_gate}
     clip.model.float()
     first = next(iter(found.values()))
-    scale = {what: x.abs().max() for what, x in first.items()} | {"feature": 1}
+    scale: dict[str, Any] = {what: x.abs().max() for what, x in first.items()}
+    scale["feature"] = 1
     lines: dict[str, dict[str, float]] = {}
     for way, tensors in found.items():
         lines[way] = {}
         for what, x in tensors.items():
-            largest = (x - first[what]).abs().max() / scale[what]
-            lines[way][f"{what} difference"] = largest.item()
+            largest = (x - first[what]).abs().max()
+            lines[way][f"{what} difference"] = (largest / scale[what]).item()
     return lines
 
 
@@ -248,15 +256,21 @@ def all_gradients(parts: Parts) -> tuple[Tensor, Tensors]:
     learnt = []
     for ids in parts.groups:
         down = method.download(parts.world.server, ids, clients)
-        context = take(method.context(text, down, ids, clients), slice(None))
-        index = torch.stack([clients.train[i] for i in ids.tolist()])
+        context = method.context(text, down, ids, clients)
+        reads = take(context, slice(None))
+        own = [clients.train[i] for i in ids.tolist()]
+        index = torch.stack(own)
         x = clients.training_inputs(method.inputs, index, 0)
-        p = {k: v.requires_grad_() for k, v in take(parts.world.local, ids).items()}
-        loss = method.loss(text, p, context, x, clients.labels[index])
-        gradients = torch.autograd.grad(loss.sum(), [*p.values()])
-        learnt.append(dict(zip(p, gradients)))
+        p = take(parts.world.local, ids)
+        for value in p.values():
+            value.requires_grad_()
+        loss = method.loss(text, p, reads, x, clients.labels[index])
+        found = torch.autograd.grad(loss.sum(), [*p.values()])
+        learnt.append(dict(zip(p, found)))
         features.append(text(p["ctx"]).detach())
-    stacked = {name: torch.cat([one[name] for one in learnt]) for name in learnt[0]}
+    stacked = {}
+    for name in learnt[0]:
+        stacked[name] = torch.cat([gradients[name] for gradients in learnt])
     return torch.cat(features), stacked
 
 
@@ -264,9 +278,11 @@ def shown(lines: pd.DataFrame) -> str:
     """Return markdown: for every setting a table with a column for each way."""
     peak = lines["peak, GFLOP/s"].median()
     pages = [f"{lines['machine'].iloc[0]}; peak {peak:.4g} GFLOP/s"]
-    for (model, classes, batch, n, steps), part in lines.groupby(SETTING, sort=False):
-        upright = part.set_index("way")[[*COLUMNS]].dropna(how="all").T.dropna(how="all")
-        text = printed(upright)
+    for setting, part in lines.groupby(SETTING, sort=False):
+        model, classes, batch, n, steps = setting
+        by_way = part.set_index("way")[[*COLUMNS]]
+        upright = by_way.dropna(how="all").T
+        text = printed(upright.dropna(how="all"))
         work = f"batches of {batch}, {n} clients, {steps} steps each"
         pages.append(f"{model}, {classes} classes, {work}")
         pages.append(text.rename_axis("").to_markdown(disable_numparse=True))
@@ -299,7 +315,8 @@ def ratios(lines: pd.DataFrame) -> pd.DataFrame:
     setting = ["model", "classes", "batch"]
     for key, part in lines.groupby(setting, sort=False):
         ways = part.set_index(part["way"].str[0])
-        line = dict(zip(setting, key)) | ways["ms per step"].add_suffix(", ms").to_dict()
+        line = dict(zip(setting, key))
+        line |= ways["ms per step"].add_suffix(", ms").to_dict()
         line["f, share of peak"] = ways["share of peak"]["f"]
         for what in ("steps", "rounds"):
             faster = ways[f"{what}: times faster"]

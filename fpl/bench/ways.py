@@ -67,7 +67,8 @@ class SequentialPFedMoAP(PFedMoAP):
     def context(self, text, down, client_ids, clients):
         if "experts" not in down:
             return {}
-        encoded = [self.pool(text(ctx)) for ctx in down["experts"].unbind(1)]
+        prompts = down["experts"].unbind(1)
+        encoded = [self.pool(text(ctx)) for ctx in prompts]
         return {"experts": torch.stack(encoded, dim=1)}
 
     def logits(self, text, t, p, context, x):
@@ -86,7 +87,8 @@ class PixelPFedMoAP(SequentialPFedMoAP):
     inputs = "pixels"
 
     def logits(self, text, t, p, context, x):
-        return super().logits(text, t, p, context, text.images(x))
+        feats = text.images(x)
+        return super().logits(text, t, p, context, feats)
 
 
 def mix_unfolded(
@@ -98,7 +100,8 @@ def mix_unfolded(
     """
     heads = (method.heads, -1)
     of_class = image.unsqueeze(-2)
-    queries = of_class.expand(-1, -1, experts.shape[-2], -1)
+    c = experts.shape[-2]
+    queries = of_class.expand(-1, -1, c, -1)
     q = gate.linear(p, "q", queries).unflatten(-1, heads)
     k = gate.linear(p, "k", experts).unflatten(-1, heads)
     v = gate.linear(p, "v", experts).unflatten(-1, heads)
@@ -118,9 +121,9 @@ class PixelPrompts(PaddedPrompts):
     @torch.no_grad()
     def images(self, x: Float[Tensor, "n b 3 s s"]) -> Float[Tensor, "n b d"]:
         """Return unit image features."""
-        n, b = x.shape[:2]
         flat = x.flatten(0, 1)
-        return self.model.encode_image(flat, normalize=True).unflatten(0, (n, b))
+        features = self.model.encode_image(flat, normalize=True)
+        return features.unflatten(0, x.shape[:2])
 
 
 def compiled(clip: Clip, names: Sequence[str], n_ctx: int) -> PromptTree:

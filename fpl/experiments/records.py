@@ -70,6 +70,7 @@ def frame(paths: Iterable[Path], rows: Iterable[str] | None = None) -> pd.DataFr
     Columns are
     * row, run: the label, and the name of the record. A record may stand under two labels.
     * title, control: the printed name of the method, and whether it is a control.
+    * images: the data set, of which `data` names a use with a backbone and a partition.
     * settings: the names of the run's settings, separated by spaces. They travel with every line,
       so that settings are told from results whatever is done to the frame.
     * a column for each setting, missing where a method does not have it.
@@ -96,6 +97,7 @@ def frame(paths: Iterable[Path], rows: Iterable[str] | None = None) -> pd.DataFr
                 "run": path.stem,
                 "title": record["title"],
                 "control": record["is_control"],
+                "images": record["images"],
                 "settings": " ".join(own),
             }
         )

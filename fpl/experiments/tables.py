@@ -77,7 +77,7 @@ NOTE_LEDGER_ITEMS = (
 
 def note(runs: DataFrame, drawn: str) -> str:
     """Return the sentences above a table: `drawn` for runs on drawn images, else NOTE_REAL."""
-    return NOTE_REAL if runs["data"].isin(PRINTED).any() else drawn
+    return NOTE_REAL if runs["images"].isin(PRINTED).any() else drawn
 
 
 def titles(runs: DataFrame) -> dict[str, str]:

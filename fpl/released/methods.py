@@ -19,6 +19,8 @@ from pydantic.dataclasses import dataclass
 
 from fpl import gate
 from fpl.methods import FedOTP, FedPGP, FedProx, PFedMoAP, PromptFL
+from fpl.prompts import PromptTree
+from fpl.state import Clients
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class OneWord(PFedMoAP):
 
     n_ctx: Literal[1] = 1
 
-    def init(self, text, gen):
+    def init(self, text: PromptTree, gen):
         return {**super().init(text, gen), "ctx": text.words("False")}
 
 
@@ -89,7 +91,7 @@ class LeakingGate(InTurn, PFedMoAP):
     key = "pfedmoap_leak"
     title = "released: pFedMoAP's gate alone"
 
-    def download(self, server, client_ids, clients):
+    def download(self, server, client_ids, clients: Clients):
         down = super().download(server, client_ids, clients)
         for name in gate.names(self.mixing):
             if name in server.uploads:
@@ -119,19 +121,19 @@ class TwoPrompts(FedPGP):
     key = "fedpgp_two"
     title = "released: FedPGP's two prompts alone"
 
-    def init(self, text, gen):
+    def init(self, text: PromptTree, gen):
         one = super().init(text, gen)
         other = super().init(text, gen)
         return {name: torch.stack([one[name], other[name]]) for name in one}
 
-    def context(self, text, down, client_ids, clients):
+    def context(self, text: PromptTree, down, client_ids, clients: Clients):
         once = super().context(text, down, client_ids, clients)
         return {name: value.repeat(1, 2, 1) for name, value in once.items()}
 
-    def encode(self, text, p, context):
-        return super().encode(text, p, context).flatten(1, 2)  # (n, 2 c, d)
+    def encode(self, text: PromptTree, p, context):
+        return text(self.ctx(p)).flatten(1, 2)  # (n, 2 c, d)
 
-    def pair(self, text, p):
+    def pair(self, text: PromptTree, p):
         return super().pair(text, p).flatten(2, 3)
 
 
