@@ -1,10 +1,10 @@
-"""The whole chain at paper scale's form: the nine data sets in their formats, both encoders with random weights, two rounds.
+"""The whole chain at paper scale: nine data sets in their formats, both encoders, two rounds.
 
     python tests/prove_paper.py FOLDER --office PHOTOS
 
-makes a project in FOLDER with `paper/` in it, and runs there what `make paper` runs. PHOTOS has real images of Office-Caltech10
-as DOMAIN/CLASS/FILE; without it they are made up, like those of the other eight. It took a quarter of an hour on two
-cores.
+makes a project in FOLDER with `paper/` in it, and runs there what `make paper` runs, with random
+weights. PHOTOS has real images of Office-Caltech10 as DOMAIN/CLASS/FILE; without it they are made
+up, like those of the other eight. It took a quarter of an hour on two cores.
 """
 
 import argparse
@@ -158,7 +158,7 @@ def paper_profile():
 
 
 def project(folder, content):
-    """A copy of what `paper/` needs, with this content in the place of the settings it lies over."""
+    """A copy of what `paper/` needs, with this content instead of the settings beneath."""
     for name in ("fpl", "notebooks", "docs", "data/class_names"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)

@@ -1,4 +1,4 @@
-"""Promise: `fpl bench` measures what it says, on as many images as it says, and computes sizes from shapes."""
+"""Promise: `fpl bench` measures what it says, on as many images as it says; sizes follow shapes."""
 
 import json
 
@@ -151,7 +151,8 @@ def test_sizes_name_every_data_set_with_both_towers():
 
 @pytest.mark.parametrize(
     ("name", "tower", "pooled", "patches", "views"),
-    [  # by hand: 60,000 images of 1,024 or 2,048 bytes, 50,000 of them for training; 22,851 and 18,278; 196 or 49 patches
+    [  # by hand: 60,000 images of 1,024 or 2,048 bytes, 50,000 of them for training; 22,851 and
+        # 18,278; 196 or 49 patches
         ("cifar100", "ViT-B/16", 61.4, 12042.2, 409.6),
         ("cifar100", "RN50", 122.9, 6021.1, 819.2),
         ("domainnet10", "ViT-B/16", 23.4, 4586.3, 149.7),

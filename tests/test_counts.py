@@ -1,4 +1,4 @@
-"""Promise: the ways of `fpl bench` compute the same, and do exactly the work that they are said to do: counts, not times."""
+"""Promise: the ways of `fpl bench` compute the same, and do exactly the work that it says."""
 
 from functools import partial
 
@@ -107,14 +107,20 @@ def test_tokens_grow_with_classes(tiny):
 
 
 def forward_flops(width, layers, dim, sequences, tokens, classes):
-    """By hand, a multiplication with its addition being two: of each token four maps, the MLP, scores and mixing; the end."""
+    """Count by hand: of each token four maps, the MLP, scores and mixing; then the projection.
+
+    A multiplication with its addition is two.
+    """
     return 2 * (
         layers * sequences * tokens * (12 * width**2 + 2 * tokens * width) + classes * width * dim
     )
 
 
 def tree_flops(width, layers, dim, tokens, classes, groups, size):
-    """The same of a tree: scores and mixing within groups, in the last layer three maps only but for the ends of classes."""
+    """Count the same of a tree, which has scores and mixing within groups.
+
+    Its last layer has three maps only, but for the ends of classes.
+    """
     maps = (layers - 1) * tokens * 12 + tokens * 3 + classes * 9
     return 2 * (maps * width**2 + layers * groups * 2 * size**2 * width + classes * width * dim)
 
@@ -138,7 +144,7 @@ def test_arithmetic_is_that_of_the_shapes(tiny):
 
 
 def test_the_cost_model_of_vit_b_16():
-    """77 tokens of one class: 5.96 GFLOP forward. The tree of Food101 takes a nineteenth of what 77 tokens take."""
+    """77 tokens of a class take 5.96 GFLOP; the tree of Food101 a nineteenth of its 77 tokens."""
     padded, tree = forward_flops(512, 12, 512, 1, 77, 1), tree_flops(512, 12, 512, 427, 101, 9, 65)
     assert padded == pytest.approx(5.96e9, rel=2e-3) and 101 * padded / tree == pytest.approx(
         19, rel=0.02

@@ -1,4 +1,4 @@
-"""Notebooks are committed without outputs and run from top to bottom; a misspelt parameter is refused."""
+"""Notebooks have no outputs and run from top to bottom; a misspelt parameter is refused."""
 
 import shutil
 import subprocess

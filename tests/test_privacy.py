@@ -259,7 +259,9 @@ def test_a_row_whose_clients_leave_each_other_more_than_uploads_is_refused(name,
     if name not in UNCOVERED:
         next(run)
         return
-    with pytest.raises(ValueError, match=r"^clients of this row .* epsilon 0, not 50.0, or another"):
+    with pytest.raises(
+        ValueError, match=r"^clients of this row .* epsilon 0, not 50.0, or another"
+    ):
         next(run)
 
 

@@ -251,7 +251,9 @@ def test_make_test_and_git_run_one_list_of_checks():
 
 def test_the_tour_says_where_its_picture_is():
     recipe = (ROOT / "Makefile").read_text().split("\ntour: setup\n")[1].split("\n\n")[0]
-    assert "notebook notebooks/00_tour.ipynb" in recipe and "results/tables/00_tour/tour.png" in recipe
+    assert (
+        "notebook notebooks/00_tour.ipynb" in recipe and "results/tables/00_tour/tour.png" in recipe
+    )
     cells = json.loads((ROOT / "notebooks" / "00_tour.ipynb").read_text())["cells"]
     code_of = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     assert 'plots.save(figure, "00_tour/tour", kinds=["png"])' in code_of

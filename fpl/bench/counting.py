@@ -15,8 +15,8 @@ from fpl.state import Clients
 class CountingEncoder:
     """A text tower that costs next to nothing and counts the prompts that it encodes.
 
-    trained: with a gradient, read: without. The features of its two classes are the first numbers
-    of the prompt.
+    trained: with a gradient, read: without. The features of its two classes are random projections
+    of the prompt's mean, so that clients learn different prompts.
     """
 
     scale = 1.0
@@ -28,6 +28,8 @@ class CountingEncoder:
         self.dim = dim
         self.trained = 0
         self.read = 0
+        gen = torch.Generator().manual_seed(0)
+        self.projection = torch.randn(width, self.n_cls * dim, generator=gen)
 
     def __call__(self, ctx: Float[Tensor, "*n m w"]) -> Float[Tensor, "*n c d"]:
         prompts = ctx.shape[:-2].numel()
@@ -35,11 +37,12 @@ class CountingEncoder:
             self.trained += prompts
         else:
             self.read += prompts
-        numbers = ctx.flatten(-2)
-        first = torch.arange(self.n_cls * self.dim)
-        first = first % numbers.shape[-1]  # again from the start of a short prompt
-        features = numbers[..., first].unflatten(-1, (self.n_cls, self.dim))
-        return F.normalize(features, dim=-1)
+        return F.normalize(self.features(ctx), dim=-1)
+
+    def features(self, ctx: Float[Tensor, "*n m w"]) -> Float[Tensor, "*n c d"]:
+        """Return features of any length."""
+        mixed = ctx.mean(-2) @ self.projection
+        return mixed.unflatten(-1, (self.n_cls, self.dim))
 
     def zero_shot(self, template: str = "") -> Float[Tensor, "c d"]:
         """Return features for a template, which are the same for all."""
@@ -48,6 +51,13 @@ class CountingEncoder:
     def words(self, text: str) -> Float[Tensor, "m w"]:
         """Return a context for words, which is the same for all."""
         return torch.ones(1, self.width)
+
+
+class VectorEncoder(CountingEncoder):
+    """A counting text tower whose features are the first vectors of the prompt; w = d."""
+
+    def features(self, ctx: Float[Tensor, "*n m w"]) -> Float[Tensor, "*n c d"]:
+        return ctx[..., : self.n_cls, :]
 
     def images(self, x: Tensor) -> Tensor:
         """Return what stands for the features of images: themselves."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from fpl.bench.counting import CountingEncoder, count_round
+from fpl.bench.counting import VectorEncoder, count_round
 from fpl.bench.measure import machine, memory, peak_speed, timed, wait
 from fpl.bench.parts import Case, Parts, Pixels, make_world
 from fpl.bench.ways import COMPILED, WAYS, load_model, names
@@ -144,7 +144,7 @@ def operations(call: Any) -> int:
     return counter.get_total_flops()
 
 
-def native_attention(query, key, value, width, *rest, out_shape=None, **named) -> int:
+def native_attention(query: Sequence[int], *rest: Any, **named: Any) -> int:
     """Count PyTorch's fused self-attention (b, t, w): four maps, scores, and mixing."""
     b, t, w = query
     return 2 * b * t * (4 * w * w + 2 * t * w)
@@ -162,7 +162,7 @@ def encodings(kind: type[PFedMoAP], n: int, k: int, steps: int) -> tuple[int, in
     clients = Pixels(images, labels, own, own, 2, pixels=images)
     method = kind(n_ctx=2, n_experts=k, d_gate=8, heads=1)
     training = Training(rounds=2, local_epochs=1, batch_size=1)
-    return count_round(method, CountingEncoder(8, 8), clients, training)
+    return count_round(method, VectorEncoder(8, 8), clients, training)
 
 
 def take_turns(ways: Mapping[str, Counted], repeats: int) -> pd.DataFrame:

@@ -90,14 +90,19 @@ def read(module: str, path: Path, changed: int) -> dict[str, tuple[str, list[Pla
     """Return what `definitions` does; `changed` is the time at which the file was."""
     tree = ast.parse(path.read_text())
     strip(tree)
-    names: dict[str, ast.stmt] = {}
+    statements: dict[str, list[ast.stmt]] = {}
     known: dict[str, Place] = {}
     for statement in tree.body:
         known |= imported(statement)
         for name in named(statement):
-            names[name] = statement
+            statements.setdefault(name, []).append(statement)
             known[name] = Place(module, name)
-    return {name: (ast.dump(node), used_by(node, known)) for name, node in names.items()}
+    found = {}
+    for name, all_of_it in statements.items():
+        code = "".join(ast.dump(statement) for statement in all_of_it)
+        used = [place for statement in all_of_it for place in used_by(statement, known)]
+        found[name] = (code, used)
+    return found
 
 
 def strip(tree: ast.AST) -> None:
@@ -112,16 +117,16 @@ def strip(tree: ast.AST) -> None:
 
 
 def named(statement: ast.stmt) -> list[str]:
-    """Return the names that a statement defines."""
+    """Return the names that a statement defines, or whose value it changes."""
     if isinstance(statement, ast.ClassDef | ast.FunctionDef):
         return [statement.name]
-    targets: list[ast.expr] = []
-    if isinstance(statement, ast.Assign):
-        targets = statement.targets
-    elif isinstance(statement, ast.AnnAssign | ast.AugAssign):
-        targets = [statement.target]
-    found = [node for target in targets for node in ast.walk(target)]
-    return [node.id for node in found if isinstance(node, ast.Name)]
+    found = []
+    for node in ast.walk(statement):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):  # within an `if`, say
+            found.append(node.name)
+        elif isinstance(getattr(node, "ctx", None), ast.Store):
+            found += [inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)]
+    return list(dict.fromkeys(found))
 
 
 def imported(statement: ast.AST) -> dict[str, Place]:
@@ -155,7 +160,7 @@ def walk(node: ast.AST, known: dict[str, Place]) -> Iterator[Place]:
         if place and place.name is None:
             yield Place(place.module, node.attr)
             return
-    if isinstance(node, ast.Name) and node.id in known:
+    if isinstance(node, ast.Name) and node.id in known and not is_stored(node):
         yield known[node.id]
     if isinstance(node, ast.FunctionDef | ast.Lambda):
         hidden = {inner.arg for inner in ast.walk(node) if isinstance(inner, ast.arg)}
