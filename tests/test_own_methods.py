@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 from helpers import PARAMS, python, refuses
 
 from fpl.experiments import records, runner, settings
@@ -62,11 +63,7 @@ def test_it_takes_settings_as_a_method_of_the_package_does(own):
     assert isinstance(experiment.method, PromptFL)
     assert (experiment.method.lam, type(experiment.method.lam)) == (1.0, float)
     assert (experiment.method.steps, experiment.method.n_ctx) == (3, 16)
-    assert (experiment.row, experiment.method.title, experiment.run.rounds) == (
-        "mymethod",
-        "Mine",
-        3,
-    )
+    assert (experiment.row, experiment.method.title) == ("mymethod", "Mine")
     flat = experiment.settings()
     assert flat["method"] == "mymethod" and flat["lam"] == 1.0 and flat["rounds"] == 3
     assert "mymethod" not in METHODS
@@ -116,7 +113,7 @@ BROKEN = {
     "syntax": ("def loss(:\n", "SyntaxError"),
     "import": ("import no_such_module_at_all\n", "ModuleNotFoundError: No module named"),
     "error": ("x = 1 / 0\n", "ZeroDivisionError: division by zero"),
-    "error of two lines": ('raise KeyError("a\\nb")\n', "KeyError"),
+    "error of two lines": ('raise ValueError("a\\nb")\n', "ValueError: a b"),
 }
 
 
@@ -134,12 +131,10 @@ def test_a_file_that_does_not_run_is_refused_in_one_sentence(case, tmp_path):
 def test_it_stands_in_params_yaml_as_any_other(own, tmp_path):
     row = f"{own}:MyMethod"
     path = tmp_path / "params.yaml"
-    table = (
-        f"{{rows: {{mine: {{method: '{row}', lam: 2}}, promptfl: {{}}}}, vary: {{steps: [1, 2]}}}}"
-    )
-    path.write_text(
-        f"methods: {{'{row}': {{rounds: 4}}, coop: {{}}}}\ntables: {{10_a: {{all: {{}}, own: {table}}}}}\n"
-    )
+    rows = {"mine": {"method": row, "lam": 2}, "promptfl": {}}
+    tables = {"all": {}, "own": {"rows": rows, "vary": {"steps": [1, 2]}}}
+    content = {"methods": {row: {"rounds": 4}, "coop": {}}, "tables": {"10_own": tables}}
+    path.write_text(yaml.safe_dump(content))
     params = settings.read(path)
     assert {label for label, _ in params.runs("all")} >= {row, "coop", "majority"}
     runs = [(label, e) for label, e in params.runs("own") if e.seed == 1]
@@ -159,10 +154,8 @@ def sweep(own, **changes):
 def test_its_records_are_in_frames_as_all_others(here, own):
     paths = runner.sweep(sweep(own, lam=0.0))
     frame = records.frame(paths)
-    assert {*frame["method"]} == {"mymethod", "promptfl"} and {*frame["title"]} == {
-        "Mine",
-        "PromptFL",
-    }
+    assert {*frame["method"]} == {"mymethod", "promptfl"}
+    assert {*frame["title"]} == {"Mine", "PromptFL"}
     mine, plain = (frame[frame["method"] == name] for name in ("mymethod", "promptfl"))
     for column in ("accuracy", "up", "down"):
         assert mine[column].tolist() == pytest.approx(plain[column].tolist(), nan_ok=True)
@@ -179,6 +172,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.parametrize("own", ["stdlib", "pydantic, from __future__"], indirect=True)
 def test_two_processes_can_run_it(world, own):
     """Workers are processes that know nothing of the file; they must find its classes."""
     (world / "two_processes.py").write_text(SWEEP)

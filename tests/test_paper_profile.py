@@ -124,7 +124,7 @@ def test_the_proof_in_small_has_all_tables_with_runs_that_its_clients_can_make(t
         assert {e.row for e in runs} == {e.row for _, e in PAPER.runs(name)}
         assert all(e.run.rounds <= 2 and e.run.local_epochs == 1 for e in runs)
         for e in runs:
-            if isinstance(e.method, PFedMoAP):
+            if isinstance(e.method, PFedMoAP) and e.row != "gate_alone":
                 assert e.method.n_experts < e.partition.clients
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make
 from helpers import PARAMS, refuses
+from helpers.tiny import make
 from scipy import stats
 
 from fpl import rounds

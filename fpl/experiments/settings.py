@@ -276,7 +276,8 @@ def own_module(path: Path) -> Any:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise ValueError(f"{path} does not run: {type(error).__name__}: {error}") from error
+        said = " ".join(str(error).split())
+        raise ValueError(f"{path} does not run: {type(error).__name__}: {said}") from error
     return module
 
 

@@ -144,8 +144,8 @@ def sentence(error: ValidationError, where: str) -> str:
     if first["type"] == "value_error":  # a class's own words
         return f"{where}: {context['error']}"
     name = f"{where}.{first['loc'][0]}"
-    if first["type"] == "literal_error":
-        words = re.findall(r"'([^']*)'", context["expected"])
+    words = re.findall(r"'([^']*)'", context.get("expected", ""))
+    if words:
         try:
             check_choice(value, words, f"value of {name}")
         except ValueError as refusal:

@@ -11,7 +11,8 @@ result.table()
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, fields
+import json
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,12 @@ class Result:
 
     @property
     def prompts(self) -> Float[Tensor, "n *k m w"] | None:
-        """The prompt that each client classifies with; None for a method that learns none."""
+        """The prompt that each client classifies with; None where no prompt is what is learnt."""
         learnt: Tensors = self.rounds[-1].evaluated
-        return self.method.ctx(learnt) if learnt else None
+        try:
+            return self.method.ctx(learnt)
+        except KeyError:
+            return None
 
     def table(self) -> pd.DataFrame:
         """Return a line for each client: its images and classes, and accuracy in percent."""
@@ -123,7 +127,9 @@ def data_of(images: str, clip: Clip) -> Data:
     is_demo = clip.provenance["model"] == Backbone().name
     model = hashlib.sha256(repr(clip.provenance).encode()).hexdigest()[:8]
     if images in known:
-        return Data(name=images, store="" if is_demo else f"{images}_{model}")
+        data = Data(name=images, store="" if is_demo else f"{images}_{model}")
+        drawn = data.folder / "drawn.json"  # a world that is there stays as it was drawn
+        return replace(data, **json.loads(drawn.read_text())) if drawn.exists() else data
     path = Path(images)
     if not path.exists():
         check_choice(images, known, "data set, and no path of images of your own:")
