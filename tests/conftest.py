@@ -48,11 +48,6 @@ def clients():
     return Clients(feats, labels, parts[:6], parts[6:], len(NAMES), patches)
 
 
-@pytest.fixture(params=METHODS)
-def method(request):
-    return make(METHODS[request.param])
-
-
 @pytest.fixture(params=[*METHODS, *CONTROLS])
 def row(request):
     """A method or a control: whatever is a row of a table."""

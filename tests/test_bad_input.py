@@ -209,7 +209,7 @@ CASES = {  # what is wrong -> who notices, and what the sentence must contain
     ),
     "one word of several vectors": (
         run("pfedmoap_oneword", n_ctx=4, n_experts=1, d_gate=16, heads=4),
-        "pfedmoap_oneword.n_ctx 4",
+        "pfedmoap_oneword.n_ctx must be 1, not 4",
     ),
     "a negative time of fine-tuning": (
         run("finetuned", tune_epochs=-1),

@@ -23,7 +23,7 @@ from fpl.data.files import ROOT
 from fpl.experiments.cache import device
 from fpl.methods import PFedMoAP, PromptFL
 from fpl.prompts import Clip, PaddedPrompts, PromptTree
-from fpl.state import Tensors
+from fpl.state import Clients, Tensors
 
 # The list of names to take for a number of classes.
 LISTS = {
@@ -64,14 +64,14 @@ class SequentialPFedMoAP(PFedMoAP):
         everybody = torch.cat(super().cohorts(server, drawn))
         return [*everybody.split(1)]
 
-    def context(self, text, down, client_ids, clients):
+    def context(self, text: PromptTree, down, client_ids, clients: Clients):
         if "experts" not in down:
             return {}
         prompts = down["experts"].unbind(1)
         encoded = [self.pool(text(ctx)) for ctx in prompts]
         return {"experts": torch.stack(encoded, dim=1)}
 
-    def logits(self, text, t, p, context, x):
+    def logits(self, text: PromptTree, t, p, context, x):
         local = PromptFL.logits(self, text, t, p, context, x)
         if "experts" not in context:
             return local
@@ -86,7 +86,7 @@ class PixelPFedMoAP(SequentialPFedMoAP):
 
     inputs = "pixels"
 
-    def logits(self, text, t, p, context, x):
+    def logits(self, text: PixelPrompts, t, p, context, x):
         feats = text.images(x)
         return super().logits(text, t, p, context, feats)
 
