@@ -71,7 +71,7 @@ def small_clip() -> Clip:
     vision = {"image_size": 32, "patch_size": 16, "layers": 1, "width": 32, "head_width": 16}
     text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(0)  # open_clip draws from the global generator, which is put back
         model = open_clip.CLIP(embed_dim=DIM, vision_cfg=vision, text_cfg=text)
     return Clip(model.eval().requires_grad_(False))
 
