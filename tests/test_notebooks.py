@@ -19,7 +19,7 @@ SMALL = files.ROOT / "tests" / "data" / "small.yaml"
 QUICK = {
     "00_tour": {"clients": 4},
     "03_methods": {"rounds": 2, "clients": 4},
-    "06_own_method": {"rounds": 2},
+    "06_own_method": {"rounds": 1},
     "20_label_prior": {"null_seeds": 5},
     "23_pictures": {"rounds": 2},
 }
@@ -50,13 +50,12 @@ def run(root: Path, *command: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("book", BOOKS, ids=lambda b: b.stem)
-def test_runs_from_top_to_bottom(project, book):
-    quick = []
-    for name, value in QUICK.get(book.stem, {}).items():
-        quick += ["-p", name, str(value)]
-    run(project, "notebook", f"notebooks/{book.name}", *quick)
-    assert (project / "results" / "tables" / book.stem).is_dir()
-    executed = nbformat.read(project / "results" / "notebooks" / book.name, as_version=4)
+def test_runs_from_top_to_bottom(project, book, monkeypatch):
+    monkeypatch.chdir(project)
+    source = Path("notebooks", book.name)
+    target = notebook.execute(source, notebook.EXECUTED / book.name, QUICK.get(book.stem))
+    assert Path("results", "tables", book.stem).is_dir()
+    executed = nbformat.read(target, as_version=4)
     code = [cell for cell in executed.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in code)
     assert str(project) not in nbformat.writes(executed)

@@ -172,7 +172,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("own", ["stdlib", "pydantic, from __future__"], indirect=True)
+@pytest.mark.parametrize("own", ["pydantic, from __future__"], indirect=True)
 def test_two_processes_can_run_it(world, own):
     """Workers are processes that know nothing of the file; they must find its classes."""
     (world / "two_processes.py").write_text(SWEEP)
