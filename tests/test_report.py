@@ -338,3 +338,9 @@ def test_without_an_executed_notebook_it_says_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match="no executed notebooks in .*: run `make repro`"):
         report.build(tmp_path, tmp_path / "report", tmp_path, tmp_path)
     assert not (tmp_path / "report").exists()
+
+
+def test_a_notebook_is_listed_with_its_question():
+    body = "<h1>A title</h1><p><strong>Question.</strong> What is it? And more.</p>"
+    page = report.make_page("10_things", BeautifulSoup(body, "html.parser"))
+    assert (page.title, page.lead) == ("A title", "What is it?")

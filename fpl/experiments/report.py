@@ -249,6 +249,7 @@ def make_page(stem: str, soup: BeautifulSoup) -> Page:
         headings.append((heading.name, place, text))
     title = soup.h1.extract().get_text() if soup.h1 else stem
     lead = " ".join(soup.p.get_text().split()) if soup.p else ""
+    lead = lead.removeprefix("Question. ")  # with which a notebook begins
     sentence = re.match(r".+?[.!?](?=\s+[A-Z]|$)", lead)
     if sentence:
         lead = sentence[0]
