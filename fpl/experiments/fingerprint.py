@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, TypeGuard
 
-from fpl.experiments.settings import Experiment
+from fpl.experiments.settings import OWN, Experiment
 
 PACKAGE = Path(__file__).parents[1]
 # Where every run begins, and what is followed no further: a record is found by all settings, and by
@@ -55,11 +55,13 @@ def code_fingerprint(experiment: Experiment) -> str:
                 code, used = module[name]
                 reached[place] += code
                 waiting += used
-    named = sorted(
-        (module.rpartition("_")[0] or module, name or "", code)
-        for (module, name), code in reached.items()
-    )
+    named = sorted((portable(module), name or "", code) for (module, name), code in reached.items())
     return hashlib.sha256(repr(named).encode()).hexdigest()
+
+
+def portable(module: str) -> str:
+    """Return a module's name; of one's own without the hash of its path, which may change."""
+    return module.rpartition("_")[0] if module.startswith(OWN) else module
 
 
 def definitions(module: str) -> dict[str, tuple[str, list[Place]]]:
@@ -73,7 +75,7 @@ def definitions(module: str) -> dict[str, tuple[str, list[Place]]]:
 
 def file_of(module: str) -> Path | None:
     """Return the file of a module of this package or of one's own, None where there is none."""
-    if module.startswith("fpl_own_"):
+    if module.startswith(OWN):
         return Path(str(sys.modules[module].__file__))
     package, *inner = module.split(".")
     if package != "fpl":

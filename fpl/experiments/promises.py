@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -15,8 +15,8 @@ from torch import Tensor
 from fpl.experiments.values import build
 from fpl.methods import PromptFL
 from fpl.prompts import Clip, PromptTree
-from fpl.rounds import Round, Seeds, Setup, Training, begin_run, run_rounds, train_round
-from fpl.state import Clients, Lookup, Server, Tensors, generator, take
+from fpl.rounds import Round, Setup, Training, aggregate, begin_run, run_rounds, train_round
+from fpl.state import Clients, Context, Lookup, Server, Tensors, generator, take
 
 NAMES = ["red square", "red circle", "blue square", "palette", "cat", "golden retriever"]
 N_CLIENTS = 12
@@ -24,24 +24,6 @@ N_IMAGES = 4  # of each client, for training and for testing
 DIM = 256
 # Two runs that differ in the order of additions only.
 NEAR = 1e-3
-
-
-@dataclass(frozen=True)
-class Small:
-    """A method on a small random CLIP and a dozen clients with random features."""
-
-    method: PromptFL
-    text: PromptTree
-    clients: Clients
-    training: Training
-
-    @property
-    def setup(self) -> Setup:
-        return Setup(self.method, self.text, self.clients, self.training, Seeds())
-
-    def run(self, method: PromptFL | None = None) -> list[Round]:
-        chosen = method or self.method
-        return [*run_rounds(chosen, self.text, self.clients, self.training, Seeds())]
 
 
 def check(kind: type[PromptFL], settings: Mapping[str, Any]) -> list[str]:
@@ -54,7 +36,7 @@ def check(kind: type[PromptFL], settings: Mapping[str, Any]) -> list[str]:
     clients = small_clients()
     text = PromptTree(small_clip(), NAMES, method.n_ctx)
     method.check(text, clients)
-    small = Small(method, text, clients, training)
+    small = Setup(method, text, clients, training)
     broken = []
     for name, promise in PROMISES.items():
         try:
@@ -87,30 +69,40 @@ def small_clients() -> Clients:
     return Clients(feats, labels, parts[:N_CLIENTS], parts[N_CLIENTS:], len(NAMES), patches)
 
 
-def after_a_round(small: Small) -> tuple[Tensors, Server]:
-    """Return everybody's tensors and the server, as they stand after everybody's first round."""
-    rounds = small.run()
-    server = rounds[0].server
-    assert server is not None
-    local, begin = begin_run(small.setup)
-    drawn = torch.arange(len(small.clients))
-    trained = train_round(small.setup, begin, local, drawn, None)
+def run(small: Setup, method: PromptFL | None = None) -> list[Round]:
+    """Return the rounds of a run of the setup's method, or of another one in its place."""
+    chosen = method or small.method
+    return [*run_rounds(chosen, small.text, small.clients, small.training, small.seeds)]
+
+
+def after_a_round(small: Setup) -> tuple[Tensors, Server]:
+    """Return everybody's tensors and the server, as they stand when all have trained once."""
+    everybody = torch.arange(len(small.clients))
+    local, server = begin_run(small)
+    trained = train_round(small, server, local, everybody, None)
+    server = aggregate(small, trained.server, trained.local, everybody, 0.0)
     return trained.local, replace(server, round=1)
 
 
-def gradients(small: Small) -> str:
-    """Every tensor that a method declares has a gradient, of each client."""
+def second_round(small: Setup) -> tuple[Tensors, Context]:
+    """Return everybody's tensors, and what everybody reads in the second round."""
     local, server = after_a_round(small)
-    ids = torch.arange(len(small.clients))
+    everybody = torch.arange(len(small.clients))
+    down = small.method.download(server, everybody, small.clients)
+    return local, small.method.context(small.text, down, everybody, small.clients)
+
+
+def gradients(small: Setup) -> str:
+    """Every tensor that a method declares has a gradient, of each client."""
+    local, context = second_round(small)
+    if not local:
+        return ""
     method, clients = small.method, small.clients
-    down = method.download(server, ids, clients)
-    context = take(method.context(small.text, down, ids, clients), slice(None))
     p = {name: value.clone().requires_grad_() for name, value in local.items()}
     index = torch.stack([*clients.train])
     x = getattr(clients, method.inputs)[index]
-    if not p:
-        return ""
-    method.loss(small.text, p, context, x, clients.labels[index]).sum().backward()
+    reads = take(context, slice(None))
+    method.loss(small.text, p, reads, x, clients.labels[index]).sum().backward()
     without = []
     for name, value in p.items():
         alive = value.grad is not None and bool(value.grad.flatten(1).norm(dim=1).min() > 0)
@@ -121,10 +113,10 @@ def gradients(small: Small) -> str:
     return f"{', '.join(without)} has none, at least of one client"
 
 
-def leaves(small: Small) -> str:
+def leaves(small: Setup) -> str:
     """What leaves a client is what `shared` names, and private tensors reach nobody else."""
     method = small.method
-    local, server = begin_run(small.setup)
+    local, _ = begin_run(small)
     unknown = [name for name in method.shared if name not in local]
     if unknown:
         return f"shared names {', '.join(unknown)}, which init does not make"
@@ -136,21 +128,21 @@ def leaves(small: Small) -> str:
     for name, value in changed.items():
         if name not in method.shared:
             value[0] += 1
-    one = train_round(small.setup, server, local, drawn, None).local
-    other = train_round(small.setup, server, changed, drawn, None).local
+    one = train_round(small, server, local, drawn, None).local
+    other = train_round(small, server, changed, drawn, None).local
     reached = [name for name in one if not torch.equal(one[name][1:], other[name][1:])]
     if not reached:
         return ""
     return f"a private tensor of client 0 changed {', '.join(reached)} of others"
 
 
-def stacked(small: Small) -> str:
+def stacked(small: Setup) -> str:
     """Clients that train as one batch learn what each learns alone."""
     alone = PromptTree(small_clip(), NAMES, small.method.n_ctx, budget=1)
-    return difference(small.run(), replace(small, text=alone).run())
+    return difference(run(small), run(replace(small, text=alone)))
 
 
-def client_order(small: Small) -> str:
+def client_order(small: Setup) -> str:
     """Results do not depend on the order of the clients."""
     order = torch.randperm(len(small.clients), generator=generator(1, "order"))
     train = [small.clients.train[i] for i in order.tolist()]
@@ -158,22 +150,19 @@ def client_order(small: Small) -> str:
     other = replace(small, clients=replace(small.clients, train=train, test=test))
     back = order.argsort()
     rounds = []
-    for r in other.run():
+    for r in run(other):
         evaluated = {name: value[back] for name, value in r.evaluated.items()}
         rounds.append(replace(r, evaluated=evaluated))
-    return difference(small.run(), rounds)
+    return difference(run(small), rounds)
 
 
-def expert_order(small: Small) -> str:
+def expert_order(small: Setup) -> str:
     """Logits do not depend on the order of the experts that a client reads."""
-    local, server = after_a_round(small)
-    ids = torch.arange(len(small.clients))
-    method, text = small.method, small.text
-    down = method.download(server, ids, small.clients)
-    context = method.context(text, down, ids, small.clients)
+    local, context = second_round(small)
     ordered = {name for name, value in context.items() if isinstance(value, Lookup)}
     if not ordered:
         return ""
+    method, text = small.method, small.text
     reads = take(context, slice(None))
     turned = {k: v.flip(1) if k in ordered else v for k, v in reads.items()}
     x = getattr(small.clients, method.inputs)[torch.stack([*small.clients.test])]
@@ -181,9 +170,9 @@ def expert_order(small: Small) -> str:
     return far(classify(reads, x), classify(turned, x), "logits")
 
 
-def repeated(small: Small) -> str:
+def repeated(small: Setup) -> str:
     """Two runs are equal to the bit."""
-    for one, other in zip(small.run(), small.run(), strict=True):
+    for one, other in zip(run(small), run(small), strict=True):
         for name, value in one.evaluated.items():
             if not torch.equal(value, other.evaluated[name]):
                 return f"{name} differs after round {one.number}"
@@ -192,12 +181,12 @@ def repeated(small: Small) -> str:
     return ""
 
 
-def degenerate(small: Small) -> str:
+def degenerate(small: Setup) -> str:
     """With the settings that it declares, a method is another one."""
     for settings, kind in small.method.degenerate:
         same = replace(small.method, **settings)
         base: PromptFL = build(kind, {"n_ctx": same.n_ctx}, kind.key)
-        for one, other in zip(small.run(same), small.run(base), strict=True):
+        for one, other in zip(run(small, same), run(small, base), strict=True):
             equal = all(map(torch.equal, one.correct, other.correct))
             if not equal or abs(one.loss - other.loss) > NEAR * abs(other.loss):
                 return f"with {settings} it is not {kind.title}, from round {one.number} on"
@@ -222,7 +211,7 @@ def far(one: Tensor, other: Tensor, what: str) -> str:
     return f"{what} differs by {away:.2g} of its largest number" if away > NEAR else ""
 
 
-PROMISES: dict[str, Callable[[Small], str]] = {
+PROMISES: dict[str, Callable[[Setup], str]] = {
     "every declared tensor has a gradient": gradients,
     "exactly what is shared leaves a client": leaves,
     "clients in one batch learn what each learns alone": stacked,

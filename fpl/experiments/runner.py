@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,9 +28,9 @@ from tqdm.auto import tqdm
 from fpl.data.files import atomic_write
 from fpl.experiments.assemble import domains_of, rounds_of
 from fpl.experiments.cache import device, load_cached
-from fpl.experiments.fingerprint import code_fingerprint
+from fpl.experiments.fingerprint import code_fingerprint, file_of
 from fpl.experiments.records import RECORDS, save_index
-from fpl.experiments.settings import Experiment, Settings, own_module
+from fpl.experiments.settings import OWN, Experiment, Settings, own_module
 from fpl.rounds import Round
 
 
@@ -73,7 +72,8 @@ def in_workers(todo: Mapping[Path, Experiment], total: int, jobs: int | None) ->
     jobs = 1 if device() == "cuda" else min(jobs, len(todo))
     threads = max(1, torch.get_num_threads() // jobs)
     kinds = {type(experiment.method) for experiment in todo.values()}
-    own = [str(sys.modules[k.__module__].__file__) for k in kinds if k.__module__[:8] == "fpl_own_"]
+    files = [file_of(kind.__module__) for kind in kinds if kind.__module__.startswith(OWN)]
+    own = [path for path in files if path]
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker, (threads, own))
     epochs = {path: e.run.rounds * e.run.local_epochs for path, e in todo.items()}
     longest_first = sorted(todo, key=lambda path: -epochs[path])
@@ -93,14 +93,14 @@ def in_workers(todo: Mapping[Path, Experiment], total: int, jobs: int | None) ->
             raise
 
 
-def begin_worker(threads: int, own: Sequence[str]) -> None:
+def begin_worker(threads: int, own: Sequence[Path]) -> None:
     """Take a share of the cores, load methods of one's own, and end when the parent is gone.
 
     A killed pool would leave its workers waiting for ever.
     """
     torch.set_num_threads(threads)
     for path in own:
-        own_module(Path(path))
+        own_module(path)
     parent = os.getppid()
 
     def watch() -> None:

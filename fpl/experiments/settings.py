@@ -24,6 +24,8 @@ ROWS: dict[str, type[PromptFL]] = METHODS | RELEASED | CONTROLS | {GateAlone.key
 # A profile is a folder with one of these: all settings, or what differs from others'.
 PARAMS = Path("params.yaml")
 PROFILE = Path("profile.yaml")
+# How the names begin under which Python knows files of one's own.
+OWN = "fpl_own_"
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,7 @@ def own_module(path: Path) -> Any:
     Raises ValueError when there is no such file, or it does not run.
     """
     path = path.resolve()
-    name = f"fpl_own_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    name = f"{OWN}{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
     if not path.is_file():
