@@ -2,8 +2,10 @@
 
     python tools/install.py LOG LOCK COMMAND ...
 
-COMMAND is the call of pip that installs the lock. Its output is written to LOG, and the end of it
-is shown if pip fails. On a terminal the line overwrites itself; elsewhere there are a few lines.
+COMMAND is the call of pip that installs what a file lists, without the file. The first call is for
+what builds packages that come as source, so that no later one fetches build tools that have no
+hash. pip's output is written to LOG, and the end of it is shown if pip fails. On a terminal the
+line overwrites itself; elsewhere there are a few lines.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
@@ -20,6 +23,8 @@ PACKAGE = re.compile(
     r"([\w.-]+?)(?=[=<>;:\s]|-\d)"
 )
 UNPACKING = "Installing collected packages"
+ENTRY = re.compile(r"^(\S+)==(?:.*\\\n)*.*\n", re.MULTILINE)  # of the lock: a version, its hashes
+BUILDERS = ("packaging", "setuptools", "wheel")
 TAIL = 30  # lines of pip's output that are shown when it fails
 
 
@@ -59,25 +64,42 @@ class Progress:
 
 
 def install(log: Path, lock: Path, command: list[str], screen: TextIO) -> int:
-    """Run pip and return its exit status."""
-    packages = re.findall(r"^\S+==", lock.read_text(), re.MULTILINE)
-    progress = Progress(max(len(packages), 1), screen)
-    lines = []
+    """Run pip, once for the builders and once for the whole lock, and return its exit status."""
+    entries = [*ENTRY.finditer(lock.read_text())]
+    builders = log.with_name("build.txt")
+    builders.write_text("".join(entry[0] for entry in entries if entry[1] in BUILDERS))
+    progress = Progress(max(len(entries), 1), screen)
+    lines: list[str] = []
     with log.open("w") as file:
-        pip = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-        )
-        for line in pip.stdout or []:
+
+        def listen(line: str) -> None:
             file.write(line)
             lines.append(line)
+
+        def follow(line: str) -> None:
+            listen(line)
             progress.read(line)
-    status = pip.wait()
+
+        status = 0
+        if builders.stat().st_size:
+            status = call([*command, "-r", str(builders)], listen)
+        status = status or call([*command, "-r", str(lock)], follow)
     if status:
         progress.end(f"pip failed. The end of what it said, all of which is in {log}:")
         screen.write("".join(lines[-TAIL:]))
     else:
         progress.end(f"installed; pip's own words are in {log}")
     return status
+
+
+def call(command: list[str], listen: Callable[[str], None]) -> int:
+    """Run pip once, give each line of its output to `listen`, and return its exit status."""
+    pip = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    for line in pip.stdout or []:
+        listen(line)
+    return pip.wait()
 
 
 if __name__ == "__main__":
