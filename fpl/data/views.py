@@ -40,15 +40,9 @@ class Views:
     def draw(
         self, transform: Any, image: Image.Image, name: str, size: Sequence[int]
     ) -> Float[Tensor, "V 3 h w"]:
-        """Draw the views of an image that has the id `name`.
-
-        Raises ValueError for a transform that does not begin with resizing.
-        """
-        steps = getattr(transform, "transforms", [])
-        resizing = [step for step in steps if hasattr(step, "interpolation")]
-        if not resizing:
-            needed = "an image transform that begins with resizing"
-            raise ValueError(f"views need {needed}, this one is {transform!r}")
+        """Draw the views of an image that has the id `name`. Raises as `resizing`."""
+        resizing = self.resizing(transform)
+        steps = transform.transforms
         cropping = [step for step in steps if type(step).__name__.startswith("CenterCrop")]
         finish = Compose([step for step in steps if step not in resizing + cropping])
         views = []
@@ -61,6 +55,15 @@ class Views:
                 view = hflip(view)
             views.append(finish(view))
         return torch.stack(views)
+
+    def resizing(self, transform: Any) -> list[Any]:
+        """Find the steps that resize. Raises ValueError for a transform without any."""
+        steps = getattr(transform, "transforms", [])
+        found = [step for step in steps if hasattr(step, "interpolation")]
+        if not found:
+            needed = "an image transform that begins with resizing"
+            raise ValueError(f"views need {needed}, this one is {transform!r}")
+        return found
 
     def generator(self, name: str, number: int) -> np.random.Generator:
         """Make the generator of one view of the image with this id."""
