@@ -3,6 +3,7 @@
 Whatever the server, the line and the archive do.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -13,6 +14,7 @@ import shutil
 import stat
 import tarfile
 import threading
+import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,7 +23,7 @@ import pytest
 import torchvision.datasets as tv
 from helpers.pickles import cifar_world, python2
 
-from fpl.data import datasets, fetch, files
+from fpl.data import archives, datasets, fetch, files
 from fpl.data.datasets import domainnet10
 from fpl.data.datasets.layouts import File
 from fpl.data.manifest import SPLITS
@@ -43,6 +45,13 @@ class Handler(BaseHTTPRequestHandler):
         asked = self.headers.get("Range")
         server.asked.append((name, asked))
         content = server.files.get(name)
+        tag = self.headers.get("If-Range", server.tag)
+        if tag != server.tag and not does.get("no If-Range"):
+            asked = None
+        if "to" in does:
+            return self.answer(302, b"", {"Location": does["to"]})
+        if "drops" in does:
+            return self.drops(does["drops"])
         if content is None or "status" in does:
             return self.answer(does.get("status", 404), b"")
         if len(server.asked) <= does.get("busy", 0):
@@ -56,7 +65,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(416, b"", {"Content-Range": f"bytes */{len(content)}"})
         first = begin + does.get("other part", 0)
         part = f"bytes {first}-{len(content) - 1}/{len(content)}"
-        headers = {"Content-Range": part} if begin else {}
+        headers = {"ETag": server.tag} if server.tag else {}
+        headers |= ({"Content-Range": part} if begin else {}) | does.get("headers", {})
         if does.get("chunked"):
             return self.chunked(
                 content[begin:], cut="cut" in does and len(server.asked) <= does["cut"]
@@ -79,6 +89,14 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def drops(self, whole):
+        """Answer with a byte now and then, as long as somebody waits."""
+        with contextlib.suppress(OSError):
+            for i in range(2000):
+                self.wfile.write(whole[i : i + 1] or b" ")
+                time.sleep(0.02)
+        self.close_connection = True
+
     def chunked(self, body, cut):
         self.send_response(200)
         self.send_header("Transfer-Encoding", "chunked")
@@ -95,7 +113,9 @@ def server(monkeypatch):
     monkeypatch.setattr(fetch, "PAUSE", 0)
     monkeypatch.setenv("no_proxy", "*")
     serving = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    serving.daemon_threads = True
     serving.files, serving.does, serving.asked = {"x.bin": CONTENT}, {}, []
+    serving.tag = '"first"'
     thread = threading.Thread(target=serving.serve_forever, args=(0.01,))
     thread.start()
     yield serving
@@ -169,7 +189,83 @@ def test_a_server_that_only_breaks_off_is_given_up_and_what_came_is_kept(server,
     ended = f"x.bin: the connection ended after 5120 of {len(CONTENT)} bytes"
     with pytest.raises(OSError, match=f"{ended}; fetch again to go on"):
         fetch.download(of(server), tmp_path / "x.bin")
-    assert len(server.asked) == fetch.TRIES + 1 and (tmp_path / "x.bin.part").stat().st_size == 5120
+    assert len(server.asked) == fetch.TRIES and (tmp_path / "x.bin.part").stat().st_size == 5120
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 10240\r\n\r\n"
+
+
+@pytest.mark.parametrize("sent", [b"HTTP/1.1 200 OK\r\nX: ", HEAD, HEAD.replace(b"h: 1", b"h: +")])
+def test_a_server_that_sends_a_byte_now_and_then_is_given_up(sent, server, tmp_path, monkeypatch):
+    server.does = {"drops": sent}
+    monkeypatch.setattr(fetch, "WINDOW", 0.1)
+    monkeypatch.setattr(fetch, "TRIES", 2)
+    with pytest.raises(OSError, match="x.bin: the server sends less than 131072 bytes in 0.1 sec"):
+        fetch.download(of(server), tmp_path / "x.bin")
+    assert not (tmp_path / "x.bin").exists()
+
+
+def test_a_download_ends_after_a_day_and_a_later_one_goes_on(server, tmp_path, monkeypatch):
+    server.does = {"drops": HEAD}
+    monkeypatch.setattr(fetch, "TOTAL", 0.1)
+    monkeypatch.setattr(fetch, "LEAST", 0)
+    with pytest.raises(OSError, match="fetch again to go on"):
+        fetch.download(of(server), tmp_path / "x.bin")
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("does", [{}, {"no If-Range": True}])
+@pytest.mark.parametrize("known", [{"md5": ""}, {"size": 0, "md5": ""}])
+def test_two_versions_of_a_file_do_not_become_one(known, does, server, tmp_path):
+    server.does = {"cut": 1}
+    file = of(server, **known)
+    with pytest.raises(OSError, match="ended after 5120"):
+        fetch.attempt(file, tmp_path / "x.bin.part", time.monotonic() + 600)
+    server.does, server.tag = does, '"second"'
+    server.files["x.bin"] = CONTENT[::-1]
+    fetch.download(file, tmp_path / "x.bin")
+    assert (tmp_path / "x.bin").read_bytes() == CONTENT[::-1]
+    assert server.asked[1] == ("x.bin", "bytes=5120-")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.bin"]
+
+
+@pytest.mark.parametrize("tag", ["", 'W/"first"'])
+def test_a_part_of_no_version_is_not_continued_unless_a_checksum_tells(tag, server, tmp_path):
+    server.tag = tag
+    server.does = {"cut": 1}
+    get(server, tmp_path / "x.bin", md5="")
+    assert [asked for _, asked in server.asked] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("does", "message"),
+    [
+        ({"to": "file:///etc/passwd"}, "'file:///etc/passwd' is not allowed"),
+        ({"to": "ftp://127.0.0.1/x"}, "x.bin sends on to ftp://127.0.0.1/x"),
+        ({"headers": {"Content-Type": "text/html; charset=utf-8"}}, "x.bin gives a web page"),
+        ({"headers": {"Content-Encoding": "gzip"}}, "x.bin gives a web page or packed file"),
+        ({"headers": {"Content-Length": "-1"}}, "x.bin does not say how long"),
+        ({"headers": {"Content-Length": str(2**40)}}, "x.bin has 1099511627776 bytes, more than"),
+    ],
+)
+def test_what_cannot_be_the_file_is_not_asked_for_again(does, message, server, tmp_path):
+    server.does = does
+    with pytest.raises(ValueError, match=message):
+        fetch.download(of(server, size=0, md5=""), tmp_path / "x.bin")
+    assert len(server.asked) == 1 and not list(tmp_path.iterdir())
+
+
+def test_without_a_size_there_is_a_limit(server, tmp_path, monkeypatch):
+    server.does = {"chunked": True}
+    monkeypatch.setattr(fetch, "LISTS", 100)
+    with pytest.raises(ValueError, match="sends more than 100 bytes"):
+        fetch.download(of(server, size=0), tmp_path / "x.bin")
+
+
+def test_what_is_no_file_is_not_read(server, tmp_path):
+    os.mkfifo(tmp_path / "x.bin")
+    with pytest.raises(ValueError, match=r"x\.bin is no file: delete it"):
+        fetch.download(of(server, size=0), tmp_path / "x.bin")
 
 
 def test_an_unreachable_server_is_given_up(server, tmp_path):
@@ -227,14 +323,14 @@ def test_a_full_disk_is_seen_before_anything_is_received(server, tmp_path, monke
 # --- archives -------------------------------------------------------------------------------------
 
 
-def zipped(entries):
+def zipped(entries, method=zipfile.ZIP_DEFLATED):
     """entries: (name, content, Unix mode or None)."""
     out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as z:
+    with zipfile.ZipFile(out, "w", method) as z:
         for name, content, mode in entries:
             info = zipfile.ZipInfo(name)
             info.external_attr = (mode or 0) << 16
-            z.writestr(info, content)
+            z.writestr(info, content, method)
     return out.getvalue()
 
 
@@ -251,6 +347,21 @@ def tarred(entries):
     return out.getvalue()
 
 
+def headers_only():
+    """Headers for all files, one behind the other, of which none comes."""
+    one = tarfile.TarInfo.create_pax_global_header({"comment": "c" * 2**14})
+    return gzip.compress(one * 100)
+
+
+def negative():
+    """A member whose size leads back to its own header."""
+    info = tarfile.TarInfo("n")
+    raw = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    raw[124:136] = (2**96 - 1024).to_bytes(12, "big")  # -1024 as GNU writes it
+    raw[148:156] = b"%06o\0 " % (256 + sum(raw[:148]) + sum(raw[156:]))
+    return gzip.compress(bytes(raw) * 4 + bytes(1024))
+
+
 def files_under(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -265,7 +376,7 @@ def place(tmp_path):
 def unpack(content, place, name="a.zip", **more):
     archive = place.parent.parent / name
     archive.write_bytes(content)
-    fetch.extract(archive, place, **more)
+    archives.extract(archive, place, **more)
 
 
 GOOD = [
@@ -385,6 +496,28 @@ HOSTILE = {
         tarred([("n" * 2**25, b"", None)]),
         "a header asks for 3355",
     ),
+    "tar: a pax header as large as memory": (
+        "a.tgz",
+        tarred([("n", b"", {"pax_headers": {"comment": "c" * 2**25}})]),
+        "a header asks for 3355",
+    ),
+    "tar: no name that a file can have": (
+        "a.tgz",
+        tarred([("n", b"", {"pax_headers": {"path": "a\0b"}})]),
+        "leads out of",
+    ),
+    "tar: headers only": ("a.tgz", headers_only(), "a header asks for 16896 bytes"),
+    "tar: zeros for ever": (
+        "a.tgz",
+        gzip.compress(gzip.decompress(tarred([("n", b"", None)])) + bytes(2**21)),
+        "it ends in more than 1048576 zeros",
+    ),
+    "tar: back to the beginning": ("a.tgz", negative(), "a header"),
+    "zip: memory for a dictionary": (
+        "a.zip",
+        zipped([("n", b"x", None)], zipfile.ZIP_LZMA),
+        "'n' is not packed in the usual way",
+    ),
 }
 
 
@@ -398,6 +531,17 @@ def test_a_hostile_archive_is_refused_by_its_member_and_nothing_leaves_the_folde
     assert {p for p in files_under(tmp_path) if not p.startswith("out/in/")} == {name}
     assert not any(p.is_symlink() for p in tmp_path.rglob("*"))
     assert not Path("/tmp/fpl_escaped.txt").exists()
+
+
+@BOTH
+def test_the_number_of_members_is_bounded(name, pack, place, monkeypatch):
+    monkeypatch.setattr(archives, "MEMBERS", 3)
+    with pytest.raises(ValueError, match=r"'o\.txt' is beyond the limit of 3 members"):
+        unpack(pack(GOOD), place, name)
+    monkeypatch.setattr(archives, "DIRECTORY", 150)
+    if name == "a.zip":
+        with pytest.raises(ValueError, match="its list of members has more than 150 bytes"):
+            unpack(pack(GOOD), place, name)
 
 
 def flipped(content, at):
@@ -430,6 +574,7 @@ DAMAGED = {
     "the last bytes of a tgz": ("a.tgz", flipped(PACKED["a.tgz"], len(PACKED["a.tgz"]) - 7)),
     "a header in a tgz": ("a.tgz", with_a_broken_header()),
     "an encrypted zip": ("a.zip", ENCRYPTED),
+    "a zip of no name": ("a.zip", zipped([("n", b"", None)]).replace(b"n", b"\0")),
 }
 
 
@@ -564,6 +709,33 @@ def test_a_fetch_that_was_killed_while_unpacking_goes_on(server, tmp_path, monke
     assert len(datasets.read("dtd", tmp_path).rows) == 3 and len(server.asked) == 1
 
 
+@pytest.mark.parametrize("archive_kept", [True, False])
+@pytest.mark.parametrize("name", ["dtd", "caltech101"])
+def test_what_is_gone_or_cut_after_unpacking_comes_again(
+    name, archive_kept, server, tmp_path, monkeypatch
+):
+    (tmp_path / "made").mkdir()
+    served(server, monkeypatch, name, small(name, tmp_path / "made"))
+    root = tmp_path / "data"
+    fetch.fetch(name, root)
+    if not archive_kept:
+        for archive in [path for path in root.rglob("*") if path.name.endswith(".gz")]:
+            archive.unlink()
+        for archive in root.rglob("*.zip"):
+            archive.unlink()
+    whole = files_under(root)
+    first, last = sorted(path for path in whole if path.endswith(".jpg") or "labels" in path)[::2][
+        :2
+    ]
+    asked = len(server.asked)
+    for harm in (lambda: (root / first).unlink(), lambda: (root / last).write_bytes(b"")):
+        harm()
+        fetch.fetch(name, root)
+        found = files_under(root)
+        assert {path: found[path] for path in whole} == whole
+    assert (len(server.asked) > asked) != archive_kept
+
+
 def test_what_has_no_stable_source_is_asked_for_by_name_and_place_and_unpacked_when_it_is_there(
     tmp_path,
 ):
@@ -584,6 +756,10 @@ def test_what_has_no_stable_source_is_asked_for_by_name_and_place_and_unpacked_w
         and archive.exists()
         and not (tmp_path / "dtd").exists()
     )
+    archive.unlink()
+    assert fetch.fetch("office_caltech10", tmp_path) == []
+    (tmp_path / images[0][0]).unlink()
+    assert fetch.fetch("office_caltech10", tmp_path) == [line]
 
 
 @pytest.mark.parametrize("name", ["flowers102", "oxfordpets", "food101", "caltech101", "dtd"])

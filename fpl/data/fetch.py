@@ -8,48 +8,38 @@ place.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import http.client
+import json
 import os
 import shutil
-import stat
-import tarfile
+import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 
 from fpl.data import datasets
+from fpl.data.archives import ARCHIVES, LIMIT, extract
 from fpl.data.datasets.layouts import File
 from fpl.data.files import atomic_write, file_lock
 
-ARCHIVES = (".zip", ".tgz", ".tar.gz")
-LIMIT = (
-    20 * 2**30
-)  # bytes that an archive may unpack to; the largest, DomainNet's photographs, has 6 GB
+LISTS = 2**26  # bytes that a file may have that is no archive
 PIECE = 2**20  # bytes that are read at once
-HEADER = 2**24  # bytes of an archive read in one go: a forged header may ask for gigabytes
-BLOCK = 4096  # bytes that an empty file takes on disk
 TIMEOUT = 60.0  # seconds without an answer
+WINDOW = 120.0  # seconds in which LEAST bytes must come
+LEAST = 2**17
+TOTAL = 24 * 3600  # seconds for a file; a later call goes on
 PAUSE = 2.0  # seconds before the next try
-TRIES = 5  # in a row that brought nothing
+TRIES = 5  # in a row that brought less than PROGRESS bytes
+PROGRESS = 2**20
 BUSY = (408, 429)  # answers below 500 after which it helps to ask again
-DAMAGE = (
-    zipfile.BadZipFile,
-    tarfile.TarError,
-    gzip.BadGzipFile,
-    zlib.error,
-    EOFError,
-    RuntimeError,
-)  # the last: encrypted
+ELSEWHERE = "find the file elsewhere and put it in its place"
 
 
 def terms(name: str) -> str:
@@ -59,37 +49,61 @@ def terms(name: str) -> str:
 
 
 def by_hand(name: str, root: Path) -> list[str]:
-    """What has no stable source and is not there yet, a sentence for each file."""
-    files = [file for file in datasets.get(name).files if file.hint]
-    asked = [file for file in files if not (root / (file.gives or file.path)).exists()]
-    return [
-        f"bring {Path(file.path).name} ({file.hint}) and put it at {root / file.path}"
-        for file in asked
-    ]
+    """What has no stable source and is not there yet or no more, a sentence for each file."""
+    asked = []
+    for file in datasets.get(name).files:
+        path = root / file.path
+        lost = mark_of(path).exists() and not path.exists() and not is_unpacked(path)
+        if file.hint and (lost or not (root / (file.gives or file.path)).exists()):
+            asked.append(f"bring {path.name} ({file.hint}) and put it at {path}")
+    return asked
 
 
 def fetch(name: str, root: Path) -> list[str]:
     """Download, verify and unpack a data set, archives that were brought by hand among it.
 
-    A call goes on where a killed one stopped. Archives are kept and may be deleted once unpacked.
-    Returns what is still to be brought, as `by_hand` does. Raises ValueError for a wrong size or
-    checksum, a damaged or unsafe archive and a file that its source no longer has, and OSError for
-    a source that does not answer.
+    A call goes on where a killed one stopped, and gets again what is gone or has another size.
+    Archives are kept and may be deleted once unpacked. Returns what is still to be brought, as
+    `by_hand` does. Raises ValueError for a wrong size or checksum, a damaged or unsafe archive and
+    a file that its source no longer has, and OSError for a source that does not answer.
     """
     dataset = datasets.get(name)
     with file_lock(root / f".{name}.lock"):
         for file in dataset.files:
             path = root / file.path
-            unpacked = path.with_name(f".{path.name}.unpacked")
-            if unpacked.exists():
+            if is_unpacked(path):
                 continue
             if file.url:
                 download(file, path)
-            if path.name.endswith(ARCHIVES) and path.exists():
+            if path.name.endswith(ARCHIVES) and path.is_file():
                 top = dataset.folders[0] if path.parent == root else ""
-                extract(path, path.parent, top, file.only)
-                unpacked.touch()
+                sizes = extract(path, path.parent, top, file.only)
+                os.sync()
+                with atomic_write(mark_of(path)) as temporary:
+                    temporary.write_text(json.dumps(sizes))
     return by_hand(name, root)
+
+
+def mark_of(path: Path) -> Path:
+    """Name the file that says what came out of an archive."""
+    return path.with_name(f".{path.name}.unpacked")
+
+
+def is_unpacked(path: Path) -> bool:
+    """Whether all that came out of an archive is there with its size.
+
+    An archive among it may be gone if it was unpacked itself.
+    """
+    try:
+        sizes = json.loads(mark_of(path).read_text())
+        return all(is_there(path.parent / name, size) for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
+def is_there(path: Path, size: int) -> bool:
+    """Whether there is a file of this size, or what was in it."""
+    return path.is_file() and path.stat().st_size == size or is_unpacked(path)
 
 
 def download(file: File, path: Path) -> None:
@@ -105,18 +119,21 @@ def download(file: File, path: Path) -> None:
     part = path.with_name(f"{path.name}.part")
     most = size_of(part)
     failures = 0
-    while failures < TRIES:
+    end = time.monotonic() + TOTAL
+    while failures < TRIES and time.monotonic() < end:
         try:
-            receive(file, part)
+            attempt(file, part, end)
             break
         except (OSError, http.client.HTTPException) as e:
             reason = str(e) or type(e).__name__
-        failures = 0 if size_of(part) > most else failures + 1
+        failures = 0 if size_of(part) >= most + PROGRESS else failures + 1
         most = max(most, size_of(part))
         time.sleep(PAUSE)
     else:
         raise OSError(f"{file.url}: {reason}; fetch again to go on, or put the file at {path}")
-    if wrong := mismatch(file, part):
+    wrong = mismatch(file, part)
+    version_file(part).unlink(missing_ok=True)
+    if wrong:
         part.unlink()
         raise ValueError(
             f"{file.url} {wrong}: it is removed; fetch again, or put the right file at {path}"
@@ -124,66 +141,164 @@ def download(file: File, path: Path) -> None:
     os.replace(part, path)
 
 
-def receive(file: File, part: Path) -> None:
-    """Ask once for what `part` still lacks.
+def attempt(file: File, part: Path, end: float) -> None:
+    """Ask once for what `part` still lacks, and give up a server that keeps us waiting.
 
-    Raises OSError if less comes, and ValueError for what cannot be the file.
+    Raises OSError if less comes or too slowly, and ValueError for what cannot be the file.
     """
-    have = size_of(part)
-    reply = ask(file.url, part, have)
-    if reply is None:
-        return
-    with reply:
-        if reply.status != 206:
-            have = 0  # the server knows no ranges and sends all of it again
-        elif not reply.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            part.unlink()
-            raise OSError("the server sent another part than was asked for")
-        stated = reply.headers.get("Content-Length")
-        total = have + int(stated) if stated else file.size
-        if file.size and total != file.size:
-            raise ValueError(
-                f"{file.url} has {total} bytes where {file.size} were published: "
-                "it is not the file we know"
-            )
-        if total - have > shutil.disk_usage(part.parent).free:
-            raise ValueError(
-                f"{file.url} needs {total - have} bytes more than {part.parent} has free: "
-                "use another folder"
-            )
-        bar = tqdm(total=total or None, initial=have, desc=part.stem, unit="B", unit_scale=True)
-        with part.open("ab" if have else "wb") as out, bar:
-            while piece := reply.read(PIECE):
+    request = Request(file, part)
+    request.start()
+    before = 0
+    while request.is_alive():
+        request.join(min(WINDOW, max(0, end - time.monotonic())))
+        waiting = request.received < before + LEAST or time.monotonic() > end
+        if request.is_alive() and waiting:
+            request.given_up = True
+            raise OSError(f"the server sends less than {LEAST} bytes in {WINDOW:g} seconds")
+        before = request.received
+    if request.error:
+        raise request.error
+
+
+class Request(threading.Thread):
+    """A request in a thread, which can be left behind wherever it waits.
+
+    received: bytes
+    error: what it ended with
+    """
+
+    def __init__(self, file: File, part: Path):
+        super().__init__(daemon=True)
+        self.file = file
+        self.part = part
+        self.received = 0
+        self.given_up = False
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            self.receive()
+        except Exception as e:  # for the other thread to raise
+            self.error = e
+
+    def receive(self) -> None:
+        """Add what comes to the part, or replace it where the server sends all of it again."""
+        version = version_file(self.part)
+        known = version.read_text("latin-1").strip() if version.exists() else ""
+        # without either, two files could become one
+        have = size_of(self.part) if known or self.file.md5 else 0
+        reply = ask(self.file.url, self.part, have, known)
+        if reply is None or self.given_up:
+            return
+        with reply:
+            stated = version_of(reply)
+            if reply.status != 206:
+                have = 0  # the server knows no ranges or has another file, and sends all of it
+            elif not continues(reply, have) or (known and stated and stated != known):
+                self.part.unlink()
+                raise OSError("the server sent another part than was asked for")
+            total = check(reply, self.file, self.part, have)
+            if not have:
+                version.write_text(stated, "latin-1")
+            self.store(reply, have, total)
+
+    def store(self, reply: http.client.HTTPResponse, have: int, total: int) -> None:
+        """Write what comes behind the first `have` of `total` bytes, 0 if that is unknown."""
+        most = total or limit_of(self.file)
+        bar = tqdm(
+            total=total or None, initial=have, desc=self.part.stem, unit="B", unit_scale=True
+        )
+        with self.part.open("ab" if have else "wb") as out, bar:
+            while (piece := reply.read1(PIECE)) and not self.given_up:
                 have += len(piece)
-                if have > (total or LIMIT):
+                self.received += len(piece)
+                if have > most:
                     raise ValueError(
-                        f"{file.url} sends more than {total or LIMIT} bytes: "
-                        "it is not the file we know"
+                        f"{self.file.url} sends more than {most} bytes: it is not the file we know"
                     )
                 out.write(piece)
                 bar.update(len(piece))
-    if have < total:
-        raise OSError(f"the connection ended after {have} of {total} bytes")
+        if have < total:
+            raise OSError(f"the connection ended after {have} of {total} bytes")
 
 
-def ask(url: str, part: Path, have: int) -> http.client.HTTPResponse | None:
-    """Ask a server for all but the first `have` bytes; None if there are no more.
+def version_file(part: Path) -> Path:
+    """Name the file that says of which version of a file the first bytes are."""
+    return part.with_name(f"{part.name}.version")
+
+
+def version_of(reply: http.client.HTTPResponse) -> str:
+    """What a server calls this version of a file, "" if it does not say."""
+    tag = reply.headers.get("ETag", "W/")
+    if tag.startswith("W/"):  # weak: the same in content, not byte by byte
+        return reply.headers.get("Last-Modified", "")
+    return tag
+
+
+def continues(reply: http.client.HTTPResponse, have: int) -> bool:
+    """Whether a part begins behind the first `have` bytes."""
+    return reply.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+
+
+def limit_of(file: File) -> int:
+    """The bytes that a file may have whose size is not published."""
+    return LIMIT if file.path.endswith(ARCHIVES) else LISTS
+
+
+def check(reply: http.client.HTTPResponse, file: File, part: Path, have: int) -> int:
+    """Raise ValueError for a reply that cannot bring the file; return its size, 0 if unknown."""
+    total = file.size if reply.length is None else have + reply.length
+    packed = reply.headers.get("Content-Encoding", "identity") != "identity"
+    if packed or reply.headers.get_content_type() == "text/html":
+        raise ValueError(f"{file.url} gives a web page or packed file instead: {ELSEWHERE}")
+    if not (total or reply.chunked or file.md5):
+        raise ValueError(f"{file.url} does not say how long the file is: {ELSEWHERE}")
+    if file.size and total != file.size:
+        raise ValueError(
+            f"{file.url} has {total} bytes where {file.size} were published: "
+            "it is not the file we know"
+        )
+    if not file.size and total > limit_of(file):
+        raise ValueError(f"{file.url} has {total} bytes, more than {limit_of(file)}: {ELSEWHERE}")
+    if total - have > shutil.disk_usage(part.parent).free:
+        raise ValueError(
+            f"{file.url} needs {total - have} bytes more than {part.parent} has free: "
+            "use another folder"
+        )
+    return total
+
+
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows servers to other servers of the web only."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        if urllib.parse.urlsplit(newurl).scheme not in ("http", "https"):
+            raise ValueError(f"{req.full_url} sends on to {newurl}: {ELSEWHERE}")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def ask(url: str, part: Path, have: int, version: str = "") -> http.client.HTTPResponse | None:
+    """Ask a server for all but the first `have` bytes of a version; None if there are no more.
 
     Raises ValueError for a file that it does not give away, and OSError for what may pass.
     """
-    headers = {"User-Agent": "fpl"} | ({"Range": f"bytes={have}-"} if have else {})
+    headers = {"User-Agent": "fpl"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+        if version:  # of another one it sends all
+            headers["If-Range"] = version
+    opener = urllib.request.build_opener(Redirects)
     try:
-        return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+        return opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
     except urllib.error.HTTPError as e:
         if e.code == 416 and e.headers.get("Content-Range") == f"bytes */{have}":
             return None
         if e.code == 416:
             part.unlink()  # it is of another file
         elif e.code < 500 and e.code not in BUSY:
-            raise ValueError(
-                f"{url} answers {e.code} {e.reason}: "
-                "find the file elsewhere and put it in its place"
-            ) from e
+            raise ValueError(f"{url} answers {e.code} {e.reason}: {ELSEWHERE}") from e
         raise
 
 
@@ -193,6 +308,8 @@ def size_of(path: Path) -> int:
 
 def mismatch(file: File, path: Path) -> str:
     """How the file differs from what was published, empty if it does not."""
+    if not path.is_file():
+        return "is no file"
     if file.size and size_of(path) != file.size:
         return f"has {size_of(path)} bytes where {file.size} were published"
     if not file.md5:
@@ -200,95 +317,3 @@ def mismatch(file: File, path: Path) -> str:
     with path.open("rb") as f:
         found = hashlib.file_digest(f, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
     return f"has the MD5 {found} where {file.md5} was published" if found != file.md5 else ""
-
-
-class Member(NamedTuple):
-    """A member of an archive; what is neither file nor folder is a link or a device.
-
-    open: gives the content of a file
-    """
-
-    name: str
-    size: int
-    file: bool
-    folder: bool
-    open: Callable[[], Any]
-
-
-def members_of_zip(archive: Path) -> Iterator[Member]:
-    """The members of a zip file in its order."""
-    with zipfile.ZipFile(archive) as z:
-        for info in z.infolist():
-            plain = stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG)
-            folder = info.is_dir()
-            content = partial(z.open, info)
-            yield Member(info.filename, info.file_size, plain and not folder, folder, content)
-
-
-class Bounded(gzip.GzipFile):
-    """A gzip file that refuses to read a piece of any size that a header states."""
-
-    def read(self, size: int | None = -1) -> bytes:
-        if size is None or not 0 <= size <= HEADER:
-            raise tarfile.ReadError(f"a header asks for {size} bytes")
-        return super().read(size)
-
-
-def members_of_tar(archive: Path) -> Iterator[Member]:
-    """The members of a tar.gz or tgz file in its order."""
-    with (
-        Bounded(archive) as unzipped,
-        tarfile.open(fileobj=unzipped, mode="r:") as t,  # type: ignore[arg-type]
-    ):
-        for info in t:
-            content = partial(t.extractfile, info)
-            yield Member(info.name, info.size, info.isreg(), info.isdir(), content)
-        while piece := unzipped.read(
-            PIECE
-        ):  # tarfile takes a header that it cannot read for the end
-            if piece.strip(b"\0"):
-                raise tarfile.ReadError("a header cannot be read")
-
-
-def extract(
-    archive: Path, target: Path, top: str = "", only: tuple[str, ...] = (), limit: int = LIMIT
-) -> None:
-    """Unpack the plain files of an archive under `target`; they are whole or not there.
-
-    top: unpack only what is in this folder of the archive
-    only: unpack only what is in folders of these names
-    limit: bytes that all members may have
-
-    Raises ValueError naming the member for one that would leave `target`, for a link or a device,
-    and beyond the limit; also for a damaged archive and for nothing to unpack. What was unpacked
-    before stays.
-    """
-    members = members_of_zip if archive.suffix == ".zip" else members_of_tar
-    total = unpacked = 0
-    try:
-        for member in tqdm(members(archive), desc=f"unpacking {archive.name}", unit="file"):
-            bad = f"{archive} is not unpacked further: its member {member.name!r}"
-            path = PurePosixPath(member.name)
-            nameless = member.file and not path.parts
-            if path.is_absolute() or ".." in path.parts or "\\" in member.name or nameless:
-                raise ValueError(f"{bad} leads out of {target}")
-            if not member.file and not member.folder:
-                raise ValueError(f"{bad} is a link or a device, which a data set does not need")
-            total += max(member.size, BLOCK)
-            if total > limit:
-                raise ValueError(f"{bad} is beyond the limit of {limit} bytes for all")
-            outside = top and path.parts[:1] != (top,) or only and not set(only) & set(path.parts)
-            if member.folder or outside:
-                continue
-            unpacked += 1
-            with (
-                atomic_write(target / path) as temporary,
-                member.open() as source,
-                temporary.open("wb") as out,
-            ):
-                shutil.copyfileobj(source, out, PIECE)
-    except DAMAGE as e:
-        raise ValueError(f"{archive} is damaged ({e}): delete it and fetch again") from e
-    if not unpacked:
-        place = f" in a folder {top}" if top else ""
-        raise ValueError(f"{archive} holds no files{place} to unpack: is it the right one?")

@@ -1,9 +1,19 @@
 """Oxford Flowers (Nilsback and Zisserman, ICVGIP 2008)."""
 
-import json
 from pathlib import Path
 
-from fpl.data.datasets.layouts import SPLITS, Dataset, File, Layout, Row, Rows, coop, coop_file
+from fpl.data import matlab
+from fpl.data.datasets.layouts import (
+    SPLITS,
+    Dataset,
+    File,
+    Layout,
+    Row,
+    Rows,
+    coop,
+    coop_file,
+    json_of,
+)
 from fpl.data.files import ROOT
 
 PAGE = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
@@ -12,13 +22,11 @@ NAMES = ROOT / "data" / "class_names" / "flowers102.txt"
 
 def read(folder: Path, domain: str) -> Rows:
     """MATLAB files: labels 1 .. 102 of image_00001.jpg and on, and the numbers of each split."""
-    from scipy.io import loadmat
-
-    labels = loadmat(folder / "imagelabels.mat")["labels"].ravel()
-    numbers = loadmat(folder / "setid.mat")
+    labels = matlab.read(folder / "imagelabels.mat")["labels"].ravel()
+    numbers = matlab.read(folder / "setid.mat")
     names = {str(label): name for label, name in enumerate(NAMES.read_text().split(), start=1)}
     if (folder / "cat_to_name.json").exists():
-        names = json.loads((folder / "cat_to_name.json").read_text())
+        names = json_of(folder / "cat_to_name.json")
     for split, key in zip(SPLITS, ("trnid", "valid", "tstid")):
         for number in numbers[key].ravel().tolist():
             label = int(labels[number - 1])

@@ -1,15 +1,14 @@
 """Food-101 (Bossard et al., ECCV 2014)."""
 
-import json
 from pathlib import Path
 
-from fpl.data.datasets.layouts import Dataset, File, Layout, Row, Rows, coop, coop_file
+from fpl.data.datasets.layouts import Dataset, File, Layout, Row, Rows, coop, coop_file, json_of
 
 
 def read(folder: Path, domain: str) -> Rows:
     """JSON {class: ["class/number", ..]}; labels in the order of the sorted classes."""
     for split in ("train", "test"):
-        content = json.loads((folder / "meta" / f"{split}.json").read_text())
+        content = json_of(folder / "meta" / f"{split}.json")
         for label, name in enumerate(sorted(content)):
             for image in content[name]:
                 yield Row(f"images/{image}.jpg", label, name, split)
