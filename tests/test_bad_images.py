@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from helpers import DATA, build, standing_in, store_clip
-from helpers.extracting import PER_IMAGE, Counting, extract, stepping
+from helpers.extracting import PER_IMAGE, Counting, Stop, extract, stepping
 
 from fpl import cli
 from fpl.data import encoders as clips
@@ -138,9 +138,6 @@ def test_an_interruption_forgets_none(image, manifest, tower, tmp_path):
     )
     repair = damage(manifest, BAD)
 
-    class Stop(Exception):
-        pass
-
     def stop(picture):
         if picture.tobytes() == spoilt:
             raise Stop
@@ -249,7 +246,8 @@ def test_patches_and_views_must_be_of_the_same_images(content, manifest, tower, 
         ValueError,
         match="was made with skipped '5 images, .*asked for is 'none': run `fpl features --",
     ):
-        features.load(path, whole.provenance, content=content)
+        asked = {key: value for key, value in whole.provenance.items() if key != "images"}
+        features.load(path, asked, content=content)
 
 
 def test_when_none_is_left_there_is_no_file(content, manifest, tower, tmp_path):
@@ -290,14 +288,16 @@ def test_the_commands(tmp_path, capsys):
         raw = path.read_bytes()
         path.write_bytes(raw[:60])
         every = ["features", "--patches", "--views", "2", "--workers", "0"]
-        cli.main(["features"])  # what is there is not made again
-        with pytest.raises(SystemExit) as end:
-            cli.main([*every, "--fresh"])
-        assert end.value.code.startswith(f"fpl features: 1 of 144 images cannot be read: {path} (")
+        for fresh in ([], ["--fresh"]):
+            with pytest.raises(SystemExit) as end:
+                cli.main([*every, *fresh])
+            said = f"fpl features: 1 of 144 images cannot be read: {path} ("
+            assert end.value.code.startswith(said)
         assert DATA.features.read_bytes() == whole and not files[1].exists()
         capsys.readouterr()
         cli.main([*every, "--skip-bad", "--fresh"])
         said = [f"features: {file}, without 1 images that cannot be read" for file in files]
+        said[0] += ", made again: you ask for it"
         assert capsys.readouterr().out.splitlines() == said
         pooled = features.load(DATA.features)
         assert pooled.skipped == [row["path"]] and len(pooled.labels) == 143
@@ -312,7 +312,9 @@ def test_the_commands(tmp_path, capsys):
         cli.main([*every, "--skip-bad"])
         assert [file.stat().st_mtime_ns for file in files] == before
         path.write_bytes(raw)
-        cli.main(["features", "--skip-bad", "--fresh"])
+        cli.main(["features", "--skip-bad"])  # a repaired image is taken up again
+        said = f"features: {files[0]}, made again: images have changed (1 of 144)"
+        assert capsys.readouterr().out.splitlines()[-1] == said
         assert [features.header(file)[1] for file in files] == [[], [row["path"]], [row["path"]]]
         cli.main([*every, "--skip-bad"])  # they go with the pooled features again
         assert [features.header(file)[1] for file in files] == [[], [], []]

@@ -6,7 +6,6 @@ import h5py
 import numpy as np
 import open_clip
 import pandas as pd
-import PIL.Image
 import pytest
 import torch
 from helpers import BACKBONE, standing_in, store_clip
@@ -15,7 +14,7 @@ from fpl import cli
 from fpl.bench import features as bench_features
 from fpl.bench import step as bench
 from fpl.bench import ways
-from fpl.data import encoders, extraction, features
+from fpl.data import encoders, extraction, features, pictures
 from fpl.prompts import Clip
 
 RATES = ["way", "images", "seconds", "images/s"]
@@ -69,7 +68,7 @@ def test_extraction_reports_three_ways_and_their_ratio():
 def test_the_three_ways_work_on_the_same_images(monkeypatch):
     """Each once without counting, then `repeats` times."""
     made, files, opened = [], [], []
-    extract, bare, open_image = extraction.extract, bench_features.encode_bare, PIL.Image.open
+    extract, bare, read = extraction.extract, bench_features.encode_bare, pictures.content
 
     def kept_extract(*arguments, **named):
         files.append(features.load(extract(*arguments, **named)))
@@ -79,11 +78,11 @@ def test_the_three_ways_work_on_the_same_images(monkeypatch):
 
     def counted(path):
         opened.append(path)
-        return open_image(path)
+        return read(path)
 
     monkeypatch.setattr(extraction, "extract", kept_extract)
     monkeypatch.setattr(bench_features, "encode_bare", kept_bare)
-    monkeypatch.setattr(PIL.Image, "open", counted)
+    monkeypatch.setattr(pictures, "content", counted)
     bench_features.extract(ways.load_model(BACKBONE.name), 5, 2, workers=0, repeats=2)
     assert len(made) == len(files) == 3
     assert (

@@ -175,6 +175,27 @@ def test_one_other_weight_is_another_hash(key, originals, tmp_path):
     assert {**seen[0], "weights": ""} == {**seen[1], "weights": ""}
 
 
+@pytest.mark.parametrize("name", [VIT, "folder"])
+def test_another_configuration_of_the_same_weights_is_another_model(
+    name, originals, tmp_path, monkeypatch
+):
+    """Here two attention heads for one, which fit the same weights."""
+    path = stored(originals[VIT], tmp_path).rename(tmp_path / clips.WEIGHTS)
+    usual = open_clip.get_model_config(VIT)
+    two_heads = {**usual, "text_cfg": {**usual["text_cfg"], "heads": 2}}
+    assert two_heads != usual
+    made = []
+    for config in (usual, two_heads):
+        whole = {"model_cfg": config, "preprocess_cfg": TRANSFORM}
+        path.with_name(clips.CONFIG).write_text(json.dumps(whole))
+        monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, VIT, config)
+        is_folder = name == "folder"
+        clip = clips.load(f"local-dir:{tmp_path}") if is_folder else clips.load(VIT, path)
+        made.append(clip.provenance)
+    assert made[0]["architecture"] != made[1]["architecture"]
+    assert {**made[0], "architecture": ""} == {**made[1], "architecture": ""}
+
+
 def in_hub(hub, repository, *files):
     """Files in the hub's cache, as a download leaves them."""
     folder = hub / f"models--{repository.replace('/', '--')}"

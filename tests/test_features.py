@@ -1,6 +1,7 @@
 """Promise: image features are computed once, into a file that is right, whole and reproducible;
 another file is refused."""
 
+import errno
 import hashlib
 import json
 import shutil
@@ -12,17 +13,18 @@ import open_clip
 import PIL.Image
 import pytest
 import torch
-from helpers import BACKBONE, DATA, PARAMS, ROOT, build, python, standing_in, store_clip
+from helpers import BACKBONE, DATA, PARAMS, ROOT, build, python, refuses, standing_in, store_clip
 from helpers.extracting import CHUNK, PER_IMAGE, Counting, Stop, extract, stepping
 
 from fpl.data import encoders as clips
-from fpl.data import extraction, features
+from fpl.data import extraction, features, seen
+from fpl.data import files as disk
 from fpl.data import world as drawn
 from fpl.data.manifest import read_manifest
 from fpl.experiments import records, runner
 from fpl.prompts import PromptTree
 
-KEYS = ["model", "weights", "transform", "manifest"]
+KEYS = ["model", "architecture", "weights", "transform", "data", "manifest", "pictures"]
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +99,12 @@ def test_layout(content, shape, files, manifest, tower):
         of_views = {"views": "2 random crops and flips, seed 0"} if content == "views" else {}
         asked = features.provenance(manifest, tower, content) | of_views
         assert set(asked) == {*KEYS, "libraries", "content", "skipped", *of_views}
-        assert made == {**asked, "precision": "fp32 on cpu", "batch": "64"}
+        shown = seen.summary(seen.look(manifest, {}))
+        assert made == {**asked, "images": shown, "precision": "fp32 on cpu", "batch": "64"}
         assert made["content"] == content and made["skipped"] == "none"
         total = hashlib.sha256(f.attrs["provenance"].encode())
         for name in sorted(f):
+            total.update(json.dumps([name, f[name].dtype.str, f[name].shape]).encode())
             total.update(
                 f[name][:].tobytes() if f[name].dtype != object else b"\0".join(f[name][:])
             )
@@ -181,37 +185,120 @@ def test_other_weights_and_another_manifest_are_another_request(world, manifest,
     )
 
 
-def test_a_flipped_byte_changes_nothing_unnoticed(content, files, tmp_path):
-    good, raw, path = (
-        features.load(files[content], content=content),
-        files[content].read_bytes(),
-        tmp_path / "flipped.h5",
-    )
-    with h5py.File(files[content]) as f:
-        begin = f[content].id.get_offset()
-        values = {
-            begin,
-            begin + f[content].nbytes - 1,
-            f["labels"].id.get_offset(),
-            raw.index(b"plain circle"),
-            raw.index(b'"weights"'),
-        }
-    for position in sorted(values | set(range(0, len(raw), 211))):
-        path.write_bytes(raw[:position] + bytes([raw[position] ^ 8]) + raw[position + 1 :])
-        try:
-            found = features.load(path, content=content)
-        except ValueError as error:
-            assert f"{path} is damaged" in str(error) and "\n" not in str(error)
-            continue
-        assert position not in values, f"byte {position} is content, and its change went unnoticed"
-        for name in ("feats", "labels"):
-            assert torch.equal(getattr(found, name), getattr(good, name)), (
-                f"byte {position} changes {name}"
-            )
-        for name in ("split", "domain", "classes", "provenance", "skipped", "rows", "client"):
-            assert np.array_equal(getattr(found, name), getattr(good, name)), (
-                f"byte {position} changes {name}"
-            )
+def never(*arguments, **named):
+    raise AssertionError("HDF5 was asked to open a damaged file")
+
+
+def test_a_flipped_byte_is_noticed_before_hdf5_opens_the_file(
+    content, files, tmp_path, monkeypatch
+):
+    """Which could crash."""
+    raw, path = files[content].read_bytes(), tmp_path / "flipped.h5"
+    with monkeypatch.context() as patch:
+        patch.setattr(h5py, "File", never)
+        for position in {*range(0, 600, 23), *range(0, len(raw), 211), len(raw) - 1}:
+            path.write_bytes(raw[:position] + bytes([raw[position] ^ 8]) + raw[position + 1 :])
+            refuses(lambda: features.load(path, content=content), [f"{path} is damaged"])
+            assert features.header(path) == ({}, [])
+    path.write_bytes(raw + b"more")
+    refuses(lambda: features.load(path, content=content), [f"{path} is damaged"])
+
+
+def put(name, *arguments, **named):
+    """Replace a dataset by another one."""
+
+    def change(f):
+        there = f[name]
+        rest = named or {"data": there[:].astype(arguments[0])}
+        del f[name]
+        f.create_dataset(name, **rest)
+
+    return change
+
+
+def link(name, to):
+    def change(f):
+        del f[name]
+        f[name] = to
+
+    return change
+
+
+def virtual(f):
+    layout = h5py.VirtualLayout((144,), "i8")
+    layout[:] = h5py.VirtualSource("elsewhere.h5", "x", (144,))
+    del f["labels"]
+    f.create_virtual_dataset("labels", layout)
+
+
+NO_FEATURES_FILE = {
+    "numbers of another type": put("feats", "u2"),
+    "labels of another type": put("labels", "f8"),
+    "labels in other bytes": put("labels", ">i8"),
+    "numbers for text": put("split", data=np.zeros(144)),
+    "too few": put("domain", data=["photo"] * 143),
+    "another shape": put("labels", data=np.zeros((144, 1), "i8")),
+    "packed numbers": put("labels", data=np.zeros(144, "i8"), compression="gzip"),
+    "no numbers, only their shape": put("labels", shape=(144,), dtype="i8"),
+    "bytes of another file": put(
+        "labels", shape=(144,), dtype="i8", external=[("elsewhere", 0, 1152)]
+    ),
+    "a link to another file": link("labels", h5py.ExternalLink("elsewhere.h5", "x")),
+    "a link within": link("domain", h5py.SoftLink("/split")),
+    "numbers put together from another file": virtual,
+    "a column more": lambda f: f.create_dataset("more", data=1),
+    "a column less": lambda f: f.__delitem__("domain"),
+    "a group": lambda f: (f.__delitem__("domain"), f.create_group("domain")),
+    "provenance that is none": lambda f: f.attrs.__setitem__("provenance", "[]"),
+}
+
+
+@pytest.mark.parametrize("case", NO_FEATURES_FILE)
+def test_columns_have_their_types_and_shapes_and_lie_in_the_file(case, files, tmp_path):
+    """Whoever sealed the file."""
+    path = shutil.copy(files["feats"], tmp_path / "f.h5")
+    with h5py.File(path, "r+") as f:
+        NO_FEATURES_FILE[case](f)
+    refuses(lambda: features.load(path), [f"{path} is damaged, or an older version"])
+    features.seal(path)
+    refuses(lambda: features.load(path), [f"{path} is damaged, it ", "`fpl features`"])
+
+
+def test_the_checksum_covers_names_types_and_shapes(tmp_path):
+    """Of the same bytes."""
+    numbers = np.arange(6, dtype="f2")
+    kinds = [("a", numbers), ("b", numbers), ("a", numbers.view("u2")), ("a", numbers[:, None])]
+    sums = set()
+    for name, data in kinds:
+        with h5py.File(tmp_path / "x", "w") as f:
+            f.attrs["provenance"] = "{}"
+            f[name] = data
+            sums.add(features.digest(f))
+    assert len(sums) == len(kinds)
+
+
+LOCKS = {
+    "in use by another program": BlockingIOError(),
+    "": OSError(errno.ENOLCK, "No locks available"),
+}
+
+
+@pytest.mark.parametrize("said", LOCKS)
+def test_a_file_in_use_is_not_damaged(said, manifest, tower, files, monkeypatch):
+    """And where a file system has no locks, all is as elsewhere."""
+
+    def flock(*arguments):
+        raise LOCKS[said]
+
+    monkeypatch.setattr(features.fcntl, "flock", flock)
+    if said:
+        for call in (features.load, features.header):
+            with pytest.raises(OSError, match=said) as refused:
+                call(files["feats"])
+            assert "damaged" not in str(refused.value)
+    else:
+        with pytest.warns(UserWarning, match="has no locks"), disk.file_lock("a.lock"):
+            assert len(features.load(files["feats"]).labels) == len(manifest.rows)
 
 
 @pytest.mark.parametrize("size", [0, 100, 5000, -1])
@@ -404,9 +491,7 @@ for moment in sorted(moments & set(range(total))):
 """
 
 
-@pytest.mark.parametrize(
-    ("content", "workers"), [*((content, 0) for content in features.CONTENT), ("feats", 2)]
-)
+@pytest.mark.parametrize(("content", "workers"), [("feats", 0), ("views", 0), ("feats", 2)])
 def test_kill_at_any_moment_and_go_on(content, workers, chunked, world, manifest, tower, tmp_path):
     """Moments are calls: to the transform (in a worker, if there are), to the tower, and of what
     flushes, renames, removes."""
@@ -488,8 +573,7 @@ def test_after_extraction_nothing_opens_an_image(row, world, tmp_path, monkeypat
     monkeypatch.setattr(open_clip.transformer.VisionTransformer, "forward", fail)
     with standing_in(tmp_path):
         assert not DATA.folder.exists()
-        path = tmp_path / "record.json"
-        runner.perform(PARAMS.experiment(row, 1), path)
+        [path] = runner.sweep([PARAMS.experiment(row, 1)])
         assert len(records.frame([path])) == PARAMS.partition.clients * len(
             json.loads(path.read_text())["rounds"]
         )

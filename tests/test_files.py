@@ -1,6 +1,8 @@
 """Files are whole or not there, stages of the pipeline run one at a time, and what DVC left half
 written is found."""
 
+import errno
+import os
 import subprocess
 import sys
 import threading
@@ -21,6 +23,55 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     with files.atomic_write(path) as temporary:
         temporary.write_text("whole")
     assert path.read_text() == "whole" and list(path.parent.iterdir()) == [path]
+
+
+def test_what_killed_commands_left_is_removed_by_the_next(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    living = f".a.json.{os.getppid()}.tmp"
+    others = {living, ".b.json.1.tmp", ".a.json.x.tmp", f".xa.json.{ended.pid}.tmp"}
+    for name in {*others, f".a.json.{ended.pid}.tmp", f".a.json.{9**30}.tmp"}:
+        (tmp_path / name).touch()
+    with files.atomic_write(tmp_path / "a.json") as temporary:
+        temporary.touch()
+    assert {path.name for path in tmp_path.iterdir()} == others | {"a.json"}
+
+
+def test_file_and_folder_are_on_the_disk_when_it_is_written(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(files, "sync", lambda path: done.append((path, (tmp_path / "a").exists())))
+    with files.atomic_write(tmp_path / "a") as temporary:
+        temporary.touch()
+    assert done == [(temporary, False), (tmp_path, True)]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("file write failed: errno = 28, error message = 'No space left on device'"),
+    ],
+    ids=repr,
+)
+def test_a_full_disk_is_said_with_the_file(error, tmp_path):
+    with (
+        pytest.raises(OSError, match=f"^no space left for {tmp_path}/a: make room and "),
+        files.atomic_write(tmp_path / "a"),
+    ):
+        raise error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", files.NO_LOCKS)
+def test_where_there_are_no_locks_everybody_is_let_in_with_a_word(number, tmp_path, monkeypatch):
+    def flock(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    said = pytest.warns(UserWarning, match=f"{tmp_path}/lock has no locks")
+    with said, files.file_lock(tmp_path / "lock"):
+        pass
 
 
 def test_the_lock_makes_others_wait_until_its_holder_ends(tmp_path):

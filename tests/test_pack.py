@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import BACKBONE, DATA, PARAMS, build, standing_in, store_clip
+from helpers import BACKBONE, DATA, PARAMS, build, refuses, standing_in, store_clip
 
 from fpl import cli
 from fpl.data import encoders as clips
@@ -88,8 +88,8 @@ def test_what_comes_out_is_what_went_in(world, elsewhere):
 def test_the_pack_alone_makes_the_tables(world, elsewhere, capsys):
     """The commands, from the pack to a run, where there are neither images nor a manifest."""
     with standing_in(world):
-        path = world / "record.json"
-        runner.perform(PARAMS.experiment("promptfl", 1), path)
+        [made] = runner.sweep([PARAMS.experiment("promptfl", 1)])
+    path = world / made
     cli.main(["features", "import", str(world / "shapes.pack")])
     assert capsys.readouterr().out.splitlines() == [f"features: {path}" for path in FILES.values()]
     assert not DATA.folder.exists()
@@ -143,25 +143,12 @@ def test_the_command_says_what_is_in_it(here, tmp_path, capsys):
     )
 
 
-def test_a_flipped_byte_changes_nothing_unnoticed(world, tmp_path):
+def test_a_flipped_byte_is_noticed(world, tmp_path, monkeypatch):
     raw, path = (world / "shapes.pack").read_bytes(), tmp_path / "flipped"
-    good = pack.verify(world / "shapes.pack")
-    with h5py.File(world / "shapes.pack") as f:
-        content = {f[c][name].id.get_offset() for c in f for name in (c, "labels")} | {
-            raw.index(b"plain circle")
-        }
-        content |= {f[c][c].id.get_offset() + f[c][c].nbytes - 1 for c in f} | {
-            raw.index(b'"weights"'),
-            raw.index(b"shapes", 96),
-        }
-    for position in sorted(content | set(range(0, len(raw), 997))):
+    monkeypatch.setattr(h5py, "File", None)  # which damage could make crash: it is not called
+    for position in {*range(0, 600, 29), *range(0, len(raw), 997), len(raw) - 1}:
         path.write_bytes(raw[:position] + bytes([raw[position] ^ 8]) + raw[position + 1 :])
-        try:
-            said = pack.verify(path)
-        except ValueError as error:
-            assert str(error).startswith(f"{path} ") and "\n" not in str(error)
-        else:
-            assert position not in content and said == good, f"byte {position}"
+        refuses(lambda: pack.verify(path), [f"{path} is damaged"])
 
 
 @pytest.mark.parametrize("size", [0, 100, 5000, -1])
@@ -302,6 +289,7 @@ def test_a_foreign_pack_is_refused(case, world, tmp_path):
             except (KeyError, AttributeError, TypeError, OSError):
                 group.attrs["sha256"] = "none"
         f.attrs["sha256"] = pack.seal(f)
+    features.seal(path)
     with pytest.raises(ValueError) as refused:
         pack.verify(path)
     assert (

@@ -40,7 +40,7 @@ def extract(clip: Clip, images: int, batch: int, workers: int, repeats: int) -> 
         decoded = extraction.Images(manifest, clip.transform)
         loader = DataLoader(decoded, batch, num_workers=workers)
         pixels = []
-        for x, _ in loader:
+        for x, *_ in loader:
             pixels.append(x.flatten(0, 1).to(device()))
         ways = {
             "bare model": lambda: encode_bare(clip, pixels),
@@ -117,11 +117,10 @@ def read(images: int, repeats: int, dim: int = 512) -> pd.DataFrame:
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "features.h5"
         manifest = list_photos(Path(place), images)
-        extraction.create(path, manifest, "feats", (dim,), {"content": "feats"})
-        with h5py.File(path, "r+") as f:
+        with features.written(path) as f:
+            extraction.create(f, manifest, "feats", (dim,), {"content": "feats"})
             rng = np.random.default_rng(0)
             f["feats"][:] = rng.standard_normal((images, dim), dtype=np.float32)
-            f.attrs["sha256"] = features.digest(f)
         ways = {
             "array alone": lambda: read_array(path),
             "features.load": lambda: features.load(path),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fpl.cli.options import Options, Parser, add_settings, read_settings
+from fpl.cli.show import say
 
 if TYPE_CHECKING:
     from fpl.experiments.settings import Data
@@ -35,6 +36,7 @@ def add(parser: Parser) -> None:
         "--all": "of every data set of the tables, all that their rows read",
         "--skip-bad": "leave out images that cannot be read",
         "--fresh": "extract again what is there as asked for",
+        "--rehash": "compare the content of every image, not only its size and time",
         "--force": "import over other features",
     }
     for name, what in switches.items():
@@ -75,10 +77,12 @@ def extract(options: Options) -> None:
         source = settings.source(name)
         model = source.backbone
         clip = fpl.load(model.name, model.weights, model.preprocessing)
-        request = Request(contents, options.views, options.workers, options.skip_bad, options.fresh)
-        for path, skipped in make_features(source.data, clip, request):
+        how = (options.workers, options.skip_bad, options.fresh, options.rehash)
+        request = Request(contents, options.views, *how)
+        for path, skipped, why in make_features(source.data, clip, request):
             without = f", without {len(skipped)} images that cannot be read" if skipped else ""
-            print(f"features: {path}{without}")
+            again = f", made again: {why}" if why else ""
+            say(f"features: {path}{without}{again}")
 
 
 def files_of(data: Data) -> dict[str, Path]:
@@ -97,7 +101,7 @@ def unpack(options: Options) -> None:
     model = settings.backbone.name
     written = pack.unpack(options.file, files_of(data), data.name, model, options.force)
     for path, is_new in written.items():
-        print(f"features: {path}{'' if is_new else ', which was there already'}")
+        say(f"features: {path}{'' if is_new else ', which was there already'}")
 
 
 def describe_pack(options: Options) -> None:
@@ -110,4 +114,4 @@ def describe_pack(options: Options) -> None:
     else:
         described = pack.verify(options.file)
     for what, value in described.items():
-        print(f"{what + ':':10}{value}")
+        say(f"{what + ':':10}{value}")

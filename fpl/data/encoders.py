@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import hashlib
+import json
 import textwrap
 import warnings
 from collections.abc import Sequence
@@ -38,6 +40,9 @@ PREPROCESSINGS = {
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
 
+# what open_clip has for a configuration and weights that do not fit
+UNFIT = (AssertionError, AttributeError, KeyError, RuntimeError, TypeError)
+
 
 def load(
     name: str,
@@ -50,7 +55,8 @@ def load(
 
     The papers use "RN50-quickgelu" and "ViT-B-16-quickgelu" with the weights "openai". Nothing in a
     weights file is run. `provenance["weights"]` is the SHA-256 of the file that is loaded, so a tag
-    and its file brought by hand are the same.
+    and its file brought by hand are the same; `provenance["architecture"]` is that of the
+    configuration from which the model is built.
 
     name: a built-in model; or "hf-hub:REPOSITORY" or "local-dir:FOLDER", which bring their weights.
     weights: of a built-in model, a tag or the path of a file.
@@ -72,7 +78,7 @@ def load(
     pretrained = None if source.startswith(LOCAL) else str(file)
     try:
         model, transform = open_clip.create_model_from_pretrained(source, pretrained, **options)
-    except (AssertionError, AttributeError, KeyError, RuntimeError) as e:  # for what does not fit
+    except UNFIT as e:
         why = textwrap.shorten(str(e).partition(":\n")[2] or str(e), 160)
         raise ValueError(
             f"{file} does not load as {name} ({why}): correct `backbone` in params.yaml"
@@ -83,8 +89,21 @@ def load(
     if not image_tower:
         del model.visual
     described = " ".join(repr(transform).split())
-    provenance = {"model": name, "weights": sha256(file), "transform": described}
+    hashes = {"architecture": architecture(source), "weights": sha256(file)}
+    provenance = {"model": name, **hashes, "transform": described}
     return Clip(model.to(device), transform, open_clip.get_tokenizer(source), provenance)
+
+
+def architecture(source: str) -> str:
+    """Hash what open_clip builds a model from: sizes, heads, activation, tokenizer.
+
+    source: a built-in name, or `local-dir:FOLDER` whose configuration has been read once.
+    """
+    if source.startswith(LOCAL):
+        config = json.loads((Path(source.removeprefix(LOCAL)) / CONFIG).read_bytes())["model_cfg"]
+    else:
+        config = open_clip.get_model_config(source)
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def untrained(name: str, device: str = "cpu") -> Clip:

@@ -1,13 +1,18 @@
 """Images are run through the frozen image tower once, and their features are written to a file.
 
-An extraction that was interrupted goes on where it stopped, and its file has the same bytes.
+An extraction that was interrupted goes on where it stopped, and its file has the same bytes. Beside
+it are meanwhile NAME.partial, an array with room for the features of all images, and NAME.progress,
+which says line by line which images were tried and what was written of them, each line behind a
+checksum. What does not fit together there is made again.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import json
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,10 +29,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from fpl.data import pictures, seen
 from fpl.data.encoders import tokens
-from fpl.data.features import digest, provenance, summary
-from fpl.data.files import atomic_write
+from fpl.data.features import provenance, summary, written
+from fpl.data.files import atomic_write, room_for
 from fpl.data.manifest import Manifest
+from fpl.data.processes import end_with_parent
 from fpl.data.views import Views
 from fpl.prompts import Clip
 
@@ -75,13 +82,14 @@ def extract(
     for device in options.devices:
         towers.append(replace(clip, model=copy.deepcopy(clip.model).to(device)))
     partial = begin(path.with_suffix(".partial"), manifest, images, towers)
-    batch = int(partial.provenance["batch"])
+    batch = int(partial.request["batch"])
     plan = partial.todo(len(images), max(1, batch // images.views))
     missing = sum(i >= 0 for numbers in plan for i in numbers)
     with tqdm(total=missing, desc=f"image {content}", unit="image") as bar:
         batches = encode_all(images, plan, towers, batch, options.workers)
         partial.store(batches, max(1, CHUNK // images.views), bar.update)
-    bad = {images.paths[i]: why for i, why in sorted(partial.bad.items())}
+    tried = {images.paths[i]: done for i, done in sorted(partial.done.items())}
+    bad = {name: done.why for name, done in tried.items() if done.why}
     if bad and not options.skip_bad:
         named = [f"{manifest.folder / name} ({why})" for name, why in bad.items()]
         first = ", ".join(named[:3] + [".."] * (len(bad) > 3))
@@ -89,7 +97,11 @@ def extract(
             f"{len(bad)} of {len(images)} images cannot be read: {first}; repair them and call "
             "this again, or leave them out with --skip-bad; the others are kept"
         )
-    finish(partial, manifest.without(bad), images.paths, path)
+    known = seen.recall(manifest.folder)
+    read = {name: done.seen for name, done in tried.items() if done.seen}
+    now = seen.look(manifest, known | read) | read  # the file is of what was read, come what may
+    finish(partial, manifest.without(bad), images, path, seen.summary(now))
+    seen.remember(manifest.folder, now)
     return path
 
 
@@ -112,8 +124,8 @@ def images_of(manifest: Manifest, content: str) -> list[int]:
 class Images(Dataset):
     """The images of a manifest, decoded and transformed, by their numbers in the features file.
 
-    An item is (views, 3, s, s), and why the image cannot be read ("" if it can): then it is black,
-    as it is for the number -1.
+    An item is (views, 3, s, s); why the image cannot be read ("" if it can), for then it is black,
+    as it is for the number -1; and what was seen of it, in the words of fpl.data.seen.
     """
 
     def __init__(
@@ -124,71 +136,118 @@ class Images(Dataset):
         views: Views | None = None,
     ):
         self.folder = manifest.folder
+        self.upright = manifest.upright
         self.paths = [manifest.rows[i]["path"] for i in images_of(manifest, content)]
         self.transform = transform
         self.content = content
         self.drawn = (views or Views(1)) if content == "views" else None
         self.views = self.drawn.number if self.drawn else 1
+        if self.drawn:
+            self.drawn.resizing(transform)
         self.pixels = transform(Image.new("RGB", (64, 64))).shape
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, i: int) -> tuple[Float[Tensor, "V 3 s s"], str]:
+    def __getitem__(self, i: int) -> tuple[Float[Tensor, "V 3 s s"], str, str]:
         if i < 0:
-            return self.black(), ""
+            return self.black(), "", ""
+        found = ""
         try:
-            with Image.open(self.folder / self.paths[i]) as image:
-                decoded = image.convert("RGB")
-        except Exception as e:  # Pillow has all kinds for a damaged file
+            found, content = seen.read(self.folder / self.paths[i])
+            return self.transformed(content, self.paths[i]), "", found
+        except Exception as e:  # Pillow and transforms have all kinds for what is no good image
             words = str(getattr(e, "strerror", None) or e).split()
-            return self.black(), " ".join(words) or type(e).__name__
+            return self.black(), " ".join(words) or type(e).__name__, found
+
+    def transformed(self, content: bytes, name: str) -> Float[Tensor, "V 3 s s"]:
+        decoded = pictures.decode(content, self.upright)
         if self.drawn:
-            return self.drawn.draw(self.transform, decoded, self.paths[i], self.pixels[1:]), ""
-        return self.transform(decoded).unsqueeze(0), ""
+            return self.drawn.draw(self.transform, decoded, name, self.pixels[1:])
+        return self.transform(decoded).unsqueeze(0)
 
     def black(self) -> Float[Tensor, "V 3 s s"]:
         return torch.zeros(self.views, *self.pixels)
 
 
 class Batch(NamedTuple):
-    """Encoded images: their numbers, why each cannot be read, and features, None if none can be."""
+    """Encoded images: their numbers, why each cannot be read, what was seen of it, and features.
+
+    features: None if no image can be read.
+    """
 
     numbers: Sequence[int]
     reasons: Sequence[str]
+    seen: Sequence[str]
     features: Tensor | None
+
+
+class Done(NamedTuple):
+    """What is known of an image that was tried.
+
+    seen: of its file. why: it cannot be read. features: hash of what was written.
+    """
+
+    seen: str
+    why: str
+    features: str
 
 
 @dataclass
 class Partial:
-    """An extraction under way: a file with room for all images, and one that says how far it is.
+    """An extraction under way: an array with room for all images, and a file of what is done.
 
-    done: the first so many images were tried.
-    bad: which of them could not be read, and why.
+    request: the provenance, but for what only the end shows. shape: of an image's features.
+    done: images that were tried, by number.
     """
 
     path: Path
-    content: str
-    provenance: dict[str, str]
-    done: int = 0
-    bad: dict[int, str] = field(default_factory=dict)
+    request: dict[str, str]
+    shape: Sequence[int] = ()
+    done: dict[int, Done] = field(default_factory=dict)
 
     @property
     def progress(self) -> Path:
         return self.path.with_suffix(".progress")
 
-    def resume(self) -> bool:
-        """Take over what an interrupted call left behind, if it had the same request."""
-        if not (self.path.exists() and self.progress.exists()):
+    @property
+    def row(self) -> int:
+        """Bytes of an image's features."""
+        return 2 * math.prod(self.shape)
+
+    def resume(self, images: Images) -> bool:
+        """Take over what an interrupted call left behind, if it had the same request.
+
+        Images that cannot be read, that have changed since or whose features are damaged are made
+        again.
+        """
+        lines = read_lines(self.progress)
+        if not lines or not self.path.is_file():
             return False
-        left = json.loads(self.progress.read_text())
-        batch = left["provenance"]["batch"]
-        if left["provenance"] != {**self.provenance, "batch": batch}:
+        left, shape = lines[0]
+        if left != {**self.request, "batch": left["batch"]}:
             return False
-        self.provenance["batch"] = batch
-        self.done = left["done"]
-        self.bad = {int(i): why for i, why in left["bad"].items()}
+        self.request, self.shape = left, shape
+        for line in lines[1:]:
+            self.done |= {i: Done(*said) for i, *said in line}
+        with self.path.open("rb") as file:
+            kept = {i: done for i, done in self.done.items() if self.holds(file, i, done, images)}
+        self.done = kept
         return True
+
+    def holds(self, file: BinaryIO, i: int, done: Done, images: Images) -> bool:
+        """Say whether the features of an image are what was written, and the image what it was."""
+        file.seek(i * self.row)
+        same = hash_of(file.read(self.row)) == done.features
+        return same and seen.is_unchanged(images.folder / images.paths[i], done.seen)
+
+    def begin(self, n: int) -> None:
+        """Write what is known and make room for n images."""
+        with atomic_write(self.progress) as temporary:
+            known = [(i, *done) for i, done in self.done.items()]
+            temporary.write_bytes(line_of([self.request, self.shape]) + line_of(known))
+        self.path.touch()
+        os.truncate(self.path, n * self.row)
 
     def todo(self, n: int, batch: int) -> list[list[int]]:
         """Plan batches of the numbers of images that are missing.
@@ -198,69 +257,85 @@ class Partial:
         """
         plan = []
         for first in range(0, n, batch):
-            numbers = list(range(first, min(first + batch, n)))
-            if first < self.done:
-                numbers = [i if i in self.bad else -1 for i in numbers]
+            everything = range(first, min(first + batch, n))
+            numbers = [-1 if i in self.done else i for i in everything]
             if max(numbers) >= 0:
                 plan.append(numbers)
         return plan
 
     def store(self, batches: Iterable[Batch], every: int, tick: Callable[[int], Any]) -> None:
         """Write encoded batches to their places; a kill loses the last `every` images at most."""
-        with h5py.File(self.path, "r") as f:
-            start = f[self.content].id.get_offset()
-        unsaved = 0
+        unsaved: list[int] = []
         # not mapped into memory, of which its pages would count as a part
-        with self.path.open("r+b") as file:
+        with room_for(self.path), self.path.open("r+b") as file:
             for batch in batches:
-                self.write(file, start, batch)
+                unsaved += self.write(file, batch)
                 tick(sum(i >= 0 for i in batch.numbers))
-                unsaved += len(batch.numbers)
-                if unsaved >= every:
-                    unsaved = 0
-                    self.save(file)
-            self.save(file)
+                if len(unsaved) >= every:
+                    self.save(file, unsaved)
+                    unsaved = []
+            self.save(file, unsaved)
 
-    def write(self, file: BinaryIO, start: int, batch: Batch) -> None:
-        """Write a batch's features to their places behind `start`, and note what cannot be read."""
+    def write(self, file: BinaryIO, batch: Batch) -> list[int]:
+        """Write a batch's features to their places, and return the numbers of its images."""
+        numbers = [i for i in batch.numbers if i >= 0]
         if batch.features is not None:
             rows = batch.features.cpu().reshape(len(batch.numbers), -1).numpy()
         for at, (i, why) in enumerate(zip(batch.numbers, batch.reasons, strict=True)):
-            if why:
-                self.bad[i] = why
-            elif i >= 0:
-                self.bad.pop(i, None)
-                file.seek(start + i * rows[at].nbytes)
-                file.write(rows[at].tobytes())
-        self.done = max(self.done, max(batch.numbers) + 1)
+            if i < 0:
+                continue
+            features = b"" if why else rows[at].tobytes()
+            file.seek(i * self.row)
+            file.write(features)
+            self.done[i] = Done(batch.seen[at], why, hash_of(features))
+        return numbers
 
-    def save(self, file: BinaryIO) -> None:
+    def save(self, file: BinaryIO, numbers: Sequence[int]) -> None:
         """Bring what was written to the disk, and say that it is there."""
         file.flush()
         os.fsync(file.fileno())
-        state = {"provenance": self.provenance, "done": self.done, "bad": self.bad}
-        with atomic_write(self.progress) as temporary:
-            temporary.write_text(json.dumps(state))
+        with self.progress.open("ab") as progress:
+            progress.write(line_of([(i, *self.done[i]) for i in numbers]))
+            progress.flush()
+            os.fsync(progress.fileno())
+
+
+def hash_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def line_of(value: Any) -> bytes:
+    """Write a line of the progress file."""
+    said = json.dumps(value)
+    return f"{hash_of(said.encode())} {said}\n".encode()
+
+
+def read_lines(path: Path) -> list[Any]:
+    """Read the lines of a progress file, up to the first that is not as it was written."""
+    found: list[Any] = []
+    if path.is_file():
+        for line in path.read_bytes().splitlines():
+            checksum, _, said = line.partition(b" ")
+            if checksum.decode(errors="replace") != hash_of(said):
+                break
+            found.append(json.loads(said))
+    return found
 
 
 def begin(path: Path, manifest: Manifest, images: Images, towers: Sequence[Clip]) -> Partial:
     """Go on with what an interrupted call left at `path`, or make a file with room for all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     cuda = on_gpu(towers[0])
-    made = provenance(manifest, towers[0], images.content, images.drawn)
-    made["precision"] = "fp16 on cuda" if cuda else "fp32 on cpu"
-    partial = Partial(path, images.content, made)
-    if partial.resume():
-        return partial
-    # first: a kill from here on must not leave it beside the file of another request
-    partial.progress.unlink(missing_ok=True)
-    size = largest_batch(towers, images.content, images.pixels) if cuda else BATCH["cpu"]
-    made["batch"] = str(size)
-    blank = torch.zeros(1, *images.pixels)
-    shape = [*encode(towers[0], blank, images.content).shape[1:]]
-    if images.drawn:
-        shape.insert(0, images.views)
-    create(path, manifest, images.content, shape, made)
+    request = provenance(manifest, towers[0], images.content, images.drawn)
+    request["precision"] = "fp16 on cuda" if cuda else "fp32 on cpu"
+    partial = Partial(path, request)
+    if not partial.resume(images):
+        size = largest_batch(towers, images.content, images.pixels) if cuda else BATCH["cpu"]
+        request["batch"] = str(size)
+        blank = torch.zeros(1, *images.pixels)
+        partial.shape = [*encode(towers[0], blank, images.content).shape[1:]]
+        if images.drawn:
+            partial.shape = [images.views, *partial.shape]
+    partial.begin(len(images))
     return partial
 
 
@@ -324,27 +399,39 @@ def encode_all(
     cuda = on_gpu(towers[0])
     size = max(1, PIECE // images.views)
     pieces = [numbers[i : i + size] for numbers in plan for i in range(0, len(numbers), size)]
-    loader = DataLoader(images, batch_sampler=pieces, num_workers=workers, pin_memory=cuda)
+    loader = DataLoader(
+        images,
+        batch_sampler=pieces,
+        num_workers=workers,
+        pin_memory=cuda,
+        worker_init_fn=begin_worker,
+    )
     arriving = iter(loader)
     waiting: deque[Batch] = deque()
     for numbers, tower in zip(plan, itertools.cycle(towers)):
         fetched = [next(arriving) for _ in range(0, len(numbers), size)]
-        reasons = [why for _, whys in fetched for why in whys]
+        reasons = [why for _, whys, _ in fetched for why in whys]
+        found = [said for _, _, sayings in fetched for said in sayings]
         features = None
         if any(i >= 0 and not why for i, why in zip(numbers, reasons, strict=True)):
-            sent = [x.to(device_of(tower), non_blocking=True) for x, _ in fetched]
+            sent = [x.to(device_of(tower), non_blocking=True) for x, _, _ in fetched]
             pixels = torch.cat(sent).flatten(0, 1).split(batch)
             features = torch.cat([encode(tower, x, images.content) for x in pixels])
-        waiting.append(Batch(numbers, reasons, features))
+        waiting.append(Batch(numbers, reasons, found, features))
         if len(waiting) > cuda * len(towers):
             yield waiting.popleft()
     yield from waiting
 
 
+def begin_worker(number: int) -> None:
+    """In a process that decodes: end with the parent."""
+    end_with_parent()
+
+
 def create(
-    path: Path, manifest: Manifest, content: str, shape: Sequence[int], made: dict[str, str]
+    f: h5py.File, manifest: Manifest, content: str, shape: Sequence[int], made: dict[str, str]
 ) -> None:
-    """Write the whole file but for the features, whose place is reserved and readable after a kill.
+    """Fill a new file but for the features, whose place is reserved.
 
     shape: of an image's features. made: the provenance.
     """
@@ -354,43 +441,40 @@ def create(
     columns = {"split": "split", "domain": "domain", "image_id": "path"}
     if "client" in manifest.rows[0]:
         columns["client"] = "client"
-    with h5py.File(path, "w") as f:
-        reserved = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        reserved.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-        reserved.set_obj_track_times(
-            False
-        )  # a time of creation would make every file a different one
-        space = h5py.h5s.create_simple((len(rows), *shape))
-        h5py.h5d.create(f.id, content.encode(), h5py.h5t.IEEE_F16LE, space, reserved)
-        f.create_dataset("labels", data=np.array([int(row["label"]) for row in rows]))
-        for name, column in columns.items():
-            f.create_dataset(name, data=[row[column] for row in rows], dtype=text)
-        f.create_dataset("classes", data=manifest.classes, dtype=text)
-        if content == "views":
-            f.create_dataset("rows", data=np.array(numbers))
-        if manifest.skipped:
-            f.create_dataset("skipped", data=manifest.skipped, dtype=text)
-        f.attrs["provenance"] = json.dumps(made, sort_keys=True)
+    reserved = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    reserved.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    reserved.set_obj_track_times(False)  # a time of creation would make every file a different one
+    space = h5py.h5s.create_simple((len(rows), *shape))
+    h5py.h5d.create(f.id, content.encode(), h5py.h5t.IEEE_F16LE, space, reserved)
+    f.create_dataset("labels", data=np.array([int(row["label"]) for row in rows]))
+    for name, column in columns.items():
+        f.create_dataset(name, data=[row[column] for row in rows], dtype=text)
+    f.create_dataset("classes", data=manifest.classes, dtype=text)
+    if content == "views":
+        f.create_dataset("rows", data=np.array(numbers))
+    if manifest.skipped:
+        f.create_dataset("skipped", data=manifest.skipped, dtype=text)
+    f.attrs["provenance"] = json.dumps(made, sort_keys=True)
 
 
-def finish(partial: Partial, manifest: Manifest, ids: Sequence[str], path: Path) -> None:
+def finish(partial: Partial, manifest: Manifest, images: Images, path: Path, content: str) -> None:
     """Write the whole file without the images that the manifest skips, then drop the partial one.
 
-    ids: of the images that have a place in the partial file.
+    images: those that have a place in the partial file. content: hash of all images'.
     """
-    for stale in path.parent.glob(f".{path.stem}.*.tmp"):  # of a killed extraction
-        stale.unlink()
-    kept = np.isin(ids, manifest.skipped, invert=True)
-    made = partial.provenance | {"skipped": summary(manifest.skipped)}
-    with atomic_write(path) as temporary, h5py.File(partial.path, "r") as source:
-        data = source[partial.content]
-        create(temporary, manifest, partial.content, data.shape[1:], made)
-        with h5py.File(temporary, "r+") as f:
-            written = 0
-            for first in range(0, len(data), CHUNK):
-                part = data[first : first + CHUNK][kept[first : first + CHUNK]]
-                f[partial.content][written : written + len(part)] = part
-                written += len(part)
-            f.attrs["sha256"] = digest(f)
+    kept = np.isin(images.paths, manifest.skipped, invert=True)
+    made = partial.request | {"skipped": summary(manifest.skipped), "images": content}
+    with (
+        atomic_write(path) as temporary,
+        partial.path.open("rb") as source,
+        written(temporary) as f,
+    ):
+        create(f, manifest, images.content, partial.shape, made)
+        count = 0
+        for first in range(0, len(images), CHUNK):
+            rows = np.frombuffer(source.read(CHUNK * partial.row), "<f2")
+            part = rows.reshape(-1, *partial.shape)[kept[first : first + CHUNK]]
+            f[images.content][count : count + len(part)] = part
+            count += len(part)
     partial.path.unlink()
     partial.progress.unlink()

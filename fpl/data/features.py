@@ -3,8 +3,10 @@
 The file holds feats (n, d) f16, labels (n,) i64, the strings split, domain and image_id (n,), and
 classes (c,) in label order; where the manifest has them, client (n,); where images were left out,
 skipped (k,), their ids. Attributes are the provenance as JSON, and a SHA-256 over provenance and
-content. Features are stored in half precision and loaded as unit vectors in single precision:
-half-precision logits would flip up to 0.9 % of the predictions, the file none.
+content, names, types and shapes included. In front are 512 bytes with the SHA-256 of all that
+follows, which is compared before HDF5 opens the file: damage can make it crash or hang. Features
+are stored in half precision and loaded as unit vectors in single precision: half-precision logits
+would flip up to 0.9 % of the predictions, the file none.
 
 Files of their own, made when asked for, hold in the place of feats
   patches (n, M, d) f16, not normalised: M times the size;
@@ -14,11 +16,14 @@ Files of their own, made when asked for, hold in the place of feats
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fpl.data.files import NO_LOCKS
 from fpl.data.manifest import Manifest
 from fpl.data.views import Views
 from fpl.prompts import Clip
@@ -41,10 +47,29 @@ COMMANDS = {  # what a file can hold of an image, and the command that makes it
 CONTENT = tuple(COMMANDS)
 COLUMNS = ("labels", "split", "domain", "image_id", "classes")
 OPTIONAL = ("client", "rows", "skipped")  # columns that a file has where they say something
+DIMENSIONS = {"feats": 2, "patches": 3, "views": 3}
+# The columns that are no text.
+NUMBERS = {**dict.fromkeys(CONTENT, "f2"), "labels": "i8", "rows": "i8"}
 INFORMATION = ("precision", "batch")  # provenance that no request is compared with
 LIBRARIES = ("torch", "open_clip_torch", "torchvision", "pillow")
-BROKEN = (OSError, KeyError, RuntimeError, TypeError, ValueError)  # what HDF5 has for a broken file
+PICTURES = {  # how they are read, by whether they are to be upright
+    False: "as they are stored",
+    True: "turned by their EXIF tag, and on white where they are transparent",
+}
+# What HDF5 has for a broken file.
+BROKEN = (OSError, KeyError, RuntimeError, TypeError, AttributeError, ValueError)
 PART = 256  # images whose features are checked at once: the check makes copies
+BLOCK = 512  # bytes in front of what HDF5 reads
+
+
+class Refused(ValueError):
+    """What is wrong with a file."""
+
+
+def require(fine: bool, otherwise: str) -> None:
+    """Raise Refused with what is wrong."""
+    if not fine:
+        raise Refused(otherwise)
 
 
 @dataclass(frozen=True)
@@ -99,7 +124,9 @@ def provenance(
     versions = [f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES]
     made = {
         **clip.provenance,
+        "data": manifest.name or manifest.folder.name,
         "manifest": manifest.sha256,
+        "pictures": PICTURES[manifest.upright],
         "libraries": ", ".join(versions),
         "content": content,
         "skipped": summary(manifest.skipped),
@@ -118,13 +145,80 @@ def summary(skipped: Sequence[str]) -> str:
 
 
 def header(path: Path) -> tuple[dict[str, str], list[str]]:
-    """Read provenance and ids of images left out, unchecked; both empty without a readable file."""
+    """Read provenance and ids of images left out; both empty without a file that is whole.
+
+    Raises OSError for a file that is in use or may not be read.
+    """
     try:
-        with h5py.File(path, "r") as f:
+        with opened(path) as f:
             skipped = f["skipped"].asstr()[:].tolist() if "skipped" in f else []
             return json.loads(f.attrs["provenance"]), skipped
-    except BROKEN:
+    except (FileNotFoundError, KeyError, TypeError, ValueError):
         return {}, []
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[h5py.File]:
+    """Open a features file to read it, if its bytes are those that were written.
+
+    Raises ValueError if they are not, and OSError for a file that is not there or in use.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    with path.open("rb") as raw:
+        share(raw, path)
+        if raw.read(BLOCK) != mark_of(raw):
+            raise ValueError(
+                f"{path} is damaged, or an older version made it: "
+                "its bytes do not have the checksum in front of them"
+            )
+        with open_hdf5(path) as f:
+            yield f
+
+
+def open_hdf5(path: Path) -> h5py.File:
+    """Open a file without locks, unless this process has it open with them: HDF5 wants the same."""
+    try:
+        return h5py.File(path, "r", locking=False)
+    except OSError:
+        return h5py.File(path, "r")
+
+
+def share(raw: BufferedIOBase, path: Path) -> None:
+    """Raise OSError if another program, such as one that uses HDF5, has a file for itself."""
+    try:
+        fcntl.flock(raw, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OSError(
+            f"{path} is in use by another program: close it there, or wait for its end"
+        ) from None
+    except OSError as e:
+        if e.errno not in NO_LOCKS:
+            raise
+
+
+@contextmanager
+def written(path: Path) -> Iterator[h5py.File]:
+    """Give a new features file to fill, and seal it in the end."""
+    with h5py.File(path, "w", userblock_size=BLOCK, locking=False) as f:
+        yield f
+        f.attrs["sha256"] = digest(f)
+    seal(path)
+
+
+def seal(path: Path) -> None:
+    """Write the checksum of a file's bytes in front of them."""
+    with path.open("r+b") as raw:
+        raw.seek(BLOCK)
+        mark = mark_of(raw)
+        raw.seek(0)
+        raw.write(mark)
+
+
+def mark_of(raw: BufferedIOBase) -> bytes:
+    """Give the first BLOCK bytes of a features file whose other bytes are read here."""
+    checksum = hashlib.file_digest(raw, "sha256").hexdigest()
+    return f"fpl features, SHA-256 of the bytes from {BLOCK} on: {checksum}\n".encode().ljust(BLOCK)
 
 
 def load(
@@ -140,11 +234,12 @@ def load(
     request: any fields of the provenance, such as model, weights, transform and manifest; for
         patches and views, the provenance of the pooled features that they shall belong to.
 
-    Raises FileNotFoundError when there is no file; ValueError for another provenance or content
-    (naming both values), a wrong checksum, or features that are not finite.
+    Raises FileNotFoundError when there is no file, and OSError for one that is in use; ValueError
+    for another provenance or content (naming both values), a wrong checksum, columns of other
+    types or shapes, or features that are not finite.
     """
     command = COMMANDS[content]
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(f"no features at {path}: make them with `{command}`")
     data, made, checksum = read(path, content)
     for key, wanted in {**(request or {}), "content": content}.items():
@@ -179,31 +274,76 @@ def load(
 
 
 def read(path: Path, content: str) -> tuple[dict[str, Any], dict[str, str], str]:
-    """Read a file's columns, provenance and checksum. Raises ValueError if it is damaged."""
-    again = f"delete it and run `{COMMANDS[content]}`"
+    """Read a file's columns, provenance and checksum. Raises as `load` does."""
+    again = f"`{COMMANDS[content]}` makes it again"
     try:
-        with h5py.File(path, "r") as f:
-            made = json.loads(f.attrs["provenance"])
-            checksum = f.attrs["sha256"]
-            found = digest(f)
-            there = [name for name in OPTIONAL if name in f]
-            data = {}
-            for name in (made.get("content", content), *COLUMNS, *there):
-                is_text = f[name].dtype == object
-                data[name] = f[name].asstr()[:] if is_text else f[name][:]
+        with opened(path) as f:
+            return columns_of(f, content)
+    except ValueError as e:
+        raise ValueError(f"{e}: {again}") from e
+
+
+def columns_of(f: h5py.File, content: str) -> tuple[dict[str, Any], dict[str, str], str]:
+    """Read what is in an open file. Raises ValueError if its columns are not as they should be."""
+    try:
+        made = json.loads(f.attrs["provenance"])
+        held = made.get("content", content)
+        check_columns(f, held)
+        data = {}
+        for name in f:
+            data[name] = f[name][:] if name in NUMBERS else f[name].asstr()[:]
+        return data, made, f.attrs["sha256"]
     except BROKEN as e:
-        raise ValueError(f"{path} is damaged, it cannot be read ({e}): {again}") from e
-    if found != checksum:
-        raise ValueError(
-            f"{path} is damaged, its content does not have the checksum it carries: {again}"
-        )
-    return data, made, checksum
+        reason = e if isinstance(e, Refused) else f"cannot be read ({e})"
+        raise ValueError(f"{f.filename} is damaged, it {reason}") from e
+
+
+def check_columns(group: h5py.Group, content: str) -> None:
+    """Raise Refused unless a group has a features file's columns, with their types and shapes."""
+    needed = {content, *COLUMNS} | ({"rows"} if content == "views" else set())
+    named = needed <= set(group) <= needed | set(OPTIONAL)
+    require(named, f"has the wrong columns in {content}: {', '.join(group)}")
+    for name in group:
+        link = group.get(name, getlink=True)
+        require(isinstance(link, h5py.HardLink), f"has a link in the place of {content}/{name}")
+    images = len(group[content])
+    for name, data in group.items():
+        place = f"{content}/{name}"
+        fine = is_inside(data) and is_of_type(data, name)
+        require(fine, f"has something else in the place of {place}")
+        require(data.ndim == DIMENSIONS.get(name, 1), f"has {place} of shape {data.shape}")
+        fits = len(data) == images or name in ("classes", "skipped")
+        require(fits, f"has {len(data)} {place} for {images} images")
+
+
+def is_inside(data: h5py.Dataset | h5py.Group) -> bool:
+    """Say whether a dataset lies in its file as it is: all of it, not packed, not elsewhere."""
+    if not isinstance(data, h5py.Dataset) or data.is_virtual or data.external or data.chunks:
+        return False
+    if data.id.get_storage_size() < data.nbytes:  # text takes more
+        return False
+    return data.dtype != object or text_size(data) <= Path(data.file.filename).stat().st_size
+
+
+def text_size(data: h5py.Dataset) -> int:
+    """Bytes of all texts of a column, unread: a text in the file may stand for any number."""
+    offset = data.id.get_offset() or 0
+    places = np.fromfile(data.file.filename, "<u4, V12", data.size, offset=offset)
+    return int(places["f0"].sum(dtype=np.int64))
+
+
+def is_of_type(data: h5py.Dataset, column: str) -> bool:
+    """Say whether a column has its type of number, or text."""
+    if column in NUMBERS:
+        return data.dtype == NUMBERS[column]
+    return h5py.check_string_dtype(data.dtype) is not None
 
 
 def digest(f: h5py.Group) -> str:
     """Hash provenance and all datasets, in the order of their names, by SHA-256."""
     total = hashlib.sha256(f.attrs["provenance"].encode())
     for name in sorted(f):
+        total.update(json.dumps([name, f[name].dtype.str, f[name].shape]).encode())
         if f[name].dtype == object:
             total.update(b"\0".join(f[name][:]))
         else:

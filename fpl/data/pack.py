@@ -1,9 +1,9 @@
 """A pack holds the features of a data set in one file: who has it makes all tables without images.
 
-It is an HDF5 file with a group for each features file (`feats` and, where they were made, `patches`
-and `views`) that holds all of it, as `fpl.data.features` describes. There is no pickle, no link and
-no path of the machine that it comes from. The text tower is not in it: the receiver loads the model
-and the weights that the provenance names.
+It is an HDF5 file behind the checksum of its bytes, with a group for each features file (`feats`
+and, where they were made, `patches` and `views`) that holds all of it, as `fpl.data.features`
+describes. There is no pickle, no link and no path of the machine that it comes from. The text tower
+is not in it: the receiver loads the model and the weights that the provenance names.
 """
 
 from __future__ import annotations
@@ -17,34 +17,26 @@ from pathlib import Path, PureWindowsPath
 import h5py
 import numpy as np
 
-from fpl.data.features import COLUMNS, OPTIONAL, digest, parts
+from fpl.data import features
+from fpl.data.features import (
+    BLOCK,
+    BROKEN,
+    DIMENSIONS,
+    Refused,
+    check_columns,
+    digest,
+    opened,
+    parts,
+    require,
+    written,
+)
 from fpl.data.files import atomic_write
 
-FORMAT = "fpl features pack 1"
-DIMENSIONS = {"feats": 2, "patches": 3, "views": 3}
-NUMBERS = {
-    **dict.fromkeys(DIMENSIONS, "f2"),
-    "labels": "i8",
-    "rows": "i8",
-}  # other columns are text
-SHARED = ("model", "weights", "transform", "manifest", "skipped")  # all groups agree in these
-BROKEN = (
-    OSError,
-    KeyError,
-    RuntimeError,
-    TypeError,
-    AttributeError,
-    ValueError,
-)  # of HDF5, for a file not in order
-
-
-class Refused(ValueError):
-    """What is wrong with a pack."""
-
-
-def require(fine: bool, otherwise: str) -> None:
-    if not fine:
-        raise Refused(otherwise)
+FORMAT = "fpl features pack 2"
+SHARED = (  # all groups agree in these
+    *("model", "architecture", "weights", "transform"),
+    *("data", "manifest", "pictures", "images", "skipped"),
+)
 
 
 def export(files: Mapping[str, Path], name: str, path: Path) -> dict[str, str]:
@@ -62,14 +54,15 @@ def export(files: Mapping[str, Path], name: str, path: Path) -> dict[str, str]:
             f"a pack at {path} would replace the features themselves: give it another name"
         )
     with atomic_write(path) as temporary:
-        with h5py.File(temporary, "w") as pack:
+        with h5py.File(temporary, "w", userblock_size=BLOCK, locking=False) as pack:
             for content, file in files.items():
                 if file.exists():
-                    with h5py.File(file, "r") as f:
+                    with opened(file) as f:
                         pack.copy(f["/"], pack, content)
             pack.attrs["format"] = FORMAT
             pack.attrs["name"] = name
             pack.attrs["sha256"] = seal(pack)
+        features.seal(temporary)
         try:
             return verify(temporary)
         except ValueError as e:
@@ -86,22 +79,23 @@ def verify(path: Path) -> dict[str, str]:
     do not fit, values that are not finite, and paths of the machine that it comes from. Takes
     little memory.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        with h5py.File(path, "r") as pack:
-            require(pack.attrs.get("format") == FORMAT, "is not one of `fpl features export`")
-            require({"feats"} <= set(pack) <= set(DIMENSIONS), f"holds {', '.join(pack)}")
-            made = {content: check_group(pack, content) for content in pack}
-            require(
-                pack.attrs["sha256"] == seal(pack), "does not have the checksum that it carries"
-            )
-            for content in made:
-                check_belongs(pack, content, made)
-            return describe(pack, made["feats"])
-    except BROKEN as e:
-        reason = e if isinstance(e, Refused) else f"cannot be read ({e})"
-        raise ValueError(f"{path} {reason}") from None
+    with opened(path) as pack:
+        try:
+            return check(pack)
+        except BROKEN as e:
+            reason = e if isinstance(e, Refused) else f"cannot be read ({e})"
+            raise ValueError(f"{path} {reason}") from None
+
+
+def check(pack: h5py.File) -> dict[str, str]:
+    """Say in words what is in an open pack. Raises Refused, or what HDF5 has for a broken file."""
+    require(pack.attrs.get("format") == FORMAT, "is not one of `fpl features export`")
+    require({"feats"} <= set(pack) <= set(DIMENSIONS), f"holds {', '.join(pack)}")
+    made = {content: check_group(pack, content) for content in pack}
+    require(pack.attrs["sha256"] == seal(pack), "does not have the checksum that it carries")
+    for content in made:
+        check_belongs(pack, content, made)
+    return describe(pack, made["feats"])
 
 
 def unpack(
@@ -118,7 +112,7 @@ def unpack(
     are there already.
     """
     verify(path)
-    with h5py.File(path, "r") as pack:
+    with opened(path) as pack:
         made = json.loads(pack["feats"].attrs["provenance"])
         fits(path, "data set", pack.attrs["name"], name)
         fits(path, "model", made["model"], model)
@@ -130,10 +124,10 @@ def unpack(
                 "move it away or give --force"
             )
         for content in todo:
-            with atomic_write(files[content]) as temporary, h5py.File(temporary, "w") as f:
+            with atomic_write(files[content]) as temporary, written(temporary) as f:
                 for column in pack[content].values():
                     f.copy(column, f)
-                f.attrs.update(pack[content].attrs)
+                f.attrs["provenance"] = pack[content].attrs["provenance"]
         return {files[content]: content in todo for content in pack}
 
 
@@ -156,17 +150,16 @@ def seal(pack: h5py.File) -> str:
 def checksum_of(file: Path) -> str | None:
     """The checksum of what a features file holds now, None if it cannot be read."""
     try:
-        with h5py.File(file, "r") as f:
-            return digest(f)
-    except BROKEN:
+        with opened(file) as f:
+            return f.attrs["sha256"]
+    except (FileNotFoundError, ValueError):
         return None
 
 
 def check_group(pack: h5py.File, content: str) -> dict[str, str]:
     """Raise Refused for a group that is not in order by itself; return its provenance."""
-    for name in [content, *(f"{content}/{column}" for column in pack[content])]:
-        link = pack.get(name, getlink=True)
-        require(isinstance(link, h5py.HardLink), f"has a link in the place of {name}")
+    link = pack.get(content, getlink=True)
+    require(isinstance(link, h5py.HardLink), f"has a link in the place of {content}")
     group = pack[content]
     check_columns(group, content)
     same = digest(group) == group.attrs["sha256"]
@@ -186,27 +179,6 @@ def check_path(path: str) -> None:
     absolute = path.startswith(("/", "~")) or PureWindowsPath(path).drive
     advice = "name it by the project's folder and extract again"
     require(not absolute, f"names {path}, a path of one machine: {advice}")
-
-
-def check_columns(group: h5py.Group, content: str) -> None:
-    """Raise Refused unless a group has a features file's columns, with their types and shapes."""
-    needed = {content, *COLUMNS} | ({"rows"} if content == "views" else set())
-    named = needed <= set(group) <= needed | set(OPTIONAL)
-    require(named, f"has the wrong columns in {content}: {', '.join(group)}")
-    images = len(group[content])
-    for name, data in group.items():
-        place = f"{content}/{name}"
-        plain = isinstance(data, h5py.Dataset) and not data.is_virtual and not data.external
-        require(plain and is_of_type(data, name), f"has something else in the place of {place}")
-        require(data.ndim == DIMENSIONS.get(name, 1), f"has {place} of shape {data.shape}")
-        fits = len(data) == images or name in ("classes", "skipped")
-        require(fits, f"has {len(data)} {place} for {images} images")
-
-
-def is_of_type(data: h5py.Dataset, column: str) -> bool:
-    if column in NUMBERS:
-        return data.dtype == NUMBERS[column]
-    return h5py.check_string_dtype(data.dtype) is not None
 
 
 def check_values(group: h5py.Group, content: str) -> None:

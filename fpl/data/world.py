@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFilter
 from tqdm.auto import tqdm
 
 from fpl.data.files import atomic_write
-from fpl.data.manifest import as_csv
+from fpl.data.manifest import SOURCE, as_csv
 
 SHAPES = [
     "circle",
@@ -219,7 +220,7 @@ def render(what: Attributes, rng: Rng, size: int = 64) -> np.ndarray:
 
 
 def drawing(seed: int, train_per_class: int, test_per_class: int) -> str:
-    """Write what `drawn.json`, beside the images, says of them."""
+    """Write what SOURCE, beside the images, says of them."""
     sizes = {"train_per_class": train_per_class, "test_per_class": test_per_class}
     return json.dumps({"seed": seed, **sizes}) + "\n"
 
@@ -234,10 +235,10 @@ def make(
     """Draw the demo data set as PNG files in `folder`, write its manifest last and return its path.
 
     A finished folder is left alone and a killed drawing goes on; images of another seed or size
-    (`drawn.json` says which) are removed and drawn again.
+    (SOURCE says which) are removed and drawn again.
     """
     manifest = folder / "manifest.csv"
-    drawn = folder / "drawn.json"
+    drawn = folder / SOURCE
     request = drawing(seed, train_per_class, test_per_class)
     if not drawn.exists() or drawn.read_text() != request:
         manifest.unlink(missing_ok=True)
@@ -264,8 +265,9 @@ def make(
         row = {"path": path, "label": str(label), "class": name}
         rows.append({**row, "split": split, "domain": what.style})
         if not (folder / path).exists():
-            with atomic_write(folder / path) as temporary:
+            with atomic_write(folder / path, one_of_many=True) as temporary:
                 Image.fromarray(render(what, rng)).save(temporary, format="PNG")
+    os.sync()  # the manifest says that the images are there
     with atomic_write(manifest) as temporary:
         temporary.write_bytes(as_csv(rows))
     return manifest

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from fpl.data import encoders, features, world
+from fpl.data import encoders, features
 from fpl.data.files import sha256
-from fpl.data.manifest import Manifest, read_manifest
+from fpl.data.manifest import SOURCE, Manifest
+from fpl.experiments.extract import manifest_of
 from fpl.experiments.settings import Backbone, Data
 from fpl.prompts import Clip, Precision, PromptTree
 
@@ -48,18 +51,39 @@ def load_cached(data: Data, backbone: Backbone, device: str) -> tuple[Clip, feat
 
     Raises ValueError unless the one was made with the other, of the images that are there.
     """
-    drawn = data.folder / "drawn.json"
-    wanted = world.drawing(data.seed, data.train_per_class, data.test_per_class)
-    if drawn.exists() and drawn.read_text() != wanted:
-        raise ValueError(
-            f"{data.folder} holds images of {drawn.read_text().strip()}, "
-            f"params.yaml asks for {wanted.strip()}: run `fpl features`"
-        )
+    check_source(data)
     clip = encoders.load(
         backbone.name, backbone.weights or None, device, False, backbone.preprocessing
     )
-    images = {"manifest": sha256(data.manifest)} if data.manifest.exists() else {}
+    there = data.manifest.exists()
+    images = {"manifest": sha256(data.manifest)} if there else {"data": data.name}
     return clip, features.load(data.features, clip.provenance | images, device)
+
+
+def check_source(data: Data) -> None:
+    """Raise ValueError unless the images that are there are drawn or listed from what is asked."""
+    if not data.manifest.exists():  # features that came without images
+        return
+    path = data.folder / SOURCE
+    try:
+        made = json.loads(path.read_bytes())
+        same = places(made) == places(data.source)
+    except (FileNotFoundError, TypeError, ValueError):
+        raise ValueError(
+            f"{path} does not say what the images are listed from: run `fpl features`"
+        ) from None
+    if not same:
+        raise ValueError(
+            f"{data.folder} holds images of {json.dumps(made)}, "
+            f"params.yaml asks for {json.dumps(data.source)}: run `fpl features`"
+        )
+
+
+def places(source: Any) -> Any:
+    """Give what images are from with the whole path of its root, which can be said in many ways."""
+    if isinstance(source, dict) and "root" in source:
+        return source | {"root": str(Path(source["root"]).resolve())}
+    return source
 
 
 @cached_by_features(maxsize=4)
@@ -104,4 +128,4 @@ def views_of(data: Data, backbone: Backbone, device: str) -> tuple[Tensor, Tenso
 def manifest(data: Data, backbone: Backbone) -> Manifest:
     """Return the images behind the features, in the same order; for whoever shows images."""
     _, feats = load_cached(data, backbone, device())
-    return features.of_features(read_manifest(data.manifest), feats)
+    return features.of_features(manifest_of(data), feats)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from fpl.data import datasets, extraction, features, world
-from fpl.data.manifest import Manifest, read_manifest
+from fpl.data import datasets, extraction, features, seen, world
+from fpl.data.files import atomic_write
+from fpl.data.manifest import SOURCE, Manifest, read_manifest
 from fpl.data.views import Views
 from fpl.experiments.settings import Data
 from fpl.experiments.values import check_choice
-from fpl.prompts import Clip
+from fpl.prompts import Clip, tokens_of
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Request:
     views: how many random crops of each training image; None: as the settings say.
     workers: processes that decode images; None: a core each with a GPU, up to 8; else fewer.
     skip_bad: leave out images that cannot be read. fresh: extract what is there again.
+    rehash: compare the content of every image, not only of those with another size or time.
     """
 
     contents: set[str] = field(default_factory=set)
@@ -32,18 +37,35 @@ class Request:
     workers: int | None = None
     skip_bad: bool = False
     fresh: bool = False
+    rehash: bool = False
 
 
-def make_features(data: Data, clip: Clip, request: Request) -> Iterator[tuple[Path, list[str]]]:
+class Made(NamedTuple):
+    """A features file, old or new.
+
+    skipped: ids of images that it lacks because they cannot be read.
+    why: it was there and had to be made again; "" if not.
+    """
+
+    path: Path
+    skipped: list[str]
+    why: str
+
+
+def make_features(data: Data, clip: Clip, request: Request) -> Iterator[Made]:
     """Make the features files that are wanted and not there.
 
-    Yields each file, old or new, and the ids of images that it lacks because they cannot be read.
-    Raises OSError, with their number, where such images are not to be left out.
+    Also those again whose images have changed since. Yields each file, old or new.
+    Raises OSError, with their number, where images cannot be read and are not to be left out, and
+    for a file that is in use.
     """
     manifest = list_images(data)
+    tokens_of(clip, manifest.classes, 0, ".")  # what no prompt could tell apart is refused now
     number = data.views if request.views is None else request.views
     views = Views(number) if number else None
     wanted = request.contents | {"feats"} | ({"views"} if views else set())
+    if request.rehash:
+        forget(manifest)
     for content in [content for content in features.CONTENT if content in wanted]:
         path = features.file_of(data.features, content)
         made, skipped = features.header(path)
@@ -51,27 +73,80 @@ def make_features(data: Data, clip: Clip, request: Request) -> Iterator[tuple[Pa
         skip_bad = request.skip_bad and content == "feats"
         images = manifest.without(skipped) if skip_bad else manifest
         asked = features.provenance(images, clip, content, views)
-        if request.fresh or not made.items() >= asked.items():
+        why = "you ask for it" if request.fresh else reason(path, made, asked, images)
+        if why:
             how = extraction.Options(workers_of(request), other_gpus(), skip_bad)
+            existed = path.exists()
             extraction.extract(manifest, clip, path, content, views, how)
             _, skipped = features.header(path)
-        yield path, skipped
+            why = why if existed else ""
+        if content == "feats":
+            tell_doubles(manifest.without(skipped))
+        yield Made(path, skipped, why)
         manifest = manifest.without(skipped)
 
 
-def list_images(data: Data) -> Manifest:
-    """Return the images of a data set, which are drawn first in a demo world.
+def tell_doubles(manifest: Manifest) -> None:
+    """Warn of images with the same content in different splits or classes."""
+    content = seen.content_of(seen.recall(manifest.folder))
+    first: dict[str, dict[str, str]] = {}
+    doubles = []
+    for row in manifest.rows:
+        other = first.setdefault(content.get(row["path"], row["path"]), row)
+        if other["path"] != row["path"] and any(other[k] != row[k] for k in ("split", "class")):
+            listed = (f"{r['path']} ({r['split']}, {r['class']})" for r in (other, row))
+            doubles.append(" and ".join(listed))
+    if doubles:
+        said = f"{len(doubles)} times an image has the content of one in another split or class"
+        warnings.warn(f"{said}: {doubles[0]}", stacklevel=3)
 
-    Raises ValueError for an unknown data set and for lists that cannot be read.
+
+def reason(path: Path, made: dict[str, str], asked: dict[str, str], images: Manifest) -> str:
+    """Say why a features file must be made; "" if it is what was asked for, of these images."""
+    if not made:
+        return "it is damaged, or of an older version"
+    for key, value in asked.items():
+        if made.get(key) != value:
+            return f"{key} is another"
+    before = seen.recall(images.folder)
+    now = seen.look(images, before)
+    if now != before:
+        seen.remember(images.folder, now)
+    if made.get("images") == seen.summary(now):
+        return ""
+    then = seen.content_of(before)
+    changed = [name for name, found in seen.content_of(now).items() if then.get(name) != found]
+    return f"images have changed ({len(changed) or 'some'} of {len(now)})"
+
+
+def forget(manifest: Manifest) -> None:
+    """Take away size and time of all images, so that their contents are compared."""
+    known = seen.recall(manifest.folder)
+    seen.remember(manifest.folder, {name: f"0 0 {said}" for name, said in known.items()})
+
+
+def list_images(data: Data) -> Manifest:
+    """List the images of a data set, which are drawn first in a demo world.
+
+    `source.json` beside the manifest says of what it was made. Raises ValueError for an unknown
+    data set and for lists that cannot be read.
     """
     known = [*world.WORLDS, "own", *datasets.DATASETS]
     check_choice(data.name, known, "data set")
     if data.name in world.WORLDS:
         per_class = (data.train_per_class, data.test_per_class)
-        path = world.make(data.folder, data.seed, *per_class, data.name)
+        world.make(data.folder, data.seed, *per_class, data.name)
     else:
-        path = datasets.prepare(data.name, Path(data.root), data.layout or None, data.manifest)
-    return read_manifest(path)
+        datasets.prepare(data.name, Path(data.root), data.layout or None, data.manifest)
+        with atomic_write(data.folder / SOURCE) as temporary:
+            temporary.write_text(json.dumps(data.source) + "\n")
+    return manifest_of(data)
+
+
+def manifest_of(data: Data) -> Manifest:
+    """Read the manifest of a data set that was listed."""
+    listed = read_manifest(data.manifest)
+    return replace(listed, name=data.name, upright=data.name == "own")
 
 
 def workers_of(request: Request) -> int:

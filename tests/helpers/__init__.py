@@ -52,6 +52,7 @@ OTHER = {  # of every setting to which 1 cannot be added, a value that is not th
     "held_out": "sketch",
     "schedule": "cosine",
     "optimiser": "shared",
+    "momentum": 0.5,
     "participation": 0.5,
     "delta": 0.5,
     "precision": "bfloat16",

@@ -18,8 +18,8 @@ def extract(manifest, tower, path, content, **settings):
     return extraction.extract(manifest, tower, path, content, VIEWS, options)
 
 
-class Stop(Exception):
-    """The interruption."""
+class Stop(BaseException):
+    """The interruption, which is no fault of an image."""
 
 
 class Counting:
