@@ -279,19 +279,19 @@ def check_tower(tower: nn.Module) -> None:
 
 
 def tokens_of(clip: Clip, names: Sequence[str], n_ctx: int, tail: str) -> list[list[int]]:
-    """Return each prompt's tokens. Raises ValueError for a name that leaves no room for them."""
+    """Return each prompt's tokens. Raises ValueError for too many, or for the same ones twice."""
     room = len(text_tower(clip).positional_embedding)
-    rows = []
+    rows: dict[tuple[int, ...], str] = {}
     for name in names:
-        prompt = f"{'X ' * n_ctx}{name.replace('_', ' ')}{tail}"
-        inner = clip.tokenizer.encode(prompt)
-        rows.append([clip.tokenizer.sot_token_id, *inner, clip.tokenizer.eot_token_id])
-        if len(rows[-1]) > room:
-            prompt = (
-                f"class name {name!r} with {n_ctx} context vectors takes {len(rows[-1])} tokens"
-            )
+        inner = clip.tokenizer.encode(f"{'X ' * n_ctx}{name.replace('_', ' ')}{tail}")
+        row = (clip.tokenizer.sot_token_id, *inner, clip.tokenizer.eot_token_id)
+        if len(row) > room:
+            prompt = f"class name {name!r} with {n_ctx} context vectors takes {len(row)} tokens"
             raise ValueError(f"{prompt}, the text tower has {room}: shorten the name or n_ctx")
-    return rows
+        if row in rows:
+            raise ValueError(f"classes {rows[row]!r} and {name!r} have the same tokens: rename one")
+        rows[row] = name
+    return [*map(list, rows)]
 
 
 def words(clip: Clip, text: str) -> Float[Tensor, "m w"]:

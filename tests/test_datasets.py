@@ -729,9 +729,15 @@ def test_clients_of_own_data_survive_to_the_manifest_that_is_read(tmp_path):
         ("path,class,split\na.jpg,x,train,more\n", "line 2: needs one value"),
         ("path,class,split,client\na.jpg,x,train,\n", "line 2: needs one value"),
         (
-            "path,class,split\na.jpg,x,training\n",
-            "line 2: the split is train, val or test, not 'training'",
+            "path,class,split\na.jpg,x,train\n\nb.jpg,x,holdout\n",
+            "line 4: the split is train, val or test, not 'holdout'",
         ),
+        ("path,class,split\na.jpg, x,train\n", "line 2: class ' x' has spaces around it"),
+        ("path,class,split,class\na.jpg,x,train,y\n", "names a column twice"),
+        ('path,class,split\na.jpg,"x,train\nb.jpg,x,test\n', "mine.csv, line 3: .* quotation mark"),
+        (f"path,class,split\na.jpg,{'x' * 200_000},train\n", "mine.csv, line 2: field larger"),
+        ("path,class,split\na.jpg,x\x1b[2J,train\n", "characters that are not printed"),
+        ("path,class,split\na.jpg,a_b,train\nb.jpg,a b,test\n", "'a b' and 'a_b' are both 'a b'"),
         ("path,label,class,split\na.jpg,x,x,train\n", "line 2: beside a class the label is 0, 1"),
         (
             "path,label,class,split\na.jpg,1,x,train\nb.jpg,1,y,train\n",
@@ -743,6 +749,44 @@ def test_a_wrong_csv_is_refused_by_its_line(text, message, tmp_path):
     (tmp_path / "mine.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
         datasets.read("own", tmp_path / "mine.csv")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    ["path,class,split\nb\u00e4r.jpg,x,train\n".encode(code) for code in ("latin-1", "utf-16")]
+    + [b"path,class,split\na.jpg,x\0,train\n"],
+)
+def test_a_list_that_is_not_in_utf_8_is_named(raw, tmp_path):
+    (tmp_path / "mine.csv").write_bytes(raw)
+    (tmp_path / "shop.txt").write_bytes(raw)
+    for read in (
+        lambda: datasets.read("own", tmp_path / "mine.csv"),
+        lambda: layouts.lines(tmp_path / "shop.txt"),
+    ):
+        with pytest.raises(ValueError, match=r"(mine\.csv|shop\.txt) (is not in|has a NUL).*UTF-8"):
+            read()
+
+
+# clients of the two lines, and what is said of them
+TWICE = [
+    ("a.jpg,x,train,1\na.jpg,x,test,1\n", "a.jpg .train, x. and a.jpg .test, x.: list it once"),
+    ("a.jpg,x,train,1\n./b/../a.jpg,y,train,1\n", "one picture twice"),
+    ("a.jpg,x,train,1\nlink.jpg,x,test,1\n", "a.jpg .train, x. and link.jpg"),
+]
+
+
+@pytest.mark.parametrize(("lines", "message"), TWICE)
+def test_a_picture_that_is_listed_twice_is_named(lines, message, tmp_path):
+    picture(tmp_path / "a.jpg")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "link.jpg").symlink_to("a.jpg")
+    (tmp_path / "mine.csv").write_text("path,class,split,client\n" + lines)
+    with pytest.raises(ValueError, match=message):
+        datasets.read("own", tmp_path / "mine.csv")
+    elsewhere = lines.removesuffix("1\n") + "2\n"
+    (tmp_path / "mine.csv").write_text("path,class,split,client\n" + elsewhere)
+    with pytest.warns(UserWarning, match="mine.csv lists 1 times a picture that another client"):
+        assert len(datasets.read("own", tmp_path / "mine.csv").rows) == 2
 
 
 def test_own_folders_by_class(tmp_path):
@@ -775,18 +819,66 @@ def test_own_folders_by_domain_and_class_are_split_domain_by_domain(tmp_path):
     }
 
 
-def test_own_folders_may_give_the_split(tmp_path):
-    for split in ("test", "train"):
+@pytest.mark.parametrize(
+    "called",
+    ["train val test", "Train Valid TEST", "training dev testing", "TRAIN Validation Test"],
+)
+def test_own_folders_and_lists_may_give_the_split_in_any_spelling(called, tmp_path):
+    named = dict(zip(called.split(), SPLITS))
+    lines = ["path,class,split"]
+    for split in reversed(named):
         picture(tmp_path / split / "a" / "1.jpg")
-    assert [(r["path"], r["split"]) for r in datasets.read("own", tmp_path).rows] == [
-        ("train/a/1.jpg", "train"),
-        ("test/a/1.jpg", "test"),
-    ]
+        lines.append(f"{split}/a/1.jpg,a,{split}")
+    rows = datasets.read("own", tmp_path).rows
+    wanted = [(f"{split}/a/1.jpg", named[split], "own") for split in named]
+    assert [(r["path"], r["split"], r["domain"]) for r in rows] == wanted
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    listed = datasets.read("own", tmp_path / "list.csv").rows
+    assert sorted((r["path"], r["split"], r["domain"]) for r in listed) == sorted(wanted)
+
+
+def test_files_that_are_not_read_are_told(tmp_path):
+    files = ["a/1.jpg", "a/2.JFIF", "a/3.heic", "b/4.svg", "top.png", "b/c/d/e.png", "a/.hidden"]
+    for file in files:
+        dump(tmp_path / file, "")
+    with pytest.warns(UserWarning) as told:
+        rows = datasets.read("own", tmp_path).rows
+    assert [row["path"] for row in rows] == ["a/1.jpg", "a/2.JFIF"]
+    kinds, places = (str(warning.message) for warning in told)
+    assert "has 2 files of kinds that are not read" in kinds and "1 .heic, 1 .svg" in kinds
+    assert "first is a/3.heic" in kinds
+    assert "has 2 files neither CLASS/FILE" in places and "first is top.png" in places
+
+
+def test_a_root_may_be_a_link_and_have_any_name(tmp_path):
+    root = tmp_path / "photos #2, of 2024"
+    for i in range(5):
+        picture(root / "a" / f"{i}.jpg", (i, i, i))
+    (tmp_path / "link").symlink_to(root)
+    for place in (root, tmp_path / "link"):
+        path = datasets.prepare("own", place, None, tmp_path / "data" / "own" / "manifest.csv")
+        listed = read_manifest(path)
+        assert all((listed.folder / row["path"]).is_file() for row in listed.rows)
+
+
+def test_images_of_one_split_only_are_refused_before_features(tmp_path):
+    picture(tmp_path / "photos" / "train" / "a" / "1.jpg")
+    with pytest.raises(ValueError, match="own in .*photos has no images for the split test"):
+        datasets.prepare("own", tmp_path / "photos", None, tmp_path / "manifest.csv")
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
-    [([], "no images"), (["a/1.jpg", "d/a/1.jpg"], "both a/1.jpg and d/a/1.jpg")],
+    [
+        ([], "no images"),
+        (["a/1.jpg", "d/a/1.jpg"], "both a/1.jpg and d/a/1.jpg"),
+        (["a/train/1.jpg", "a/test/1.jpg"], "a/test/1.jpg in a folder named as a split"),
+        (["Train/1.jpg", "cat/1.jpg"], "Train/1.jpg in a folder named as a split"),
+        (["train/a/1.jpg", "north/a/1.jpg"], "folders train and north, a split beside"),
+        (["val/a/1.jpg", "valid/a/1.jpg", "train/a/1.jpg"], "two folders for one split"),
+        (["train_set/a/1.jpg", "testset/a/1.jpg"], "may be a split or a domain: rename it"),
+        (["a b/1.jpg", "a_b/1.jpg"], "'a b' and 'a_b' are both 'a b' in prompts"),
+    ],
 )
 def test_own_folders_of_no_known_form_are_refused(files, message, tmp_path):
     for file in files:

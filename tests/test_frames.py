@@ -1,7 +1,9 @@
 """Promise: a frame says which run a line is of, and no result is ever taken for a setting."""
 
+import contextlib
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -44,17 +46,15 @@ def record(method, seed, n_rounds=6, **settings):
         "is_control": method == "majority",
         "images": "shapes",
         "domains": ["photo", "photo", "sketch", "sketch"],
+        "clients": ["site 1", "site 2", "site 10", "ward"],
         "rounds": rounds,
+        **{"code": "code", "features": "features", "views": 0},
     }
 
 
 def store(made):
     """Write records where tables look for them, and return their paths."""
-    records.RECORDS.mkdir(parents=True, exist_ok=True)
-    paths = [records.RECORDS / f"run-{number}.json" for number, _ in enumerate(made)]
-    for path, content in zip(paths, made):
-        path.write_text(json.dumps(content))
-    return paths
+    return [records.write(content) for content in made]
 
 
 def some_runs():
@@ -125,7 +125,7 @@ def test_a_new_result_changes_no_number(name, way):
 def test_every_setting_is_one_and_no_result_is():
     made, labels = some_runs()
     runs = records.frame(store(made), labels)
-    assert stats.settings_of(runs) == ["method", "seed", "data", "rounds", "lam"]
+    assert stats.settings_of(runs) == ["data", "method", "rounds", "seed", "lam"]
     assert stats.varied(runs) == ["row", "rounds", "lam"]
     assert stats.varied(runs[runs["row"] == "promptfl"]) == ["row"]
     lam = runs.query("row == 'pfedmoap, varied' and rounds == 6")
@@ -179,6 +179,7 @@ def test_what_a_frame_says_of_clients():
     runs = records.frame(store([content]))
     assert runs["row"].eq("promptfl").all() and runs["title"].eq("PromptFL").all()
     assert runs["domain"].tolist() == 2 * content["domains"]
+    assert runs["client_name"].tolist() == 2 * content["clients"]
     for found in content["rounds"]:
         lines = runs[runs["round"] == found["round"]].set_index("client")
         assert lines["accuracy"].tolist() == found["accuracy"]
@@ -188,8 +189,8 @@ def test_what_a_frame_says_of_clients():
     assert runs[runs["round"] == 0][["base", "novel", "target"]].isna().all(axis=None)
     last = runs[runs["round"] == 1]
     assert last["novel"].tolist() == content["rounds"][1]["elsewhere"]["novel"]
-    content["domains"] = None
-    assert records.frame(store([content]))["domain"].eq("").all()
+    content["domains"] = content["clients"] = []
+    assert records.frame(store([content]))[["domain", "client_name"]].eq("").all(axis=None)
 
 
 def test_a_method_of_ones_own_is_in_all_tables():
@@ -203,6 +204,56 @@ def test_a_method_of_ones_own_is_in_all_tables():
     assert tables.controls(runs) == ["control: majority"]
     ablation = tables.ablation(runs[runs["method"] == OWN], "rounds")
     assert tables.with_controls(ablation, runs).index.tolist() == ["6", "control: majority"]
+
+
+def test_a_byte_of_a_record_or_an_index_that_has_changed_is_noticed():
+    (path,) = store([record("promptfl", 1, n_rounds=1)])
+    records.save_index("10_table1", "mine", [path], ["a"])
+    (index,) = Path("results/runs").glob("*/mine.json")
+    whole = records.of_table("mine")
+    gen = np.random.default_rng(0)
+    for changed in (path, index):
+        content = changed.read_bytes()
+        for place in range(0, len(content), 3):
+            other = bytearray(content)
+            other[place] ^= 1 << gen.integers(8)
+            changed.write_bytes(other)
+            with contextlib.suppress(records.Damaged):  # a space may become another space
+                assert records.of_table("mine").equals(whole), place
+        for other in (b"", content[:-9], b"[" * 10**5, b"[1]", b"{}", b"\xff", b"1" * 5000):
+            changed.write_bytes(other)
+            with pytest.raises(records.Damaged, match=f"{changed} is damaged: .*`fpl sweep mine`"):
+                records.of_table("mine")
+        changed.write_bytes(content)
+
+
+def test_a_record_under_the_name_of_another_is_noticed():
+    one, other = store([record("promptfl", seed) for seed in (1, 2)])
+    one.write_bytes(other.read_bytes())
+    with pytest.raises(records.Damaged, match=f"{one} holds another run than its name says"):
+        records.frame([one, other])
+
+
+BUILT = {
+    "rounds": [None, 3, "x", [None], [{}], [{"accuracy": 1}]],
+    "settings": [],
+    "domains": [["photo"], 7],
+    "title": [],
+}
+
+
+@pytest.mark.parametrize("part", BUILT)
+def test_a_record_of_another_structure_is_refused_in_a_sentence(part):
+    content = record("promptfl", 1)
+    (path,) = store([content])
+    for value in BUILT[part]:
+        records.seal(content | {part: value}, path)
+        with pytest.raises(records.Damaged, match=f"{path} is not built as a record is"):
+            records.frame([path])
+    del content[part]
+    records.seal(content, path)
+    with pytest.raises(records.Damaged, match=str(path)):
+        records.frame([path])
 
 
 def test_a_table_is_found_in_the_folder_of_its_notebook():

@@ -3,6 +3,7 @@ a seed says which."""
 
 import dataclasses
 import functools
+import tracemalloc
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 
 from fpl.data import partitions
 from fpl.data.partitions import Partition
+from fpl.released import splits
 
 PAPER = {
     "the demo world": (48, 10, [5] * 9 + [3]),
@@ -397,6 +399,42 @@ def test_a_column_names_the_clients():
         np.bincount(labels[own]).max() <= 2 and set(own) <= set(whole)
         for own, whole in zip(few, train, strict=True)
     )
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["1", "2", "10", "11"],
+        ["-3", "0.5", "2", "10.25"],
+        ["hospital 2", "hospital 10", "ward 1b", "ward 12a"],
+        ["2 north", "10", "north"],
+        ["01", "1", "1x"],
+    ],
+)
+def test_clients_stand_in_the_order_in_which_people_count(names):
+    labels = np.zeros(2 * len(names), int)
+    split = np.array(["train", "test"] * len(names), object)
+    client = np.repeat(np.array(names[::-1], object), 2)
+    partition = Partition("column", clients=len(names), shots=0)
+    assert partitions.client_names(partition, labels, None, client) == names
+    train, test = partitions.make(partition, labels, split, 1, client=client)
+    assert [client[own].tolist() for own in train] == [[name] for name in names]
+    assert [client[own].tolist() for own in test] == [[name] for name in names]
+
+
+@pytest.mark.parametrize("form", ["ours", "released"])
+def test_many_clients_with_many_classes_take_no_more_than_their_images(form):
+    """A table of all clients and classes alone would have 16 million entries."""
+    labels = np.repeat(np.arange(4_000), 2)
+    split = np.array(["train", "test"] * 4_000, object)
+    partition = Partition("pathological", 2_000, shots=1, form=form)
+    make = splits.make if form == "released" else partitions.make
+    tracemalloc.start()
+    train, test = make(partition, labels, split, 1)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sorted(np.concatenate(train + test)) == list(range(8_000))
+    assert most < 2**22
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ LISTS = {
         LONGEST,
     ],
     "one class": ["cat"],
-    "prefixes": ["ice cream", "ice", "ice cream van", "ice hockey", "cream", "ice cream"],
+    "prefixes": ["ice cream", "ice", "ice cream van", "ice hockey", "cream"],
     "many groups": [
         f"{a} {b} {c}" for a in ("ice", "cream") for b in ("cat", "dog", "bus") for c in range(20)
     ],

@@ -81,7 +81,7 @@ def build(kind: type[T], content: dict[str, Any], path: Path) -> T:
         raise ValueError(f"{path}, {name}: {problem}") from None
 
 
-def runs(results: str | Path = "results") -> DataFrame:
+def runs(results: str | Path | None = None) -> DataFrame:
     """Return the runs of all tables of the ledger, each of whose labels is that of one row."""
     found = [records.of_table(name, results) for name in TABLES]
     return pd.concat(found, ignore_index=True)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import os
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +18,13 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from fpl.data import pictures
 from fpl.data.files import atomic_write, sha256
 
 COLUMNS = ("path", "label", "class", "split", "domain")
 SPLITS = ("train", "val", "test")
+SOURCE = "source.json"  # beside a manifest: what it was made from
+UNWRITABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # controls, and bytes of no text
 
 
 class Row(NamedTuple):
@@ -47,6 +52,8 @@ class Manifest:
     classes: the class names in the order of the labels
     sha256: hash of the CSV file
     skipped: paths of images that the CSV file lists and `rows` lacks, as they cannot be read
+    name: of the data set, if it is not that of the folder
+    upright: whether images are turned as their EXIF tag says, see fpl.data.pictures
     """
 
     folder: Path
@@ -54,6 +61,8 @@ class Manifest:
     classes: list[str]
     sha256: str
     skipped: tuple[str, ...] = ()
+    name: str = ""
+    upright: bool = False
 
     def without(self, paths: Collection[str]) -> Manifest:
         """The same manifest without some of its images."""
@@ -62,17 +71,46 @@ class Manifest:
         return replace(self, rows=rows, skipped=tuple(sorted(left_out)))
 
 
-def read_table(path: Path, optional: Collection[str] = ()) -> tuple[set[str], list[dict[str, str]]]:
-    """Read the columns and the rows of a CSV file.
+def text_of(path: Path, most: int = pictures.SIZE) -> str:
+    """Read a list in a text file of at most so many bytes.
 
-    Raises ValueError naming the line for a row with more values than columns, or fewer unless only
-    `optional` ones are missing.
+    Raises OSError for one that cannot be opened, and ValueError naming it for one that is not in
+    UTF-8, has a NUL character, is too large or no file.
     """
-    with path.open(newline="", encoding="utf-8-sig") as f:  # -sig: spreadsheets put a mark in front
-        reader = csv.DictReader(f)
-        columns = reader.fieldnames or []
-        rows = list(reader)
-    for line, row in enumerate(rows, start=2):
+    try:
+        # -sig: spreadsheets put a mark in front
+        text = pictures.content(path, most).decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(
+            f"{path} is not in UTF-8 from byte {e.start} on: save it in that encoding"
+        ) from None
+    except ValueError as e:
+        raise ValueError(f"{path} is not read: {e}") from None
+    if "\0" in text:
+        raise ValueError(f"{path} has a NUL character, as UTF-16 has: save it as text in UTF-8")
+    return text
+
+
+def read_table(
+    path: Path, optional: Collection[str] = ()
+) -> tuple[set[str], dict[int, dict[str, str]]]:
+    """Read the columns of a CSV file, and its rows by the number of the line on which each ends.
+
+    Raises ValueError naming the line for what is no CSV, and for a row with more values than
+    columns, or fewer unless only `optional` ones are missing.
+    """
+    reader = csv.DictReader(io.StringIO(text_of(path), newline=""), strict=True)
+    try:
+        columns = list(reader.fieldnames or [])
+        numbered = ((reader.line_num, row) for row in reader)
+        rows = dict(numbered)
+    except csv.Error as e:
+        raise ValueError(
+            f"{path}, line {reader.reader.line_num}: {e}: is a quotation mark missing above?"
+        ) from None
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"{path} names a column twice ({', '.join(columns)}): take one away")
+    for line, row in rows.items():
         absent = {column for column, value in row.items() if value is None}
         if None in row or absent - set(optional):
             raise ValueError(
@@ -80,6 +118,10 @@ def read_table(path: Path, optional: Collection[str] = ()) -> tuple[set[str], li
                 f"not {list(row.values())}"
             )
     return set(columns), rows
+
+
+def is_label(text: str) -> bool:
+    return text.isdecimal() and len(text) < 10
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -95,9 +137,9 @@ def read_manifest(path: Path) -> Manifest:
     if not rows:
         raise ValueError(f"{path} lists no images")
     names: dict[int, str] = {}
-    for line, row in enumerate(rows, start=2):
+    for line, row in rows.items():
         label, name = row["label"], row["class"]
-        if not label.isdecimal():
+        if not is_label(label):
             raise ValueError(f"{path}, line {line}: a label is 0, 1, .., not {label!r}")
         above = names.setdefault(int(label), name)
         if above != name:
@@ -109,15 +151,16 @@ def read_manifest(path: Path) -> Manifest:
         raise ValueError(
             f"{path}: labels must be 0 .. {len(names) - 1} without gaps, found {labels}"
         )
-    return Manifest(path.parent, rows, [names[label] for label in labels], sha256(path))
+    classes = [names[label] for label in labels]
+    return Manifest(path.parent, [*rows.values()], classes, sha256(path))
 
 
 def assemble(folder: Path, rows: list[Row], inside: bool = True) -> Manifest:
     """Make a manifest of what a reader found; its hash is that of the file in `folder`, if written.
 
     Labels close up to 0, 1, .. and class names get spaces for underscores. Raises ValueError for no
-    rows, for a label with two class names and, if all images must be `inside` the folder, for a
-    path that leads out of it.
+    rows, for a label with two class names, for two labels with the same, for names that no file can
+    hold and, if all images must be `inside` the folder, for a path that leads out of it.
     """
     if not rows:
         raise ValueError("they name no images")
@@ -130,12 +173,23 @@ def assemble(folder: Path, rows: list[Row], inside: bool = True) -> Manifest:
             )
         if inside and (row.path.startswith("/") or ".." in row.path.split("/")):
             raise ValueError(f"the path {row.path!r} leads out of the folder")
-    labels = sorted(names)
+    labels = {old: new for new, old in enumerate(sorted(names))}
     classes = [names[label].replace("_", " ") for label in labels]
+    first: dict[str, int] = {}
+    for label, name in zip(labels, classes):
+        other = first.setdefault(name, label)
+        if other != label:
+            raise ValueError(
+                f"the classes {names[other]!r} and {names[label]!r} are both {name!r} in prompts: "
+                "give them one name, or different words"
+            )
     entries = []
     for row in rows:
-        label = labels.index(row.label)
+        label = labels[row.label]
         values = (row.path, str(label), classes[label], row.split, row.domain)
+        for text in (*values, row.client):
+            if UNWRITABLE.search(text):
+                raise ValueError(f"{text!a} has characters that are not printed: rename it")
         client = {"client": row.client} if row.client else {}
         entries.append(dict(zip(COLUMNS, values)) | client)
     return Manifest(folder, entries, classes, hashlib.sha256(as_csv(entries)).hexdigest())
@@ -153,7 +207,8 @@ def write_manifest(manifest: Manifest, path: Path | None = None) -> Path:
     its hash is another.
     """
     path = path or manifest.folder / "manifest.csv"
-    away = os.path.relpath(manifest.folder, path.parent)
+    # `..` leads out of where a link leads to
+    away = os.path.relpath(manifest.folder.resolve(), path.parent.resolve())
     rows = manifest.rows
     if away != ".":
         rows = [row | {"path": os.path.join(away, row["path"])} for row in rows]

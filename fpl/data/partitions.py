@@ -7,21 +7,24 @@ code are in `fpl.released.splits`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy import ndarray
 from numpy.random import Generator
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 Indices = list[ndarray]  # one integer array per client
 # (2, n, c) training and test images of each client and class; (2, c) of all clients together
 Counts = ndarray
-Dealt = tuple[Counts, ndarray]  # counts of each client, and the order in which classes come
+# counts of each client, or (2, c) the one client that has all of a class; and the classes' order
+Dealt = tuple[Counts, ndarray]
 
 ELSEWHERE = ("base", "novel", "target")  # what clients may be tested on, see `elsewhere`
+NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]+)?")
 DRAWS = 100  # of all clients together, until each has min_size images
 # of CIFAR-100, whose classes are numbered in alphabetical order
 SUPERCLASSES = np.loadtxt(
@@ -78,12 +81,12 @@ class Partition:
     )
     clients: PositiveInt = 10
     shots: NonNegativeInt = 16
-    concentration: PositiveFloat = 0.5
+    concentration: Annotated[FiniteFloat, Field(gt=0)] = 0.5
     min_size: PositiveInt = 2
     form: Literal["ours", "released"] = "ours"
     loader: Literal["right", "mismatched", "misnamed", "both"] = "right"
-    split_seed: int = 0
-    shot_seed: int = 0
+    split_seed: NonNegativeInt = 0
+    shot_seed: NonNegativeInt = 0
     classes: Literal["all", "base"] = "all"
     held_out: str = ""
 
@@ -114,7 +117,7 @@ def make(
     labels, split ("train" or "test"), domain, client: one per image.
     domain: needed by kind "domain", which is Dirichlet in each; clients of the first, in
         alphabetical order, come first.
-    client: needed by kind "column"; clients come in the order of their names.
+    client: needed by kind "column"; clients come in the order of `in_order`.
 
     Raises ValueError when the images cannot be dealt as asked.
     """
@@ -129,21 +132,17 @@ def make(
     train: Indices = []
     test: Indices = []
     for group in separate:
-        of_class = [group & (labels == c) for c in range(n_cls)]
-        for_training = [
-            shots_rng.permutation(np.flatnonzero(c & (split == "train"))) for c in of_class
+        parts = [group[split[group] == name] for name in ("train", "test")]
+        counts = np.array([np.bincount(labels[part], minlength=n_cls) for part in parts])
+        pools = [
+            {c: rng.permutation(images) for c, images in of_each_class(part, labels).items()}
+            for part, rng in zip(parts, (shots_rng, test_rng), strict=True)
         ]
-        for_testing = [
-            test_rng.permutation(np.flatnonzero(c & (split == "test"))) for c in of_class
-        ]
-        counts = np.array([[len(c) for c in pools] for pools in (for_training, for_testing)])
         dealt, order = DEALERS[partition.kind](partition, counts, n, classes_rng)
-        train_parts = cut(for_training, dealt[0])
-        test_parts = cut(for_testing, dealt[1])
-        for i in range(n):
-            few = [np.sort(train_parts[c][i][: partition.shots or None]) for c in order]
-            train.append(np.concatenate(few))
-            test.append(np.sort(np.concatenate([parts[i] for parts in test_parts])))
+        few = partition.shots or None
+        for own in handed_out(pools[0], dealt[0], order, n):
+            train.append(joined([np.sort(images[:few]) for images in own]))
+        test += [np.sort(joined(own)) for own in handed_out(pools[1], dealt[1], order, n)]
     return train, test
 
 
@@ -151,9 +150,34 @@ def stream(seed: int, name: str) -> Generator:
     return np.random.default_rng([seed, *name.encode()])
 
 
-def cut(pools: Sequence[ndarray], dealt: ndarray) -> list[Indices]:
-    """Cut the images of each class into `dealt` (n, c) images for each client."""
-    return [np.split(pool, np.cumsum(n)[:-1]) for pool, n in zip(pools, dealt.T, strict=True)]
+def of_each_class(images: ndarray, labels: ndarray) -> dict[int, ndarray]:
+    """Return the images of each class that has any, in the order of the classes."""
+    by_class = images[np.argsort(labels[images], kind="stable")]
+    classes, starts = np.unique(labels[by_class], return_index=True)
+    return dict(zip(classes.tolist(), np.split(by_class, starts[1:])))
+
+
+def handed_out(
+    pools: Mapping[int, ndarray], dealt: ndarray, order: ndarray, n: int
+) -> list[list[ndarray]]:
+    """Cut the images of each class as `dealt` says; a client gets its parts in `order`.
+
+    What nobody has takes no time: clients times classes may be far more than images.
+    """
+    found: list[list[ndarray]] = [[] for _ in range(n)]
+    for c in order[np.isin(order, [*pools])]:
+        if dealt.ndim == 1:
+            found[dealt[c]].append(pools[c])
+            continue
+        clients = np.flatnonzero(dealt[:, c])
+        parts = np.split(pools[c], np.cumsum(dealt[clients, c])[:-1])
+        for client, part in zip(clients, parts):
+            found[client].append(part)
+    return found
+
+
+def joined(parts: Sequence[ndarray]) -> ndarray:
+    return np.concatenate([np.array([], int), *parts])
 
 
 def n_base(labels: ndarray) -> int:
@@ -210,21 +234,22 @@ def is_target(partition: Partition, labels: ndarray, domain: ndarray | None) -> 
 
 def groups(
     partition: Partition, here: ndarray, domain: ndarray | None, client: ndarray | None = None
-) -> list[ndarray]:
-    """Mark the images of each group that is dealt for itself, of those that are `here`.
+) -> Indices:
+    """Number the images of each group that is dealt for itself, of those that are `here`.
 
     Raises ValueError without the column that says the groups, and for clients whose number does not
     fit theirs.
     """
+    images = np.flatnonzero(here)
     if partition.kind not in ("domain", "column"):
-        return [here]
+        return [images]
     what, column = ("domain", domain) if partition.kind == "domain" else ("client", client)
     if column is None:
         raise ValueError(
             f"the partition by {partition.kind} needs the {what} of each image: "
             f"give the manifest a column {what}"
         )
-    names = np.unique(column[here])
+    names, places = np.unique(column[here], return_inverse=True)
     n = len(names)
     if what == "client" and n != partition.clients:
         raise ValueError(
@@ -236,7 +261,35 @@ def groups(
             f"{partition.clients} clients cannot be shared evenly by {n} domains: "
             f"use a multiple of {n}"
         )
-    return [(column == name) & here for name in names]
+    ends = np.cumsum(np.bincount(places))[:-1]
+    found = np.split(images[np.argsort(places, kind="stable")], ends)
+    if what == "client":
+        of_name = dict(zip(names.tolist(), found, strict=True))
+        return [of_name[name] for name in in_order(of_name)]
+    return found
+
+
+def client_names(
+    partition: Partition, labels: ndarray, domain: ndarray | None, client: ndarray | None
+) -> list[str]:
+    """Name the clients of kind "column" as the column does, in their order; of others nothing."""
+    if partition.kind != "column" or client is None:
+        return []
+    here = is_base(partition, labels) & ~is_target(partition, labels, domain)
+    return in_order(np.unique(client[here]).tolist())
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Sort names as people count: as numbers where all are; else "site 2" before "site 10"."""
+    names = [*names]
+    if all(NUMBER.fullmatch(name) for name in names):
+        return sorted(names, key=lambda name: (float(name), name))
+
+    def natural(name: str) -> list:
+        words = re.split("([0-9]+)", name)
+        return [int(word[:99]) if i % 2 else word for i, word in enumerate(words)]
+
+    return sorted(names, key=lambda name: (natural(name), name))
 
 
 def column(partition: Partition, counts: Counts, n: int, rng: Generator) -> Dealt:
@@ -266,8 +319,9 @@ def disjoint(partition: Partition, counts: Counts, n: int, rng: Generator) -> De
         blocks = np.array_split(classes, n)
     else:
         blocks = np.split(classes, np.arange(1, n) * round(n_cls / n))
-    owns = np.array([np.isin(np.arange(counts.shape[1]), block) for block in blocks])
-    return counts[:, None] * owns, classes
+    owner = np.zeros(counts.shape[1], int)
+    owner[classes] = np.repeat(np.arange(n), [len(block) for block in blocks])
+    return np.array([owner, owner]), classes
 
 
 def dirichlet(partition: Partition, counts: Counts, n: int, rng: Generator) -> Dealt:
@@ -296,14 +350,17 @@ def draw_shares(partition: Partition, counts: Counts, n: int, rng: Generator) ->
     if n == 1:  # the rule would keep from the one client what follows its last training image
         return counts[:, None]
     dealt = np.zeros((2, n, counts.shape[1]), int)
+    had = np.zeros(n, int)  # training images
+    total = counts[0].sum()
     for c in np.flatnonzero(counts.any(0)):
-        may_take = dealt[0].sum(1) * n < counts[0].sum()
+        may_take = had * n < total
         shares = rng.dirichlet(np.full(n, partition.concentration)) * may_take
         if not shares.sum() > 0:
             return None
         ends = np.outer(counts[:, c], np.cumsum(shares) / shares.sum())
         # rounded down, the last client would get one in spite of a share of 0
         dealt[:, :, c] = np.diff(np.rint(ends), prepend=0)
+        had += dealt[0, :, c]
     return dealt
 
 

@@ -114,6 +114,14 @@ def domains_of(experiment: Experiment) -> list[str]:
     return np.repeat(names, of_each).tolist()
 
 
+def clients_of(experiment: Experiment) -> list[str]:
+    """Return the names of clients that the column client names; of others nothing."""
+    source = experiment.source
+    _, feats = load_cached(source.data, source.backbone, device())
+    labels = feats.labels.cpu().numpy()
+    return partitions.client_names(experiment.partition, labels, feats.domain, feats.client)
+
+
 def rounds_of(experiment: Experiment) -> Iterator[Round]:
     """Yield the rounds of an experiment as they finish; in a notebook, a way to watch one."""
     clients = make_clients(experiment, device())

@@ -16,11 +16,13 @@ from pandas import DataFrame, Series
 from fpl.data import world
 from fpl.data.datasets import DATASETS
 from fpl.data.files import ROOT, atomic_write
+from fpl.data.text import cell, markdown
+from fpl.experiments.places import results
 from fpl.experiments.stats import by_seed, last_round, over_seeds, paired, reporting_rule, spread
 
 Make = Callable[..., DataFrame]
 Keys = str | Sequence[str]  # a column, or several
-TABLES = Path("results/tables")
+TABLES = results() / "tables"
 PAPER = "pFedMoAP (ICLR 2025, 2410.10114)"
 BESIDE = "paper, mean of 5 data sets"
 PRINTED = {key: dataset.title for key, dataset in DATASETS.items()}
@@ -41,6 +43,10 @@ NOTE_REAL = (
     f"{reporting_rule()} The column `paper`, where there is one, has the paper's mean on the same "
     "data. `up` and `down` are the numbers that a participating client sends and receives in the "
     "last round; their bytes are those of single precision."
+)
+NOTE_OWN = (
+    "which no paper has: no value can be compared with a paper's, whose column, where there is "
+    f"one, is of other images. {reporting_rule()}"
 )
 NOTE_DEMO = (
     "The images are drawn and the CLIP is a small one, so no value can be compared with the "
@@ -76,8 +82,13 @@ NOTE_LEDGER_ITEMS = (
 
 
 def note(runs: DataFrame, drawn: str) -> str:
-    """Return the sentences above a table: `drawn` for runs on drawn images, else NOTE_REAL."""
-    return NOTE_REAL if runs["images"].isin(PRINTED).any() else drawn
+    """Return the sentences above a table: `drawn` for runs on drawn images, else what is true."""
+    if runs["images"].isin(PRINTED).any():
+        return NOTE_REAL
+    if runs["images"].isin(world.WORLDS).all():
+        return drawn
+    names = ", ".join(map(cell, runs["data"].unique()))
+    return f"The images are those of {names}, {NOTE_OWN}"
 
 
 def titles(runs: DataFrame) -> dict[str, str]:
@@ -358,6 +369,6 @@ def save(table: DataFrame, name: str, folder: Path = TABLES, note: str = "") -> 
     for column in DECIMALS.intersection(shown):
         if shown[column].dtype == float:
             shown[column] = shown[column].map("{:.2f}".format, na_action="ignore")
-    text = shown.fillna("").to_markdown(index=False, disable_numparse=True)
+    text = markdown(shown.fillna(""), disable_numparse=True)
     with atomic_write(folder / f"{name}.md") as temporary:
         temporary.write_text(f"{note}\n\n{text}\n".lstrip())

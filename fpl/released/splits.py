@@ -18,7 +18,7 @@ import numpy as np
 from numpy import ndarray
 from numpy.random import RandomState
 
-from fpl.data.partitions import SUPERCLASSES, Indices, Partition, groups
+from fpl.data.partitions import SUPERCLASSES, Indices, Partition, groups, of_each_class
 
 Lists = tuple[ndarray, ndarray]  # classes of the training images and of the test images
 Parts = tuple[Indices, Indices]  # of each client, places in these two lists
@@ -50,7 +50,7 @@ def make(
     train: Indices = []
     test: Indices = []
     for group in separate:
-        places = [np.flatnonzero(group & (split == name)) for name in ("train", "test")]
+        places = [group[split[group] == name] for name in ("train", "test")]
         lists = (labels[places[0]], labels[places[1]])
         if by_shots:
             parts = pathological(lists, n, shots, iid=kind == "iid")
@@ -156,6 +156,7 @@ def few_shot(
     classes are shared and a class has too few images: the release fails there too.
     """
     images_of = by_class(labels)
+    place = dict(zip(images_of, range(len(images_of))))
     of_shared = max(shots // len(classes), 1)
     wanted = {label: of_shared if label in shared else shots for label in images_of}
     short = [label for label, images in images_of.items() if len(images) < wanted[label]]
@@ -167,9 +168,10 @@ def few_shot(
     parts = []
     for own in classes:
         found = []
-        for label, images in images_of.items():
-            if label in own:
-                found += images if label in short else draw.sample(images, wanted[label])
+        for label in sorted(place.keys() & own, key=place.__getitem__):
+            images = images_of[label]
+            number = wanted[label]
+            found += images if len(images) < number else draw.sample(images, number)
         parts.append(np.array(found, int))
     return parts
 
@@ -188,15 +190,15 @@ def whole(
     rounds up the last clients get less.
     """
     images_of = by_class(labels)
+    place = dict(zip(images_of, range(len(images_of))))
     mixed = {label: list(images) for label, images in images_of.items()}
     for images in mixed.values():
         draw.shuffle(images)
     parts = []
     for client, own in enumerate(classes):
         found = []
-        for label, images in images_of.items():
-            if label not in own:
-                continue
+        for label in sorted(place.keys() & own, key=place.__getitem__):
+            images = images_of[label]
             if iid or label in shared:
                 size = round(len(images) / len(classes))
                 images = sorted(mixed[label][client * size : (client + 1) * size])
@@ -207,9 +209,8 @@ def whole(
 
 def by_class(labels: ndarray) -> dict[int, list[int]]:
     """List the images of each class, classes in the order of their first appearance."""
-    return {
-        label: np.flatnonzero(labels == label).tolist() for label in dict.fromkeys(labels.tolist())
-    }
+    found = of_each_class(np.arange(len(labels)), labels)
+    return {label: found[label].tolist() for label in dict.fromkeys(labels.tolist())}
 
 
 def label_dirichlet(

@@ -19,10 +19,11 @@ from tqdm.auto import tqdm
 
 from fpl.data import pickled
 from fpl.data.files import atomic_write, sha256
-from fpl.data.manifest import SPLITS, Row
+from fpl.data.manifest import SPLITS, Row, text_of
+from fpl.data.pictures import SUFFIXES
 
 Rows = Iterable[Row]
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"}
+JSON = 2**25  # bytes of a JSON file, which takes twenty times the memory; CoOp's have up to 2**23
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def coop(lists: str, images: str, train: int, test: int) -> Layout:
     """CoOp's JSON {"train" | "val" | "test": [[path under `images`, label, class name], ..]}."""
 
     def read(folder: Path, domain: str) -> Rows:
-        content = json.loads((folder / lists).read_text())
+        content = json_of(folder / lists)
         for split in SPLITS:
             for path, label, name in content[split]:
                 yield Row(f"{images}/{path}", int(label), name, split)
@@ -191,20 +192,34 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
     from PIL import Image
 
     if not path.exists():
-        with atomic_write(path) as temporary:
+        with atomic_write(path, one_of_many=True) as temporary:
             Image.fromarray(pixels).save(temporary, format="PNG")
 
 
 def lines(path: Path) -> list[str]:
     """The lines of a text file that are not empty."""
-    return [line for line in path.read_text().splitlines() if line.strip()]
+    return [line for line in text_of(path).splitlines() if line.strip()]
+
+
+def json_of(path: Path) -> Any:
+    """What a JSON file holds. Raises as `text_of` does, and ValueError naming one that is none."""
+    text = text_of(path, JSON)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is no JSON that is read: {e}") from None
+
+
+def files_in(folder: Path, depth: int) -> list[Path]:
+    """Files `depth` levels down, relative to the folder, sorted, without hidden ones."""
+    found = folder.glob("/".join("*" * depth))
+    files = [path.relative_to(folder) for path in found if not path.is_dir()]
+    return sorted(path for path in files if "/." not in f"/{path}")
 
 
 def images_in(folder: Path, depth: int) -> list[Path]:
-    """Image files `depth` levels down, relative to the folder, sorted, without hidden ones."""
-    found = folder.glob("/".join("*" * depth))
-    images = [path.relative_to(folder) for path in found if path.suffix.lower() in SUFFIXES]
-    return sorted(path for path in images if "/." not in f"/{path}")
+    """Those of them that are called as images are."""
+    return [path for path in files_in(folder, depth) if path.suffix.lower() in SUFFIXES]
 
 
 def deal(rows: list[Row], counts: Mapping[str, np.ndarray], stream: str) -> Rows:
