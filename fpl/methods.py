@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -228,7 +228,7 @@ class FedProx(PromptFL):
     title = "Prompt+FedProx"
     source = "Li et al., 2020, on PromptFL"
     degenerate = (({"mu": 0}, PromptFL),)
-    mu: FiniteFloat = 0.5
+    mu: NonNegativeFloat = 0.5
 
     def context(self, text: PromptTree, down, client_ids, clients: Clients):
         return {"download": down["ctx"]}
@@ -261,7 +261,7 @@ class FedAMP(PromptFL):
     title = "Prompt+FedAMP"
     source = "Huang et al., AAAI 2021, on PromptFL"
     degenerate = (({"attraction": 0}, CoOp),)
-    attraction: FiniteFloat = 1.0
+    attraction: NonNegativeFloat = 1.0
     step: PositiveFloat = 1.0
 
     def download(self, server, client_ids, clients: Clients):
@@ -312,8 +312,8 @@ class PFedPrompt(PromptFL):
     source = "Guo et al., WWW 2023"
     degenerate = (({"blend": 0}, PromptFL),)
     transfers = False
-    blend: FiniteFloat = 1.0
-    beta: FiniteFloat = 5.5
+    blend: NonNegativeFloat = 1.0
+    beta: NonNegativeFloat = 5.5
     memory: Literal["test", "always"] = "test"
 
     def context(self, text: PromptTree, down, client_ids, clients: Clients):
@@ -356,7 +356,7 @@ class FedOTP(PromptFL):
     source = "Li et al., CVPR 2024"
     inputs = "patches"
     # below 0.003, exp(-2 / eps) is 0 in double precision
-    eps: Annotated[FiniteFloat, Field(ge=0.003)] = 0.1
+    eps: Annotated[float, Field(ge=0.003)] = 0.1
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.8
     transport: Literal["unbalanced", "balanced"] = "unbalanced"
 
@@ -401,7 +401,7 @@ class FedPGP(PromptFL):
     source = "Cui et al., ICML 2024"
     degenerate = (({"rank": 0, "mu": 0}, PromptFL),)
     rank: NonNegativeInt = 8
-    mu: FiniteFloat = 0.5
+    mu: NonNegativeFloat = 0.5
     tau: PositiveFloat = 0.5
     anchor: str = "a photo of a {}."
 
@@ -472,10 +472,10 @@ class PFedMoAP(PromptFL):
     idle = ("gate_bk", "gate_bv", "gate_bo")  # equal for all experts, or for all classes
     degenerate = (({"n_experts": 0, "tested": "after"}, PromptFL),)
     n_experts: NonNegativeInt = 9
-    lam: FiniteFloat = 0.5
+    lam: NonNegativeFloat = 0.5
     d_gate: PositiveInt = 128
     heads: PositiveInt = 8
-    gate_scale: FiniteFloat = 10.0
+    gate_scale: NonNegativeFloat = 10.0
     choice: Literal["knn", "cosine", "random", "same", "fixed", "oracle"] = "knn"
     mixing: gate.Mixing = "attention"
     gate_kept: Literal["private", "aggregated"] = "private"

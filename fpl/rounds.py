@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Int
-from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
@@ -55,10 +55,10 @@ class Training:
     rounds: PositiveInt = 10
     local_epochs: PositiveInt = 5
     batch_size: PositiveInt = 16
-    lr: FiniteFloat = 0.002
-    gate_lr: FiniteFloat = 0.01
-    momentum: FiniteFloat = 0.9
-    weight_decay: FiniteFloat = 5e-4
+    lr: NonNegativeFloat = 0.002
+    gate_lr: NonNegativeFloat = 0.01
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NonNegativeFloat = 5e-4
     schedule: Literal["constant", "cosine", "zigzag"] = "constant"
     optimiser: Literal["fresh", "shared"] = "fresh"
     participation: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -67,7 +67,7 @@ class Training:
     precision: Precision = "single"
     epsilon: Annotated[float, Field(ge=0, le=privacy.LARGEST)] = 0.0
     delta: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    clip: Annotated[FiniteFloat, Field(gt=0)] = 0.4
+    clip: PositiveFloat = 0.4
 
     def participants(self, n: int) -> int:
         """Return how many of n clients take part in a round."""

@@ -8,9 +8,10 @@ import h5py
 import pytest
 import torch
 import yaml
-from helpers import BACKBONE, DATA, PARAMS, Here, build, python, standing_in, store_clip
+from helpers import BACKBONE, DATA, PARAMS, ROOT, Here, build, python, standing_in, store_clip
 
 from fpl import cli
+from fpl.cli import repro
 from fpl.data import encoders as clips
 from fpl.data import features
 from fpl.data.manifest import read_manifest
@@ -81,6 +82,7 @@ def stored_features(change):
         with h5py.File("changed.h5", "r+") as f:
             change(f)
             f.attrs["sha256"] = features.digest(f)
+        features.seal(Path("changed.h5"))
         features.load(Path("changed.h5"))
 
     return call
@@ -209,7 +211,7 @@ CASES = {  # what is wrong -> who notices, and what the sentence must contain
     ),
     "one word of several vectors": (
         run("pfedmoap_oneword", n_ctx=4, n_experts=1, d_gate=16, heads=4),
-        "pfedmoap_oneword.n_ctx must be 1, not 4",
+        "pfedmoap_oneword.n_ctx must be less than or equal to 1, not 4",
     ),
     "a negative time of fine-tuning": (
         run("finetuned", tune_epochs=-1),
@@ -389,6 +391,32 @@ COMMANDS = {
         "fpl run: promptfl.n_ctx must be of type int, not 'some'",
     ),
     "seed of the wrong type": (["run", "promptfl", "seed=one"], "fpl run: ", "seed"),
+    "several seeds": (["run", "promptfl", "seed=1:3"], "fpl run: seed must be", "`fpl sweep`"),
+    "several values": (
+        ["run", "promptfl", "rounds=1,5", "lam=1"],
+        "fpl run: unknown parameter of promptfl 'lam'",
+    ),
+    "a range where one value is asked": (
+        ["run", "promptfl", "rounds=1:5"],
+        "fpl run: promptfl.rounds must be of type int, not '1:5'; `fpl sweep` takes lists",
+    ),
+    "a setting twice": (["run", "promptfl", "lr=1", "--fresh", "lr=0.1"], "lr is given twice"),
+    "a setting of the file twice": (
+        ["sweep", "--set", "run.lr=1", "--set", "run.lr=2"],
+        "fpl sweep: run.lr is given twice",
+    ),
+    "a notebook's parameter twice": (
+        ["notebook", "x.ipynb", "-p", "seed", "1", "-p", "seed", "2"],
+        "fpl notebook: seed is given twice",
+    ),
+    "far too many runs": (
+        ["sweep", "promptfl", "lr=0:1:0.001", "momentum=0:0.9:0.01"],
+        "fpl sweep: promptfl asks for 273273 combinations",
+    ),
+    "a settings file that is a folder": (
+        ["sweep", "--params", "nowhere"],
+        "fpl sweep: nowhere is no file of settings",
+    ),
     "experts": (["run", "pfedmoap", "n_experts=4"], "fpl run: n_experts 4"),
     "partition": (["run", "promptfl", "clients=49"], "fpl run: 49 clients cannot share 48 classes"),
     "no settings file": (
@@ -447,13 +475,38 @@ def test_a_command_ends_with_the_sentence(case, commands):
     is_one_sentence(end.value.code, parts)
 
 
-@pytest.mark.parametrize("case", ["unknown method", "no weights"])
-def test_a_process_exits_with_1_and_the_sentence_on_stderr(case, world, commands):
-    arguments, *parts = COMMANDS[case]
+def test_a_process_exits_with_1_and_the_sentence_on_stderr(world, commands):
+    arguments, *parts = COMMANDS["no weights"]
     process = python(world, "-m", "fpl.cli", *arguments)
     out, err = process.communicate()
     assert process.returncode == 1 and out == "" and "Traceback" not in err
     is_one_sentence(err.strip().splitlines()[-1], parts)
+
+
+NEED_A_PROFILE = ["features", "run promptfl", "sweep", "plan", "report", "accept", "repro"]
+
+
+@pytest.mark.parametrize("line", [*NEED_A_PROFILE, "notebook x.ipynb"])
+def test_outside_a_profile_a_command_says_where_it_looked_and_leaves_nothing(
+    line, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        cli.main(line.split())
+    is_one_sentence(end.value.code, ["no params.yaml", str(tmp_path), "go to the project's folder"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_stages_of_other_data_sets_are_refused_before_anything_is_removed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "dvc.yaml", "dvc.yaml")
+    Path("params.yaml").write_text("data: {name: own, root: photos}\n")
+    monkeypatch.setattr(repro.subprocess, "run", lambda *args, **named: pytest.fail("DVC ran"))
+    with pytest.raises(SystemExit) as end:
+        cli.main(["repro"])
+    is_one_sentence(end.value.code, ["demo's", "shapes", "data.name", "`fpl features`"])
+    shutil.copy(ROOT / "params.yaml", "params.yaml")
+    repro.check_data()
 
 
 OWN = """

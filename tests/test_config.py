@@ -6,11 +6,14 @@ Every one of them reaches what it names, and the record that is found by it.
 import copy
 import dataclasses
 import itertools
+import os
+from pathlib import Path
 
 import pytest
 import yaml
-from helpers import OTHER, ROOT
+from helpers import OTHER, ROOT, refuses
 
+from fpl import cli
 from fpl.controls import CONTROLS
 from fpl.experiments import settings, values
 from fpl.methods import METHODS
@@ -134,9 +137,10 @@ def test_a_data_set_differs_from_the_file_where_it_says_so(tmp_path):
 
 
 LISTS = {
-    "3": [3],
-    "0,1,.5": [0, 1, 0.5],
+    "3": ["3"],
+    "0, 1,.5": ["0", "1", ".5"],
     "knn,random": ["knn", "random"],
+    "a: b": ["a: b"],
     "1:3": [1, 2, 3],
     "0:1:0.5": [0, 0.5, 1],
 }
@@ -147,8 +151,10 @@ def test_lists_and_ranges(text):
     assert values.several(text, "x") == LISTS[text]
 
 
-@pytest.mark.parametrize("text", ["3:1", "1:2:0", "a:b", "1:3:-1"])
-def test_a_range_without_values_is_refused(text):
+@pytest.mark.parametrize(
+    "text", ["3:1", "1:2:0", "1:3:-1", "0:1e9", "0:1:1e-9", "1:2:3x", "1:2:1e999"]
+)
+def test_a_range_without_values_or_with_too_many_is_refused(text):
     with pytest.raises(ValueError, match="^x"):
         values.several(text, "x")
 
@@ -231,13 +237,202 @@ def test_a_wrong_type_is_refused(way, value, named, tmp_path):
     assert named in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["a: [", "run: {rounds: 1", "just a word", "[1, 2]"])
-def test_a_file_that_is_no_mapping_is_refused_by_name(text, tmp_path):
+LAUGHS = "seeds:\n- &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"- &a{i} [{','.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 8)
+)
+MERGES = "m0: &m0 {a: 1}\n" + "".join(
+    f"m{i}: &m{i} {{<<: [{','.join([f'*m{i - 1}'] * 10)}]}}\n" for i in range(1, 9)
+)
+HUNDRED = "[" + ",".join(["1"] * 100) + "]"
+NO_SETTINGS = {
+    "open list": ("a: [", "line 1"),
+    "open mapping": ("run: {rounds: 1", "line 1"),
+    "a word": ("just a word", "dict"),
+    "a list": ("[1, 2]", "dict"),
+    "nothing": ("", "empty"),
+    "comments only": ("# run: {}\n", "empty"),
+    "another encoding": ("results: é".encode("latin-1"), "utf-8"),
+    "a key twice": ("run: {rounds: 5, rounds: 7}", "'rounds'", "twice"),
+    "a section twice": ("run: {rounds: 5}\nrun: {lr: 0.1}", "'run'", "twice", "line 2"),
+    "a key twice beside a merge": ("run: {<<: {lr: 1}, lr: 2, lr: 3}", "'lr'", "twice"),
+    "a list as a name": ("[a]: 1", "a name must be text"),
+    "an object": ("run: !!python/object:os.system {}", "line 1"),
+    "a tag that does not fit": ("run: {lr: !!bool x}", "YAML"),
+    "400 digits": (f"run: {{rounds: {'9' * 400}}}", "20 digits"),
+    "aliases of aliases": (f"{LAUGHS}data: *a7", "100000 values"),
+    "merges of merges": (MERGES, "100000 values"),
+    "an alias of itself": ("seeds: &a [*a]", "100000 values"),
+    "too deep": ("seeds: " + "[" * 5000, "20 deep"),
+    "too long": ("seeds: [" + "1," * 60_000 + "1]", "100000 characters"),
+    "too many runs of a row": (
+        f"tables: {{b: {{t: {{rows: [fedprox], vary: {{lr: &l {HUNDRED}, mu: *l, shots: *l}}}}}}}}",
+        "1000000 combinations",
+    ),
+    "over itself": ("over: params.yaml", "correct `over`"),
+    "a row that is a list": ("tables: {b: {t: {rows: [[a]]}}}", "tables.b.t.rows", "str"),
+    "a method of nothing": ("tables: {b: {t: {rows: {x: {method: null}}}}}", "rows.x.method"),
+    "a data set that is a list": ("tables: {b: {t: {data: [[a]]}}}", "tables.b.t.data", "str"),
+}
+
+
+@pytest.mark.parametrize("case", NO_SETTINGS)
+def test_a_file_that_is_no_mapping_or_far_too_much_is_refused_by_name(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content, *parts = NO_SETTINGS[case]
     path = tmp_path / "params.yaml"
-    path.write_text(text)
-    with pytest.raises(ValueError) as error:
-        settings.read(path)
-    assert str(path) in str(error.value)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    refuses(settings.read, parts)
+    if not case.startswith(("too many", "a row", "a method", "a data set")):
+        refuses(settings.read, ["params.yaml"])
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_a_folder_or_a_pipe_is_no_settings_file(make, tmp_path):
+    make(tmp_path / "params.yaml")
+    refuses(lambda: settings.read(tmp_path / "params.yaml"), ["params.yaml", "not a file"])
+
+
+WHOLE = {"010": 10, "1_000": 1000, "8.0": 8, "+5": 5}
+NO_WHOLE = ["1:30", "yes", "on", "0x", "2024-01-01", "1.5", "~", ".inf", "1e99", "[1]", "9" * 400]
+NO_NUMBER = ["1:30", ".nan", ".inf", "-.inf", "1e999", "yes", "0.1 0.2", "-0.1"]
+
+
+@pytest.fixture(params=["file", "option", "change"])
+def way(request, tmp_path, monkeypatch):
+    """A way in which a setting of section run may be given as text; returns the section."""
+    monkeypatch.chdir(tmp_path)
+
+    def given(key, text):
+        in_file = request.param == "file"
+        Path("params.yaml").write_text(f"run: {{{key}: {text}}}" if in_file else "seeds: [1]")
+        if request.param == "change":
+            return settings.read().experiment("promptfl", 1, **{key: text}).run
+        return settings.read(None, [] if in_file else [f"run.{key}={text}"]).run
+
+    return given
+
+
+@pytest.mark.parametrize("text", WHOLE)
+def test_a_number_is_what_people_mean_wherever_it_is_written(way, text):
+    found = way("rounds", text).rounds
+    assert found == WHOLE[text] and type(found) is int
+
+
+@pytest.mark.parametrize(
+    ("key", "text"), [("rounds", text) for text in NO_WHOLE] + [("lr", text) for text in NO_NUMBER]
+)
+def test_a_number_that_nobody_can_mean_is_refused_wherever_it_is_written(way, key, text):
+    refuses(lambda: way(key, text), [])
+
+
+NONSENSE = {
+    "promptfl": ["lr=-0.002", "gate_lr=-1", "momentum=1", "momentum=-0.1", "weight_decay=-1"]
+    + ["rounds=1000001", "local_epochs=1e9", "batch_size=99999999", "clients=1e12", "shots=1e7"]
+    + ["concentration=inf", "concentration=0", "split_seed=-1", "shot_seed=4294967296"]
+    + ["init_seed=-1", "epsilon=nan", "delta=nan", "clip=inf", "participation=nan"],
+    "pfedmoap": ["lam=-1", "lam=inf", "gate_scale=-1", "gate_scale=nan", "n_experts=1e8"],
+    "fedprox": ["mu=-5"],
+    "fedamp": ["attraction=-1", "step=inf", "step=0"],
+    "fedpgp": ["mu=-1", "tau=inf", "rank=10000000"],
+    "pfedprompt": ["blend=-1", "beta=-1"],
+    "fedotp": ["gamma=nan", "eps=inf"],
+    "ridge_own": ["alpha=inf", "alpha=-1", "alpha=nan"],
+}
+
+
+@pytest.mark.parametrize(
+    ("row", "change"), [(row, change) for row, changes in NONSENSE.items() for change in changes]
+)
+def test_a_setting_without_sense_is_refused_by_name(row, change):
+    name, _, text = change.partition("=")
+    refuses(lambda: PARAMS.experiment(row, 1, **{name: text}), [f"{row}.{name} must be "])
+    if text not in ("nan", "inf"):
+        refuses(lambda: PARAMS.experiment(row, 1, **{name: float(text)}), [f"{row}.{name} must"])
+
+
+@pytest.mark.parametrize("wrong", [True, None, "0x1", "1:3", "1,2", 1.5, [1, 2], -1, 2**32, "x"])
+def test_a_seed_is_checked_however_it_is_given(wrong):
+    refuses(lambda: PARAMS.experiment("promptfl", wrong), ["seed must be "])
+    refuses(lambda: settings.seeds([wrong]), ["seeds must be "])
+
+
+@pytest.mark.parametrize("given", [1, 1.0, "1", "01"])
+def test_a_seed_is_a_whole_number_in_every_record(given):
+    assert repr(PARAMS.experiment("promptfl", given).settings()["seed"]) == "1"
+
+
+TEXTS = ["photos #2", "2024", "010", "a: b", "yes", "[x]", "~", "", "'a'", "x=y", " x", "{}"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_on_the_command_line_is_taken_as_it_stands(text, tmp_path):
+    (tmp_path / "params.yaml").write_text("seeds: [1]\nresults: out")
+    read = settings.read(tmp_path / "params.yaml", [f"data.root={text}", f"results={text}"])
+    assert (read.data.root, read.results) == (text, text)
+    assert read.experiment("promptfl", 1, held_out=text).partition.held_out == text
+
+
+def test_names_in_a_file_are_taken_as_they_stand(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text(
+        "datasets: {2024: {data: {name: own, root: 2024-01-01, store: x}}, 010: {}, yes: {}}"
+    )
+    read = settings.read(path)
+    assert [*read.datasets] == ["2024", "010", "yes"]
+    assert read.source("2024").data.root == "2024-01-01"
+    path.write_text("data: {root: 2024}")
+    refuses(lambda: settings.read(path), ["data.root", "quotes"])
+
+
+@pytest.mark.parametrize("given", [["lam=1", "lam=2"], ["lam"], ["=1"]])
+def test_a_setting_on_the_command_line_has_a_name_and_stands_there_once(given):
+    refuses(lambda: values.assignments(given, "name=value"), ["lam" if given != ["=1"] else "=1"])
+    refuses(lambda: settings.read(ROOT / "params.yaml", given), [])
+
+
+def test_combinations_are_a_grid_of_bounded_size():
+    lists = {"a": [1, 2], "b": ["x", "y"]}
+    found = [(chosen["a"], chosen["b"]) for chosen in values.combinations(lists, "t")]
+    assert found == [(1, "x"), (1, "y"), (2, "x"), (2, "y")]
+    many = {name: range(100) for name in "abc"}
+    refuses(lambda: values.combinations(many, "t"), ["t asks for 1000000 combinations"])
+
+
+ORDERS = [
+    ["run", "pfedmoap", "n_experts=1", "--set", "data.name=own", "--fresh", "seed=2"],
+    ["run", "--fresh", "--set", "data.name=own", "pfedmoap", "n_experts=1", "seed=2"],
+    ["run", "pfedmoap", "--fresh", "n_experts=1", "--set", "data.name=own", "seed=2"],
+]
+
+
+@pytest.mark.parametrize("line", ORDERS)
+def test_settings_may_stand_anywhere_on_the_line(line):
+    read = cli.parser().parse_args(line)
+    assert (read.method, read.changes) == ("pfedmoap", ["n_experts=1", "seed=2"])
+    assert (read.set, read.fresh) == (["data.name=own"], True)
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("sweep table1 --jobs 2 table2", "what", ["table1", "table2"]),
+        ("features --all", "action", "extract"),
+        ("features --force import x.pack", "action", "import"),
+        ("check own.py:Mine lam=1 -- mu=2", "changes", ["lam=1", "mu=2"]),
+        ("data --root x check dtd", "name", "dtd"),
+        ("notebook -p a 1 x.ipynb -p b 2 y.ipynb", "source", [Path("x.ipynb"), Path("y.ipynb")]),
+        ("bench --batch 2 -- scaling", "what", "scaling"),
+        ("repro features -- -f", "dvc", ["features", "-f"]),
+    ],
+)
+def test_so_may_the_arguments_of_every_command(line, name, value):
+    assert getattr(cli.parser().parse_args(line.split()), name) == value
+
+
+def test_an_option_that_is_given_twice_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        cli.parser().parse_args(["run", "coop", "--params", "a", "--params", "b"])
+    assert "--params is given twice" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

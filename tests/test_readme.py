@@ -17,7 +17,9 @@ BLOCK = re.compile(r"^```.*?^```|^ {4}[^\n]*$", re.DOTALL | re.MULTILINE)
 CODE = re.compile(r"`[^`\n]+`|\$[^$\n]+\$")  # and formulas
 RESULT = re.compile(r"\d+\.\d+|\d+ ?%|\d+(?:\.\d+)? points")
 # decimals and percentages that are no results
-NO_RESULTS = re.compile(r"3\.11 to 3\.13|arXiv \d{4}\.\d{5}|95 % interval|licen[cs]es?/\S+")
+NO_RESULTS = re.compile(
+    r"YAML 1\.2|3\.11 to 3\.13|arXiv \d{4}\.\d{5}|95 % interval|licen[cs]es?/\S+"
+)
 
 
 def without_code(text):

@@ -57,7 +57,7 @@ def test_d4_the_prompt_is_the_vector_of_one_word(clip, clients):
     assert init["ctx"].shape == (1, text.width) and torch.equal(init["ctx"], text.words("False"))
     encoded = method.encode(text, {"ctx": init["ctx"][None]}, {})
     assert error(encoded[0], text.zero_shot("False {}.")) < 1e-5
-    with pytest.raises(ValueError, match="Input should be 1"):
+    with pytest.raises(ValueError, match="less than or equal to 1"):
         released.OneWord(n_ctx=4)
     other = make(PFedMoAP).init(text, torch.Generator())
     assert released.OneWord().n_ctx == 1 and len(other["ctx"]) == SMALL["n_ctx"]

@@ -1,35 +1,80 @@
-"""What the commands share: the options of settings, and name=value pairs."""
+"""What the commands share: how arguments are read, and the options of settings."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+
+from fpl.data.text import one_line
 
 if TYPE_CHECKING:
     from fpl.experiments.settings import Settings
 
 Options: TypeAlias = argparse.Namespace
-Parser: TypeAlias = argparse.ArgumentParser
+
+
+class Once(argparse.Action):
+    """Stores the value of an option that may be given once."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: Options,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        given = vars(namespace).setdefault("given", set())
+        if option_string and self.dest in given:
+            parser.error(f"{option_string} is given twice: leave one")
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes options anywhere among the other arguments, and each once."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.register("action", None, Once)
+        self.is_inner = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._subparsers or self.is_inner:
+            return super().parse_known_args(args, namespace)
+        self.is_inner = True  # the next line calls this function again
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self.is_inner = False
+
+    def error(self, message: str) -> NoReturn:
+        super().error(one_line(message))
 
 
 def add_settings(parser: Parser) -> None:
     """Add the options that say which settings hold."""
     parser.add_argument("--params", type=Path, help="settings file (params.yaml)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.NAME=VALUE",
-        help="a setting in place of the file's, such as data.name=flowers102",
-    )
+    add_set(parser)
     parser.add_argument(
         "--data",
         dest="on",
         default="",
         metavar="NAME",
         help="one of the file's datasets (that of its section data)",
+    )
+
+
+def add_set(parser: Parser) -> None:
+    """Add the option to change settings of the file."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.NAME=VALUE",
+        help="a setting in place of the file's, such as data.name=flowers102",
     )
 
 
@@ -46,18 +91,19 @@ def read_settings(options: Options) -> Settings:
     return settings.read(options.params, options.set)
 
 
-def assignments(texts: Sequence[str], parse: Callable[[str, str], Any]) -> dict[str, Any]:
-    """Return name -> value of texts such as lam=1. Raises ValueError for one without "=".
+@contextmanager
+def results_of(options: Options) -> Iterator[Path]:
+    """Give the folder of results under --set, which processes started in the block know too."""
+    from fpl.experiments import places
 
-    parse: makes a value of its text and its name.
-    """
-    values = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"{text!r} is not of the form name=value")
-        values[name] = parse(value, name)
-    return values
+    if not options.set:
+        yield places.results()
+        return
+    from fpl.experiments import settings
+
+    folder = settings.read(None, options.set).results
+    with places.handed_on(folder, options.set) as results:
+        yield results
 
 
 def positive(text: str) -> int:

@@ -1,6 +1,12 @@
 """fpl run: one run of one method."""
 
-from fpl.cli.options import Options, Parser, add_fresh, add_settings, assignments, read_settings
+import re
+
+from fpl.cli.options import Options, Parser, add_fresh, add_settings, read_settings
+from fpl.cli.show import say
+
+# What `fpl sweep` would take for several values.
+SEVERAL = re.compile(r"[-+.\w]+([:,][-+.\w]+)+")
 
 
 def add(parser: Parser) -> None:
@@ -18,10 +24,14 @@ def run(options: Options) -> None:
     from fpl.experiments import records, runner, stats, values
 
     settings = read_settings(options)
-    changes = assignments(options.changes, values.plain)
-    seed = values.number(changes.pop("seed", settings.seeds[0]), "int", "seed")
-    experiment = settings.experiment(options.method, int(seed), options.on, **changes)
+    changes = {"seed": settings.seeds[0], **values.assignments(options.changes, "name=value")}
+    try:
+        experiment = settings.experiment(options.method, on=options.on, **changes)
+    except ValueError as error:
+        if not any(SEVERAL.fullmatch(value) for value in map(str, changes.values())):
+            raise
+        raise ValueError(f"{error}; `fpl sweep` takes lists and ranges") from None
     (path,) = runner.sweep([experiment], fresh=options.fresh)
     accuracy = stats.by_seed(records.frame([path])).iloc[0]
     found = f"{100 * accuracy:.2f} % after the last round, mean over clients"
-    print(f"{options.method}: {found}; record: {path}")
+    say(f"{options.method}: {found}; record: {path}")

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from fpl.data.files import ROOT, atomic_write
-from fpl.experiments.values import check_choice
+from fpl.experiments.places import results
+from fpl.experiments.values import PROFILES, check_choice, plain
 
-EXECUTED = Path("results/notebooks")
-TABLES = Path("results/tables")
-# A folder with one of these is a profile.
-PROFILES = ("params.yaml", "profile.yaml")
+EXECUTED = results() / "notebooks"
+TABLES = results() / "tables"
 # What a parameter of a notebook may be.
 PLAIN = (type(None), bool, int, float, str, list, dict)
 PROGRESS_BAR = "application/vnd.jupyter.widget-view+json"
@@ -60,20 +59,28 @@ def parameters(namespace: dict[str, Any], known: Collection[str]) -> dict[str, A
 def execute(source: Path, target: Path, given: Mapping[str, Any] | None = None) -> Path:
     """Run a notebook with papermill, from where we stand, and return `target`, its executed copy.
 
+    given: parameters; text for one whose default is a number or a list is read as such.
     The copy has neither times nor absolute paths. The notebook's folder of tables and figures is
-    made. Raises ValueError for a parameter that the notebook does not declare, and papermill's
-    error, with the executed cells kept in `target`, when a cell fails.
+    made. Raises ValueError for a parameter that the notebook does not declare, and RuntimeError,
+    with the executed cells kept in `target`, when a cell fails.
     """
     import nbformat
     import papermill
 
-    given = dict(given or {})
     declared = papermill.inspect_notebook(str(source))
-    for name in given:
+    passed = {}
+    for name, value in (given or {}).items():
         check_choice(name, list(declared), f"parameter of {source.name}")
+        passed[name] = as_declared(value, declared[name]["default"], name)
     target.parent.mkdir(parents=True, exist_ok=True)
-    (TABLES / source.stem).mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(str(source), str(target), given, kernel_name="python3")
+    (results() / "tables" / source.stem).mkdir(parents=True, exist_ok=True)
+    try:
+        papermill.execute_notebook(str(source), str(target), passed, kernel_name="python3")
+    except papermill.PapermillExecutionError as error:
+        raise RuntimeError(
+            f"{source}, cell [{error.exec_count}]: {error.ename}: {error.evalue} "
+            f"({target} has the cells up to there)"
+        ) from None
     book = nbformat.read(target, as_version=4)
     book.metadata.pop("papermill", None)
     for i, cell in enumerate(book.cells):
@@ -85,6 +92,16 @@ def execute(source: Path, target: Path, given: Mapping[str, Any] | None = None) 
     with atomic_write(target) as temporary:
         nbformat.write(book, temporary)
     return target
+
+
+def as_declared(value: Any, default: str, where: str) -> Any:
+    """Return a parameter's value, of which text is read where the default is neither text nor None.
+
+    default: as it stands in the notebook. Raises ValueError for text that is no YAML then.
+    """
+    if not isinstance(value, str) or default == "None" or default[:1] in "\"'":
+        return value
+    return plain(value, where)
 
 
 def is_result(output: Mapping[str, Any]) -> bool:

@@ -12,18 +12,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import NonNegativeInt, PositiveInt
+
 from fpl.controls import CONTROLS, GateAlone
 from fpl.data.partitions import Partition
-from fpl.experiments.values import build, check_choice, load, number, of_type, plain
+from fpl.data.world import WORLDS
+from fpl.experiments import places, values
+from fpl.experiments.values import build, check_choice, load, of_type, plain
 from fpl.methods import METHODS, PromptFL
 from fpl.released.methods import RELEASED
 from fpl.rounds import Training
 
 # Everything in the package that can be a row of a table.
 ROWS: dict[str, type[PromptFL]] = METHODS | RELEASED | CONTROLS | {GateAlone.key: GateAlone}
-# A profile is a folder with one of these: all settings, or what differs from others'.
-PARAMS = Path("params.yaml")
-PROFILE = Path("profile.yaml")
 # How the names begin under which Python knows files of one's own.
 OWN = "fpl_own_"
 
@@ -36,26 +37,34 @@ class Data:
     for settings with domains; seed, train_per_class and test_per_class are of them.
     root: the folder of data sets, where `fpl data fetch` puts them; of own data, file or folder.
     layout: of a data set's lists, such as coop or torchvision; by default the first that is there.
-    store: name of the features files, if not the data set's: two backbones need two.
+    store: name of the features files, if not the data set's: two backbones need two, and so do two
+        sets of own data, whose lists it keeps apart, too.
     views: random crops of each training image, of which an epoch sees one after the other; 0: none.
     """
 
     name: str = "shapes"
-    seed: int = 1
-    train_per_class: int = 32
-    test_per_class: int = 40
+    seed: NonNegativeInt = 1
+    train_per_class: PositiveInt = 32
+    test_per_class: PositiveInt = 40
     root: str = "data/images"
     layout: str = ""
     store: str = ""
-    views: int = 0
+    views: NonNegativeInt = 0
 
     @property
     def folder(self) -> Path:
-        return Path("data") / self.name
+        return Path("data") / self.name / (self.store if self.name == "own" else "")
 
     @property
     def manifest(self) -> Path:
         return self.folder / "manifest.csv"
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What the images are drawn or listed from, as `source.json` beside them says."""
+        drawn = self.name in WORLDS
+        names = ["seed", "train_per_class", "test_per_class"] if drawn else ["root", "layout"]
+        return {name: getattr(self, name) for name in names}
 
     @property
     def features(self) -> Path:
@@ -157,12 +166,12 @@ class Settings:
         check_choice(name, [*self.datasets, self.data.name], "data set")
         return self.datasets[name]
 
-    def experiment(self, row: str, seed: int, on: str = "", **changes: Any) -> Experiment:
+    def experiment(self, row: str, seed: Any, on: str = "", **changes: Any) -> Experiment:
         """Return one run of a method on a data set, with `changes` over what the file says of it.
 
         row: a key of ROWS, or FILE.py:CLASS. A changed setting belongs to whatever has it: the
-        method, the training or the partition. Raises ValueError for a row or a setting that nothing
-        has, naming the nearest one that exists.
+        method, the training or the partition. Numbers may come as text. Raises ValueError for a row
+        or a setting that nothing has, naming the nearest one, and for values that cannot be.
         """
         kind = row_class(row)
         wanted = {**self.methods.get(row, {}), **changes}
@@ -178,7 +187,7 @@ class Settings:
             partition=build(
                 Partition, dataclasses.asdict(source.partition) | part_of(wanted, Partition), row
             ),
-            seed=seed,
+            seed=values.seed(seed),
             source=source,
         )
 
@@ -214,8 +223,8 @@ class Settings:
         found = []
         for on, (label, own) in itertools.product(asked.data or [self.data.name], rows.items()):
             row = own.get("method", label)
-            for values in self.settings_of(asked, row, own):
-                found += [(label, self.experiment(row, seed, on, **values)) for seed in self.seeds]
+            for changed in self.settings_of(asked, row, own):
+                found += [(label, self.experiment(row, seed, on, **changed)) for seed in self.seeds]
         return found
 
     def settings_of(self, asked: Table, row: str, own: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -224,9 +233,9 @@ class Settings:
         said = self.methods.get(row, {})
         common = {k: v for k, v in asked.set.items() if k in valid and k not in said}
         changes = {k: v for k, v in own.items() if k != "method"}
-        varied = {k: values for k, values in asked.vary.items() if k in valid}
-        combinations = itertools.product(*varied.values())
-        return [common | changes | dict(zip(varied, values)) for values in combinations]
+        varied = {k: listed for k, listed in asked.vary.items() if k in valid}
+        every = values.combinations(varied, f"the table's row {row}")
+        return [common | changes | chosen for chosen in every]
 
 
 def part_of(values: Mapping[str, Any], cls: type) -> dict[str, Any]:
@@ -287,13 +296,17 @@ def read(path: Path | None = None, changes: Sequence[str] = ()) -> Settings:
     """Return the settings in a file; without one, those of the profile where we stand.
 
     changes: of the form SECTION.NAME=VALUE, or SECTION=VALUE for a list, instead of what the file
-    says. Raises FileNotFoundError, and ValueError for what is no YAML and for anything in the file
-    that would be ignored.
+    says; a notebook has those of the command that runs it. Where they change the data, results go
+    to a folder of these, unless they name one. Raises FileNotFoundError, and ValueError for what is
+    no YAML and for anything in the file that would be ignored.
     """
-    path = path or (PROFILE if PROFILE.exists() else PARAMS)
+    changes = changes or ([] if path else places.changes())
+    path = path or values.profile()
     content = load(path)
-    for change in changes:
-        apply(change, content)
+    of_file = content.get("data")
+    changed = values.assignments(changes, "section.name=value")
+    for place, text in changed.items():
+        apply(place, text, content)
     sections = [f.name for f in dataclasses.fields(Settings)]
     for key in content:
         check_choice(key, sections, f"section of {path}")
@@ -311,25 +324,30 @@ def read(path: Path | None = None, changes: Sequence[str] = ()) -> Settings:
     }
     made["tables"] = tables(mapping(content, "tables"))
     settings = Settings(**made)
+    if content.get("data") != of_file and "results" not in changed:
+        folder = f"{settings.results}/{settings.data.store or settings.data.name}"
+        settings = dataclasses.replace(settings, results=folder)
+    check_stores(settings)
     for row in settings.methods:  # a wrong name or type anywhere is found now, not after an hour
         settings.experiment(row, 1)
+    runs = 0
     for name in settings.tables:
-        settings.runs(name)
+        runs += len(settings.runs(name))
+        if runs > values.COMBINATIONS:
+            raise ValueError(
+                f"{path} asks for more than {values.COMBINATIONS} runs: take some away"
+            )
     return settings
 
 
 SECTIONS = {"data": Data, "backbone": Backbone, "partition": Partition, "run": Training}
 
 
-def apply(change: str, content: dict[str, Any]) -> None:
-    """Put SECTION.NAME=VALUE or SECTION=VALUE into the content of a settings file."""
-    place, equals, text = change.partition("=")
-    if not equals:
-        raise ValueError(
-            f"{change!r} is not of the form section.name=value, such as data.name=flowers102"
-        )
+def apply(place: str, text: str, content: dict[str, Any]) -> None:
+    """Put a value into the content of a settings file; place: SECTION.NAME or SECTION."""
     section, _, name = place.partition(".")
-    value = plain(text, place)
+    is_text = place == "results" or (name and section in SECTIONS)  # `build` knows the type
+    value = text if is_text else plain(text, place)
     if name:
         value = {**of_type(content.get(section) or {}, dict, section), name: value}
     content[section] = value
@@ -342,7 +360,7 @@ def mapping(content: Mapping[str, Any], section: str) -> dict[str, Any]:
 
 def seeds(listed: Any) -> tuple[int, ...]:
     """Return the seeds of the section of that name. Raises ValueError unless there is one."""
-    found = tuple(int(number(seed, "int", "seeds")) for seed in of_type(listed, list, "seeds"))
+    found = tuple(values.seed(seed, "seeds") for seed in of_type(listed, list, "seeds"))
     if not found:
         raise ValueError("seeds must name at least one seed")
     return found
@@ -357,7 +375,24 @@ def source(name: str, content: Mapping[str, Any], own: Any) -> Source:
     for key, cls in SECTIONS.items():
         changed = of_type(own.get(key, {}), dict, f"{where}.{key}")
         made[key] = build(cls, {**content.get(key, {}), **changed}, f"{where}.{key}")
+    data = made["data"]
+    if data.name == "own" and data.root != content.get("data", {}).get("root") and not data.store:
+        made["data"] = dataclasses.replace(data, store=name)
     return Source(name, **made)
+
+
+def check_stores(settings: Settings) -> None:
+    """Raise ValueError for two data sets whose features would replace each other's."""
+    kept: dict[Path, tuple[str, Any]] = {}
+    for name in dict.fromkeys([settings.data.name, *settings.datasets]):
+        source = settings.source(name)
+        made_of = dataclasses.replace(source.data, views=0), source.backbone
+        other, others = kept.setdefault(source.data.features, (name, made_of))
+        if others != made_of:
+            raise ValueError(
+                f"the data sets {other} and {name} keep different features in "
+                f"{source.data.features}: give one of them a `store` of its own"
+            )
 
 
 def tables(section: Mapping[str, Any]) -> dict[str, Table]:
@@ -382,12 +417,17 @@ def table(content: Any, where: str, notebook: str = "") -> Table:
     for key in of_type(content, dict, where):
         check_choice(key, ["rows", "data", "set", "vary"], f"part of {where}")
     rows = content.get("rows", {})
-    rows = dict.fromkeys(rows) if isinstance(rows, list) else of_type(rows, dict, f"{where}.rows")
+    if isinstance(rows, list):
+        rows = dict.fromkeys(of_type(row, str, f"{where}.rows") for row in rows)
+    for label, own in of_type(rows, dict, f"{where}.rows").items():
+        own = of_type(own or {}, dict, f"{where}.rows.{label}")
+        of_type(own.get("method", ""), str, f"{where}.rows.{label}.method")
+    data = of_type(content.get("data", []), list, f"{where}.data")
     vary = of_type(content.get("vary", {}), dict, f"{where}.vary")
     return Table(
-        rows={str(k): of_type(own or {}, dict, f"{where}.rows.{k}") for k, own in rows.items()},
-        data=tuple(of_type(content.get("data", []), list, f"{where}.data")),
+        rows={label: own or {} for label, own in rows.items()},
+        data=tuple(of_type(on, str, f"{where}.data") for on in data),
         set=of_type(content.get("set", {}), dict, f"{where}.set"),
-        vary={k: of_type(values, list, f"{where}.vary.{k}") for k, values in vary.items()},
+        vary={k: of_type(listed, list, f"{where}.vary.{k}") for k, listed in vary.items()},
         notebook=notebook,
     )

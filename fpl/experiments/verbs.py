@@ -21,12 +21,13 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fpl.data import datasets, encoders, world
+from fpl.data import datasets, encoders, partitions, world
 from fpl.data.features import Features
 from fpl.data.features import load as open_features
 from fpl.data.files import ROOT
+from fpl.data.manifest import SOURCE
 from fpl.data.partitions import Partition
-from fpl.experiments import cache
+from fpl.experiments import cache, values
 from fpl.experiments.assemble import deal
 from fpl.experiments.extract import Request, make_features
 from fpl.experiments.settings import Backbone, Data, part_of, row_class
@@ -39,10 +40,11 @@ from fpl.state import Clients, Tensors
 
 @dataclass(frozen=True)
 class Split(Clients):
-    """Clients that know the names of their classes, and the seed that they were drawn with."""
+    """Clients that know their classes' names, maybe their own, and the seed of their drawing."""
 
     classes: tuple[str, ...] = ()
     seed: int = 1
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Result:
                 "test images": [len(clients.test[i]) for i in everybody],
                 "accuracy, %": (100 * self.accuracy).round(decimals=2).tolist(),
             },
-            index=pd.Index(everybody, name="client"),
+            index=pd.Index(clients.names or everybody, name="client"),
         ).round(2)
 
 
@@ -117,7 +119,7 @@ def features(
     """
     data = data_of(str(images), clip)
     request = Request({"patches"} if patches else set(), skip_bad=skip_bad)
-    paths = [path for path, _ in make_features(data, clip, request)]
+    paths = [made.path for made in make_features(data, clip, request)]
     return open_features(paths[0], clip.provenance, cache.device())
 
 
@@ -128,8 +130,9 @@ def data_of(images: str, clip: Clip) -> Data:
     model = hashlib.sha256(repr(clip.provenance).encode()).hexdigest()[:8]
     if images in known:
         data = Data(name=images, store="" if is_demo else f"{images}_{model}")
-        drawn = data.folder / "drawn.json"  # a world that is there stays as it was drawn
-        return replace(data, **json.loads(drawn.read_text())) if drawn.exists() else data
+        drawn = data.folder / SOURCE  # a world that is there stays as it was drawn
+        there = drawn.exists() and images in world.WORLDS
+        return replace(data, **json.loads(drawn.read_text())) if there else data
     path = Path(images)
     if not path.exists():
         check_choice(images, known, "data set, and no path of images of your own:")
@@ -146,12 +149,15 @@ def split(data: Features, seed: int = 1, **partition: Any) -> Split:
     """
     asked = build(Partition, partition, "split")
     nobody: list[Tensor] = []
+    labels = data.labels.cpu().numpy()
+    names = partitions.client_names(asked, labels, data.domain, data.client)
     whole = Split(
         *(data.feats, data.labels, nobody, nobody, len(data.classes)),
         classes=tuple(data.classes),
-        seed=seed,
+        seed=values.seed(seed),
+        names=tuple(names),
     )
-    dealt = deal(whole, data, asked, seed)
+    dealt = deal(whole, data, asked, whole.seed)
     assert isinstance(dealt, Split)
     return dealt
 
@@ -186,7 +192,7 @@ def train(
     training = build(Training, kind.training | part_of(settings, Training), kind.key)
     names = clients.classes[: clients.n_cls]
     text = PromptTree(clip, names, made.n_ctx, precision=training.precision)
-    drawn = clients.seed if seed is None else seed
+    drawn = clients.seed if seed is None else values.seed(seed)
     seeds = Seeds(training.init_seed or drawn, training.order_seed or drawn)
     rounds = run_rounds(made, text, clients, training, seeds)
     bar = tqdm(rounds, made.title, training.rounds, unit="round", disable=not progress)

@@ -12,9 +12,10 @@ has no results to compare with.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from fpl import gate
@@ -39,7 +40,7 @@ class OneWord(PFedMoAP):
     key = "pfedmoap_oneword"
     title = "released: pFedMoAP's one word alone"
 
-    n_ctx: Literal[1] = 1
+    n_ctx: Annotated[int, Field(ge=1, le=1)] = 1
 
     def init(self, text: PromptTree, gen):
         return {**super().init(text, gen), "ctx": text.words("False")}
