@@ -137,6 +137,16 @@ def test_nothing_to_compare_with_is_no_success(project):
         cli.main(["compare"])
 
 
+@pytest.mark.parametrize("where", [expected.EXPECTED, tables.TABLES])
+@pytest.mark.parametrize("content", [b"", b"\xff\x00", b"method,mean\ncoop,9x.1\n", b'a,"b\n1,2'])
+def test_a_damaged_table_is_named(where, content, project):
+    path = where / BOOK / "table1.csv"
+    path.write_bytes(content)
+    if b"mean" in content or not content.startswith(b"a,"):
+        with pytest.raises(SystemExit, match=f"{path} is no table of results"):
+            cli.main(["compare"])
+
+
 def test_the_repository_knows_every_tolerance():
     """No tolerance is for a table or a row that does not exist, or hides a change of rank."""
     names = {path.stem for path in expected.tables_in(ROOT / expected.EXPECTED)}

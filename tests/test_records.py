@@ -4,6 +4,7 @@ It is made once, and kept whatever happens to other runs. What code a record dep
 test_records_outlive.
 """
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -23,7 +24,7 @@ from fpl import cli
 from fpl.audit import published
 from fpl.experiments import assemble, cache, fingerprint, records, runner, settings, stats, tables
 
-EXPERIMENTS = [PARAMS.experiment("promptfl", seed, rounds=40) for seed in range(1, 9)]
+EXPERIMENTS = [PARAMS.experiment("promptfl", seed, rounds=12) for seed in range(1, 7)]
 ROWS = ["majority", "ridge_own", "promptfl"]
 FEW = [PARAMS.experiment(row, seed) for row in ROWS for seed in (1, 2)]
 
@@ -125,6 +126,47 @@ def test_a_table_whose_records_are_gone_is_refused(here):
         records.of_table("rows")
 
 
+def flip(path):
+    """An accuracy that is ten times what it was."""
+    path.write_text(path.read_text().replace('"accuracy": [0.', '"accuracy": [5.', 1))
+
+
+DAMAGE = {
+    "changed": flip,
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-40]),
+    "of another run": lambda path: shutil.copy(runner.sweep([FEW[1]])[0], path),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_record_is_named_and_made_again(kind, here, calls):
+    (path,) = runner.sweep(FEW[:1])
+    whole = records.frame([path])
+    DAMAGE[kind](path)
+    calls.clear()
+    with pytest.warns(match=path.name) if path.is_file() else contextlib.nullcontext():
+        assert runner.sweep(FEW[:1]) == [path] and calls == FEW[:1]
+    pd.testing.assert_frame_equal(records.frame([path]), whole)
+
+
+def test_features_that_change_meanwhile_are_in_no_record(here):
+    key = runner.key_of("another hash", FEW[0])
+    with pytest.raises(ValueError, match="features.*has changed since this command began"):
+        runner.perform(FEW[0], key)
+    assert not key.path.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_training(here, calls):
+    records.RECORDS.parent.mkdir(exist_ok=True)
+    records.RECORDS.write_text("in its place")
+    with pytest.raises(OSError, match=str(records.RECORDS)):
+        runner.sweep(FEW[:1])
+    records.RECORDS.unlink()
+    assert calls == []
+
+
 def test_a_sweep_may_keep_a_name_for_notebooks(here, capsys):
     names = ("data", "backbone", "partition", "run")
     sections = {name: dataclasses.asdict(getattr(PARAMS, name)) for name in names}
@@ -147,18 +189,18 @@ def test_any_change_of_settings_is_another_record(part, name):
     value = getattr(BASE, part)
     new = OTHER[name] if name in OTHER else getattr(value, name) + 1
     changed = dataclasses.replace(BASE, **{part: dataclasses.replace(value, **{name: new})})
-    assert runner.record_path("sha", changed) != runner.record_path("sha", BASE)
+    assert runner.key_of("sha", changed).path != runner.key_of("sha", BASE).path
 
 
 def test_another_row_seed_features_or_code_is_another_record(monkeypatch):
     base = PARAMS.experiment("coop", 1)
-    path = runner.record_path("sha", base)
-    assert runner.record_path("sha", dataclasses.replace(base)) == path
-    paths = [path, runner.record_path("another sha", base)]
-    paths.append(runner.record_path("sha", dataclasses.replace(base, row="promptfl")))
-    paths.append(runner.record_path("sha", dataclasses.replace(base, seed=2)))
+    path = runner.key_of("sha", base).path
+    assert runner.key_of("sha", dataclasses.replace(base)).path == path
+    paths = [path, runner.key_of("another sha", base).path]
+    paths.append(runner.key_of("sha", dataclasses.replace(base, row="promptfl")).path)
+    paths.append(runner.key_of("sha", dataclasses.replace(base, seed=2)).path)
     monkeypatch.setattr(runner, "code_fingerprint", lambda experiment: "another code")
-    paths.append(runner.record_path("sha", base))
+    paths.append(runner.key_of("sha", base).path)
     assert len(set(paths)) == 5
 
 
@@ -191,7 +233,7 @@ def finishes_as_if_nothing_had_happened(kept, monkeypatch):
     found = result(runner.sweep(EXPERIMENTS, jobs=1))
     assert left().items() >= kept.items(), "a finished run was made again"
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "RECORDS", Path("results/undisturbed"))
+        patch.setattr(records, "RECORDS", Path("results/undisturbed"))
         patch.setattr(runner, "ProcessPoolExecutor", Here)
         pd.testing.assert_frame_equal(found, result(runner.sweep(EXPERIMENTS)))
 
@@ -201,8 +243,18 @@ import os
 from fpl.experiments import runner
 from helpers import PARAMS
 os.cpu_count = lambda: 1
-runner.sweep([PARAMS.experiment("promptfl", seed, rounds=40) for seed in range(1, 9)], jobs=1)
+runner.sweep([PARAMS.experiment("promptfl", seed, rounds=12) for seed in range(1, 7)], jobs=1)
 """
+
+
+SWEEP_THAT_DIES = f"""
+import multiprocessing, os, signal, threading, time
+def die():
+    while not multiprocessing.active_children():
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGKILL)
+threading.Thread(target=die, daemon=True).start()
+{SWEEP}"""
 
 
 @pytest.fixture
@@ -221,6 +273,13 @@ def test_a_killed_sweep_goes_on(world, monkeypatch, one_core):
         _, err = process.communicate()  # ends when the last process that holds the pipe has ended
         assert process.returncode == -signal.SIGKILL, err
         finishes_as_if_nothing_had_happened(left(), monkeypatch)
+
+
+def test_a_worker_of_a_sweep_that_is_killed_at_once_does_not_stay(world):
+    """Nor does it go on in the hour that its imports may take."""
+    process = python(world, "-c", SWEEP_THAT_DIES)
+    process.communicate(timeout=300)  # ends when nobody holds the pipe
+    assert process.returncode == -signal.SIGKILL
 
 
 def test_a_killed_worker_is_reported_and_the_sweep_goes_on(world, monkeypatch, one_core):
@@ -266,7 +325,7 @@ def test_a_record_of_other_images_or_another_model_is_not_taken(here):
     backbone = dataclasses.replace(BACKBONE, name="local-dir:another")
     another = dataclasses.replace(PARAMS, backbone=backbone)
     with pytest.raises((ValueError, FileNotFoundError), match="another"):
-        runner.paths_of([another.experiment("majority", 1)])
+        runner.keys_of([another.experiment("majority", 1)])
 
 
 @pytest.mark.parametrize("held_out", ["", "sketch"])

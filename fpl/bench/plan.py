@@ -33,7 +33,7 @@ from fpl.bench.measure import timed
 from fpl.bench.parts import draw_clients
 from fpl.bench.ways import load_model, names
 from fpl.data import datasets, encoders, extraction, features, world
-from fpl.experiments import runner
+from fpl.experiments import records, runner
 from fpl.experiments.cache import device
 from fpl.experiments.settings import Backbone, Data, Experiment, Settings, Source
 from fpl.methods import PromptFL
@@ -221,9 +221,9 @@ def disk(settings: Settings) -> pd.DataFrame:
             n = e.partition.clients
             of_round = 10 * n + 30 * e.run.participants(n)
             size += e.run.rounds * of_round + 1500
-    kept = runner.RECORDS.glob("*.json")
+    kept = records.RECORDS.glob("*.json")
     there = sum(path.stat().st_size for path in kept)
-    table.append((str(runner.RECORDS), size / GB, there / GB))
+    table.append((str(records.RECORDS), size / GB, there / GB))
     return pd.DataFrame(table, columns=["files", "GB", "there, GB"])
 
 
@@ -347,10 +347,10 @@ def recorded(experiment: Experiment) -> bool:
     if not experiment.source.data.features.exists():
         return False
     try:
-        (path,) = runner.paths_of([experiment])
+        (key,) = runner.keys_of([experiment])
     except (FileNotFoundError, ValueError):
         return False
-    return path.exists()
+    return records.is_whole(key.path)
 
 
 def calibrate(settings: Settings, seconds: float = 10, images: int = 0) -> Rates:

@@ -4,53 +4,49 @@ Each command stands in a file of its own: `add` declares its options, `run` does
 libraries are imported where they are used, so that help comes at once.
 """
 
-import argparse
-import inspect
+from __future__ import annotations
+
+import importlib
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
-from fpl.cli import (
-    accept,
-    bench,
-    check,
-    compare,
-    data,
-    features,
-    notebook,
-    plan,
-    report,
-    repro,
-    run,
-    sweep,
-)
-from fpl.data.files import file_lock
+from fpl.cli.ending import one_sentence
 
+if TYPE_CHECKING:
+    from fpl.cli.options import Options, Parser
+
+# Modules of this package, in the order of the help.
 COMMANDS = (
-    data,
-    features,
-    run,
-    sweep,
-    check,
-    notebook,
-    report,
-    compare,
-    accept,
-    bench,
-    plan,
-    repro,
+    "data",
+    "features",
+    "run",
+    "sweep",
+    "check",
+    "notebook",
+    "report",
+    "compare",
+    "accept",
+    "bench",
+    "plan",
+    "repro",
 )
 # These run one at a time: an orphan of a killed pipeline may still be at one.
 STAGES = ("features", "sweep", "notebook", "report")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Return the parser of all commands; the docstring of `run` is a command's help."""
+    import inspect
+
+    from fpl.cli.options import Parser
+
     title = "Companion to federated prompt learning of CLIP: cached features, methods, tables."
-    top = argparse.ArgumentParser(prog="fpl", description=title)
+    top = Parser(prog="fpl", description=title)
     commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for module in COMMANDS:
-        name = module.__name__.rpartition(".")[2]
+    for name in COMMANDS:
+        module = importlib.import_module(f"fpl.cli.{name}")
         text = inspect.getdoc(module.run) or ""
         command = commands.add_parser(name, help=text.split("\n")[0], description=text)
         command.set_defaults(run=module.run)
@@ -60,12 +56,20 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. What a user can mend ends in one sentence and exit status 1."""
-    options = parser().parse_args(arguments)
-    try:
-        stage = options.command in STAGES
-        with file_lock("results/.stage.lock", repro.waiting) if stage else nullcontext():
+    arguments = sys.argv[1:] if arguments is None else arguments
+    named = [argument for argument in arguments if argument in COMMANDS]
+    with one_sentence(" ".join(["fpl", *named[:1]]), arguments):
+        options = parser().parse_args(arguments)
+        with at_work(options) if options.command in STAGES else nullcontext():
             options.run(options)
-    except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
-        sys.exit(f"fpl {options.command}: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; call the same command again to go on")
+
+
+def at_work(options: Options) -> AbstractContextManager[object]:
+    """Hold the lock of the commands that run one at a time; leave nothing where no profile is."""
+    from fpl.cli.repro import waiting
+    from fpl.data.files import file_lock
+    from fpl.experiments.values import PROFILES
+
+    if not vars(options).get("params") and not any(path.exists() for path in PROFILES):
+        return nullcontext()
+    return file_lock("results/.stage.lock", waiting)

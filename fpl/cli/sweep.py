@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING
 
-from fpl.cli.options import Options, Parser, add_fresh, add_settings, assignments, read_settings
+from fpl.cli import show
+from fpl.cli.options import Options, Parser, add_fresh, add_settings, read_settings
 
 if TYPE_CHECKING:
     from fpl.experiments.settings import Settings
@@ -38,6 +38,10 @@ def run(options: Options) -> None:
     if first in ROWS or ".py:" in first:
         sweep_method(settings, options)
         return
+    if options.on:
+        raise ValueError(
+            f"tables name their data sets in the settings file: --data {options.on} is for a method"
+        )
     names: dict[str, None] = {}  # in the order in which they are asked for, each once
     for name in options.what or settings.tables:
         names |= dict.fromkeys(settings.tables_of(name))
@@ -49,15 +53,16 @@ def sweep_method(settings: Settings, options: Options) -> None:
     from fpl.experiments import records, runner, tables, values
 
     method, *changes = options.what
-    lists = assignments(changes, values.several)
-    seeds = [int(values.number(seed, "int", "seed")) for seed in lists.pop("seed", settings.seeds)]
-    experiments = []
-    for combination in itertools.product(*lists.values()):
-        named = dict(zip(lists, combination, strict=True))
-        experiments += [settings.experiment(method, seed, options.on, **named) for seed in seeds]
+    given = values.assignments(changes, "name=values")
+    lists = {name: values.several(text, name) for name, text in given.items()}
+    lists["seed"] = lists.pop("seed", [*settings.seeds])  # at the end: seeds change first
+    every = values.combinations(lists, method)
+    experiments = [settings.experiment(method, on=options.on, **chosen) for chosen in every]
     paths = runner.sweep(experiments, options.jobs, options.fresh)
     if options.name:
         rows = [method] * len(paths)
         records.save_index("05_sweep", options.name, paths, rows, settings.results)
-    table = tables.grid(records.frame(paths), [*lists] or ["method"])
-    print(table.reset_index().to_markdown(index=False))
+    table = tables.grid(
+        records.frame(paths), [name for name in lists if name != "seed"] or ["method"]
+    )
+    show.table(table.reset_index())

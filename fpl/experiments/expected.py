@@ -57,8 +57,19 @@ def tolerance(table: str, row: str) -> float:
 
 
 def means(path: Path) -> pd.Series:
-    """Return our means in a table, by the first column or, if it repeats, all before the mean."""
-    table = pd.read_csv(path)
+    """Return our means in a table, by the first column or, if it repeats, all before the mean.
+
+    Raises ValueError for a file that is no such table.
+    """
+    try:
+        return means_of(pd.read_csv(path))
+    except (ValueError, TypeError, LookupError) as error:
+        what = "make it again with `fpl notebook`, or restore it from the repository"
+        raise ValueError(f"{path} is no table of results ({error}): {what}") from None
+
+
+def means_of(table: pd.DataFrame) -> pd.Series:
+    """Return the means that `means` does, of a table that is read."""
     if "table" in table:  # published numbers stand in it too
         table = table[table["table"] == "ours"]
     value = next((name for name in VALUES if name in table), None)
@@ -67,7 +78,7 @@ def means(path: Path) -> pd.Series:
     keys = table[table.columns[: table.columns.get_loc(value)]].astype(object)
     first = keys.iloc[:, 0]
     whole = keys.fillna("").astype(str).agg(", ".join, axis=1)  # not every row has every setting
-    return pd.Series(table[value].tolist(), first if first.is_unique else whole)
+    return pd.Series(table[value].tolist(), first if first.is_unique else whole, dtype=float)
 
 
 def all_cells(fresh: Path, expected: Path = EXPECTED) -> pd.DataFrame:

@@ -1,20 +1,18 @@
 """Runs to records: make the runs that have no record yet, several at a time.
 
 A record (fpl.experiments.records) is named by the hash of settings, code and features, so a run
-that was made is not made again and nothing else is mistaken for it. A killed sweep loses only the
-runs that were under way.
+that was made is not made again and nothing else is mistaken for it. A record that is damaged is
+made again. A killed sweep loses only the runs that were under way.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
+import multiprocessing
 import os
-import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -25,11 +23,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fpl.data.files import atomic_write
-from fpl.experiments.assemble import domains_of, rounds_of
+from fpl.data.files import check_writable
+from fpl.data.processes import begin_worker, starting_workers
+from fpl.experiments import records
+from fpl.experiments.assemble import clients_of, domains_of, rounds_of
 from fpl.experiments.cache import device, load_cached
 from fpl.experiments.fingerprint import code_fingerprint, file_of
-from fpl.experiments.records import RECORDS, save_index
+from fpl.experiments.records import Key
 from fpl.experiments.settings import OWN, Experiment, Settings, own_module
 from fpl.rounds import Round
 
@@ -44,7 +44,7 @@ def tables(
     for name, table in runs.items():
         of_table = list(itertools.islice(paths, len(table)))
         labels = [label for label, _ in table]
-        save_index(settings.tables[name].notebook, name, of_table, labels, settings.results)
+        records.save_index(settings.tables[name].notebook, name, of_table, labels, settings.results)
 
 
 def sweep(
@@ -53,33 +53,39 @@ def sweep(
     """Return the records of all experiments, in their order; only missing runs are made.
 
     jobs: how many at a time (as many as cores). fresh: make all of them again.
-    Raises what a run raises, and RuntimeError when a worker was killed; finished runs are kept.
+    Raises what a run raises, OSError where no record can be written, and RuntimeError when a worker
+    was killed; finished runs are kept.
     """
-    paths = paths_of(experiments)
-    pairs = zip(paths, experiments, strict=True)
-    todo = {path: experiment for path, experiment in pairs if fresh or not path.exists()}
-    if len(todo) <= 1:  # no pool: a bar over its rounds says more
-        for path, experiment in todo.items():
-            perform(experiment, path, progress=True)
+    keys = keys_of(experiments)
+    paths = [key.path for key in keys]
+    wanted = dict(zip(paths, zip(experiments, keys)))
+    todo = [wanted[path] for path in wanted if fresh or not records.is_whole(path)]
+    if todo:
+        check_writable(records.RECORDS)
+    if len(todo) > 1:
+        in_workers(todo, len(wanted), jobs)
         return paths
-    in_workers(todo, len(set(paths)), jobs)
+    for experiment, key in todo:  # no pool: a bar over its rounds says more
+        perform(experiment, key, progress=True)
     return paths
 
 
-def in_workers(todo: Mapping[Path, Experiment], total: int, jobs: int | None) -> None:
+def in_workers(todo: Sequence[tuple[Experiment, Key]], total: int, jobs: int | None) -> None:
     """Make runs in several processes, the longest first."""
     jobs = jobs or min(os.cpu_count() or 1, 8)
     jobs = 1 if device() == "cuda" else min(jobs, len(todo))
     threads = max(1, torch.get_num_threads() // jobs)
-    kinds = {type(experiment.method) for experiment in todo.values()}
+    kinds = {type(experiment.method) for experiment, _ in todo}
     files = [file_of(kind.__module__) for kind in kinds if kind.__module__.startswith(OWN)]
     own = [path for path in files if path]
-    pool = ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker, (threads, own))
-    epochs = {path: e.run.rounds * e.run.local_epochs for path, e in todo.items()}
-    longest_first = sorted(todo, key=lambda path: -epochs[path])
+    others = multiprocessing.active_children()
+    ready = (__name__, get_ready.__name__, threads, own)
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker, ready)
+    longest_first = sorted(todo, key=lambda pair: -pair[0].run.rounds * pair[0].run.local_epochs)
     with pool, tqdm(total=total, initial=total - len(todo), desc="runs", unit="run") as bar:
-        under_way = [pool.submit(perform, todo[path], path) for path in longest_first]
         try:
+            with starting_workers():
+                under_way = [pool.submit(perform, *pair) for pair in longest_first]
             for finished in as_completed(under_way):
                 finished.result()
                 bar.update()
@@ -88,35 +94,35 @@ def in_workers(todo: Mapping[Path, Experiment], total: int, jobs: int | None) ->
                 "a worker was killed (out of memory?): "
                 "call the same command again, finished runs are kept"
             ) from None
-        except BaseException:
+        except Exception:
             pool.shutdown(cancel_futures=True)
+            raise
+        except BaseException:  # Ctrl-C does not wait for the runs that are under way
+            for worker in multiprocessing.active_children():
+                if worker not in others:
+                    worker.kill()
             raise
 
 
-def begin_worker(threads: int, own: Sequence[Path]) -> None:
-    """Take a share of the cores, load methods of one's own, and end when the parent is gone.
-
-    A killed pool would leave its workers waiting for ever.
-    """
+def get_ready(threads: int, own: Sequence[Path]) -> None:
+    """In a worker: take a share of the cores, and load methods of one's own."""
     torch.set_num_threads(threads)
     for path in own:
         own_module(path)
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
-def perform(experiment: Experiment, path: Path, progress: bool = False) -> None:
-    """Make one run and write its record to `path`.
+def perform(experiment: Experiment, key: Key, progress: bool = False) -> None:
+    """Make one run and write its record.
 
-    The caller has worked out that name: the code may change meanwhile.
+    The caller has worked out by what it is found: the code may change meanwhile. Raises ValueError
+    where the features did.
     """
     begin = time.perf_counter()
+    source = experiment.source
+    _, feats = load_cached(source.data, source.backbone, device())
+    if feats.sha256 != key.features:
+        changed = "has changed since this command began: call it again"
+        raise ValueError(f"{source.data.features} {changed}")
     bar = tqdm(
         rounds_of(experiment),
         experiment.row,
@@ -125,9 +131,8 @@ def perform(experiment: Experiment, path: Path, progress: bool = False) -> None:
         disable=not progress,
     )
     rounds = [line_of(r) for r in bar]
-    record = record_of(experiment, rounds) | {"seconds": round(time.perf_counter() - begin, 3)}
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(record, sort_keys=True) + "\n")
+    duration = round(time.perf_counter() - begin, 3)
+    records.write(record_of(experiment, key, rounds) | {"seconds": duration})
 
 
 def line_of(r: Round) -> dict[str, Any]:
@@ -149,39 +154,33 @@ def rounded(accuracy: Tensor) -> list[float]:
     return [round(a, 6) for a in accuracy.tolist()]
 
 
-def record_of(experiment: Experiment, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+def record_of(experiment: Experiment, key: Key, rounds: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the record of a run, but for the time that it took."""
     source = experiment.source
-    _, feats = load_cached(source.data, source.backbone, device())
-    return {
-        "settings": experiment.settings(),
+    return key._asdict() | {
         "title": experiment.method.title,
         "is_control": experiment.method.is_control,
         "images": source.data.name,
         "rounds": rounds,
         "backbone": source.backbone.name,
-        "features": feats.sha256,
-        "views": source.data.views,
         "domains": domains_of(experiment),
-        "code": code_fingerprint(experiment),
+        "clients": clients_of(experiment),
         "torch": torch.__version__,
         "device": device(),
     }
 
 
-def paths_of(experiments: Iterable[Experiment]) -> list[Path]:
-    """Return where the records are or will be, for features that are the ones asked for."""
-    paths = []
+def keys_of(experiments: Iterable[Experiment]) -> list[Key]:
+    """Return by what the records are found, for features that are the ones asked for."""
+    keys = []
     for experiment in experiments:
-        data = experiment.source.data
-        _, feats = load_cached(data, experiment.source.backbone, device())
-        features = f"{feats.sha256} {data.views}" if data.views else feats.sha256
-        paths.append(record_path(features, experiment))
-    return paths
+        source = experiment.source
+        _, feats = load_cached(source.data, source.backbone, device())
+        keys.append(key_of(feats.sha256, experiment))
+    return keys
 
 
-def record_path(features: str, experiment: Experiment) -> Path:
-    """Return a record's name: the row, the seed, and a hash of settings, code and features."""
-    key = [experiment.settings(), code_fingerprint(experiment), features]
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return RECORDS / f"{experiment.row}-{experiment.seed}-{digest[:16]}.json"
+def key_of(features: str, experiment: Experiment) -> Key:
+    """Return by what a record is found: settings, code, and the hash of the features."""
+    views = experiment.source.data.views
+    return Key(experiment.settings(), code_fingerprint(experiment), features, views)
