@@ -1,6 +1,7 @@
 """Promise: the report needs no network, its links lead somewhere, its tables sort by any column."""
 
 import base64
+import hashlib
 import re
 import tomllib
 from html.parser import HTMLParser
@@ -319,6 +320,86 @@ def test_the_converter_knows_every_formula_of_the_notebooks(source):
         for text in soup.find_all(string=re.compile(r"\$\S[^$]*\$"))
         if not text.find_parent(["code", "pre"])
     ]
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "<img src='https://elsewhere.example/pixel.png'>",
+    "<img src='data:image/svg+xml;base64,PHN2Zz4='>",
+    "<svg onload=alert(1)><script>alert(1)</script><a href='javascript:alert(1)'>x</a></svg>",
+    "<iframe srcdoc='<script>alert(1)</script>'></iframe>",
+    "<object data='data:text/html,<script>alert(1)</script>'></object><embed src=x>",
+    "<a href='java\nscript:alert(1)'>x</a> <a href='&#106;avascript:alert(1)'>x</a>",
+    "<a href='data:text/html,<script>alert(1)</script>'>x</a>",
+    "<math><mtext><table><mglyph><style><img src=x onerror=alert(1)></style></mglyph></table>",
+    "<math href='javascript:alert(1)'><mi xlink:href='javascript:alert(1)'>x</mi></math>",
+    "<!--><img src=x onerror=alert(1)>-->",
+    "<noscript><p title='</noscript><img src=x onerror=alert(1)>'></noscript>",
+    "<meta http-equiv=refresh content='0;url=https://elsewhere.example'><base href='//x.y'>",
+    "<form action='https://elsewhere.example'><input formaction=x><button>x</button></form>",
+    "<p style='position:fixed;background:url(https://x.y)' onclick=alert(1)>x</p>",
+    "<details open ontoggle=alert(1)>x</details><video><source onerror=alert(1)></video>",
+    r"$\text{<img src=x onerror=alert(1)>}$",
+    r"$\frac$",
+    "[x](javascript:alert(1)) ![x](https://elsewhere.example/pixel.png)",
+    "<table><thead><tr><th onmouseover=alert(1) rowspan=99999 colspan=x><img src=x onerror=y></th>"
+    "</tr></thead><tbody><tr><td><script>alert(1)</script></td></tr></tbody><tbody></tbody></table>",
+    "<table><thead></thead><tbody></tbody></table>",
+]
+ACTIVE = {"data", "formaction", "poster", "srcdoc", "srcset", "style", "xlink:href"}
+
+
+@pytest.fixture(scope="module")
+def strange(tmp_path_factory):
+    """The page of a stranger's executed notebook, whose name is hostile, too."""
+    folder = tmp_path_factory.mktemp("strange")
+    outputs = [shown({"text/html": text}) for text in HOSTILE]
+    outputs += [shown({"image/svg+xml": HOSTILE[4]}), shown({"text/markdown": HOSTILE[1]})]
+    outputs += [shown({"application/javascript": "alert(1)"}), shown({"text/latex": HOSTILE[17]})]
+    outputs.append(new_output("stream", text="\x1b[31m<script>alert(1)</script>"))
+    title = new_markdown_cell("# <img src=x onerror=alert(1)>&lt;script&gt;")
+    told = [title, *map(new_markdown_cell, HOSTILE), new_code_cell("<script>", outputs=outputs)]
+    book = new_notebook(cells=told)
+    name = 'javascript:alert(1)"><script>'
+    nbformat.write(book, folder / f"{name}.ipynb")
+    report.build(folder, folder / "report", folder / "tables", folder / "docs")
+    return [path.read_text() for path in sorted((folder / "report").glob("*.html"))]
+
+
+def test_nothing_acts_or_loads_in_a_strangers_notebook(strange):
+    assert len(strange) == 3
+    for text in strange:
+        soup = BeautifulSoup(text, "html.parser")
+        (script,) = soup("script")
+        assert "alert" not in script.string and script.parent.name == "body"
+        assert not soup.main(["style", "svg", "iframe", "object", "embed", "form", "input", "base"])
+        assert not soup(["noscript", "mglyph", "video", "template"])
+        for tag in soup.main(True):
+            assert not any(name.startswith("on") or name in ACTIVE for name in tag.attrs), tag
+            assert "script:" not in str(tag.get("href", "")), tag
+            assert tag.name != "img" or tag["src"].startswith("data:"), tag
+        assert len(soup("meta", attrs={"http-equiv": True})) == 1
+
+
+def test_a_browser_is_told_to_run_our_script_alone(site):
+    for soup in site.values():
+        (policy,) = soup("meta", attrs={"http-equiv": "Content-Security-Policy"})
+        said = dict(part.split(" ", 1) for part in policy["content"].split("; "))
+        assert said["default-src"] == said["base-uri"] == said["form-action"] == "'none'"
+        for kind, tag in (("style-src", soup.style), ("script-src", soup.script)):
+            digest = hashlib.sha256(tag.string.encode()).digest()
+            assert said[kind] == f"'sha256-{base64.b64encode(digest).decode()}'"
+        assert said["img-src"] == "'self' file: data:"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"cells": 1}', '{"nbformat": 4, "cells": [1]}']
+)
+def test_what_is_no_notebook_is_named(tmp_path, content):
+    (tmp_path / "10_x.ipynb").write_text(content)
+    with pytest.raises(ValueError, match="10_x.ipynb cannot be shown as a notebook"):
+        report.build(tmp_path, tmp_path / "report", tmp_path, tmp_path)
 
 
 def test_it_is_cited_by_the_version_of_the_package(site):

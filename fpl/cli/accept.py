@@ -9,7 +9,8 @@ def add(parser: Parser) -> None:
 
 def run(options: Options) -> None:
     """Take over the fresh tables and figures as the expected ones, and fill in the pages."""
-    from fpl.experiments import expected, pages, tables
+    from fpl.experiments import expected, pages, tables, values
 
+    values.profile()
     expected.accept(tables.TABLES)
     pages.fill_pages()

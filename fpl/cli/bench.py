@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from fpl.cli.options import Options, Parser, positive
+from fpl.cli.show import say
 from fpl.data.files import ROOT, atomic_write
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def run(options: Options) -> None:
         pages = markdown(table, options.what)
         if options.save:
             save(table, pages, options.save)
-    print(pages[""])
+    say(*pages[""].split("\n"))
     if options.save and options.what == "scaling" and len(table) > 1:
         from fpl.experiments import plots
 

@@ -2,7 +2,8 @@
 
 import sys
 
-from fpl.cli.options import Options, Parser, assignments
+from fpl.cli.options import Options, Parser
+from fpl.cli.show import say
 
 
 def add(parser: Parser) -> None:
@@ -22,8 +23,8 @@ def run(options: Options) -> None:
     from fpl.experiments import promises, settings, values
 
     method = settings.row_class(options.method)
-    changes = assignments(options.changes, values.plain)
+    changes = values.assignments(options.changes, "name=value")
     broken = promises.check(method, changes)
-    print(*broken or [f"all {len(promises.PROMISES)} promises hold"], sep="\n")
+    say(*broken or [f"all {len(promises.PROMISES)} promises hold"])
     if broken:
         sys.exit(1)

@@ -1,6 +1,7 @@
 """fpl compare: fresh tables against the expected ones of the repository."""
 
 from fpl.cli.options import Options, Parser
+from fpl.cli.show import say, table
 
 PLACES = {"tables and figures": "results/tables", "report": "results/report/index.html"}
 
@@ -14,12 +15,12 @@ def run(options: Options) -> None:
     from fpl.experiments import expected, tables
 
     cells = expected.all_cells(tables.TABLES)
-    print(cells.round(2).to_markdown(index=False))
+    table(cells.round(2))
     wrong = int((cells["verdict"] != "same").sum())
     right = f"{len(cells) - wrong} of {len(cells)} cells are the expected ones"
-    print(f"\n{right} within their tolerance, {wrong} are not.")
+    say("", f"{right} within their tolerance, {wrong} are not.")
     for what, where in PLACES.items():
-        print(f"{what + ':':20}{where}")
+        say(f"{what + ':':20}{where}")
     if wrong:
         differ = "the results differ from those in results/expected"
         raise ValueError(f"{differ}: see the verdict column above")

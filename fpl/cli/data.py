@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from fpl.cli.options import Options, Parser
+from fpl.cli.show import say, table
 
 
 def add(parser: Parser) -> None:
@@ -19,14 +20,15 @@ def run(options: Options) -> None:
     from fpl.data import datasets, fetch
 
     if options.what == "list":
-        print(datasets.overview(options.root).to_markdown(index=False))
+        table(datasets.overview(options.root))
         return
     left = []
     if options.what == "fetch":
-        print(f"terms of use: {fetch.terms(options.name)}", flush=True)
+        say(f"terms of use: {fetch.terms(options.name)}")
         left = fetch.fetch(options.name, options.root)
-    table = datasets.checklist(options.name, options.root)
-    incomplete = (table["todo"] != "").any()
+    items = datasets.checklist(options.name, options.root)
+    incomplete = (items["todo"] != "").any()
     if options.what == "check" and incomplete and options.name != "own":
         left = fetch.by_hand(options.name, options.root)
-    print(table.to_markdown(index=False), *left, sep="\n")
+    table(items)
+    say(*left)

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from fpl.cli.options import Options, Parser
+from fpl.cli.options import Options, Parser, add_set, results_of
 
 
 def add(parser: Parser) -> None:
     """Add the options."""
+    add_set(parser)
     which = "notebook(s) to execute, in this order"
     parser.add_argument("source", type=Path, nargs="+", help=which)
     parser.add_argument(
@@ -21,9 +22,15 @@ def add(parser: Parser) -> None:
 
 
 def run(options: Options) -> None:
-    """Execute a notebook with papermill and keep the executed copy under results/notebooks."""
+    """Execute a notebook with papermill and keep the executed copy under results/notebooks.
+
+    With --set it reads and writes where `fpl sweep` does with the same settings.
+    """
     from fpl.experiments import notebook, values
 
-    given = {name: values.plain(text, name) for name, text in options.parameter}
-    for source in options.source:
-        notebook.execute(source, notebook.EXECUTED / source.name, given)
+    values.profile()
+    pairs = [f"{name}={text}" for name, text in options.parameter]
+    given = values.assignments(pairs, "name=value")
+    with results_of(options) as results:
+        for source in options.source:
+            notebook.execute(source, results / "notebooks" / source.name, given)

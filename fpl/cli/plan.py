@@ -3,6 +3,7 @@
 import sys
 
 from fpl.cli.options import Options, Parser, add_settings, read_settings
+from fpl.cli.show import say, table
 
 
 def add(parser: Parser) -> None:
@@ -29,8 +30,9 @@ def run(options: Options) -> None:
 
     settings = read_settings(options)
     needs = plan.needs(settings, fetch=options.check)
-    for table in (needs.drop(columns="todo"), plan.disk(settings)):
-        print(table.to_markdown(index=False, floatfmt=".3g"), end="\n\n")
+    for part in (needs.drop(columns="todo"), plan.disk(settings)):
+        table(part, floatfmt=".3g")
+        say("")
     if options.calibration:
         stages = plan.stages(settings, plan.calibrate(settings))
         duration = f"about {stages['hours'].sum():.1f} hours on this machine ({cache.device()})"
@@ -38,12 +40,12 @@ def run(options: Options) -> None:
         stages = plan.stages(settings).drop(columns="hours")
         duration = "no hours estimated"
     shown = stages.astype(object).where(stages.notna(), None)
-    print(shown.to_markdown(index=False, floatfmt=".3g", missingval="-"))
+    table(shown, floatfmt=".3g", missingval="-")
     left = (stages["number"] - stages["there"]).sum()
     work = f"{stages['PFLOP'].sum():.3g} PFLOP of the text tower"
-    print(f"\n{left} files and runs to make: {duration}, {work}\n")
+    say("", f"{left} files and runs to make: {duration}, {work}", "")
     missing = [todo for todo in needs["todo"] if todo]
     count = f"{len(missing)} things are missing" if missing else "nothing is missing"
-    print(*missing, count, sep="\n", flush=True)
+    say(*missing, count)
     if options.check and missing:
         sys.exit(1)

@@ -1,14 +1,19 @@
 """fpl report: the pages of all results."""
 
-from fpl.cli.options import Options, Parser
+from fpl.cli.options import Options, Parser, add_set, results_of
+from fpl.cli.show import say
 
 
 def add(parser: Parser) -> None:
-    """There are no options."""
+    """Add the options."""
+    add_set(parser)
 
 
 def run(options: Options) -> None:
-    """Build the pages of results/report from the executed notebooks."""
-    from fpl.experiments import report
+    """Build the pages of results/report from the executed notebooks, or of theirs with --set."""
+    from fpl.experiments import report, values
 
-    print(f"report: {report.build()}")
+    values.profile()
+    with results_of(options) as results:
+        places = [results / name for name in ("notebooks", "report", "tables")]
+        say(f"report: {report.build(*places)}")

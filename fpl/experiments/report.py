@@ -1,8 +1,13 @@
-"""The report: executed notebooks, tables, figures and documents as pages that need no network."""
+"""The report: executed notebooks, tables, figures and documents as pages that need no network.
+
+A notebook may be a stranger's: nothing in it acts in a page or loads anything, for two reasons.
+Only harmless tags are let through, and a page tells the browser to run no script but ours.
+"""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import re
 import shutil
 from collections import Counter, defaultdict
@@ -10,12 +15,13 @@ from collections.abc import Collection, Sequence
 from itertools import count, product
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
+import bleach  # this, bs4 and jinja2 come with nbconvert
 import nbformat
 import pandas as pd
 import yaml
-from bs4 import BeautifulSoup, Tag  # this and jinja2 come with nbconvert
+from bs4 import BeautifulSoup, Tag
 from jinja2 import Environment, PackageLoader
 from latex2mathml.converter import convert
 from markupsafe import Markup, escape
@@ -24,15 +30,46 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
 from fpl.data.files import ROOT, atomic_write
 from fpl.experiments.notebook import EXECUTED, TABLES
+from fpl.experiments.places import results
 
-REPORT = Path("results/report")
+REPORT = results() / "report"
 DOCS = ROOT / "docs"
 MISSING = {"", "nan", "NaN", "None", "<NA>", "NaT", "-", "–", "—"}
 NUMBER = re.compile(r"[-+−]?(\d[\d,]*)?\.?\d+(e[-+]?\d+)?\s*(%|±.*|\(.*\)|\[.*\])?")
 PLAIN_NUMBER = re.compile(r"-?\d+(\.\d+)?")
+# The tags of pages. Of others the text is kept, unless it is none that is read.
+HARMLESS = """
+a abbr b blockquote br caption code dd del details div dl dt em figcaption figure h1 h2 h3 h4 h5 h6
+hr i img ins kbd li ol p pre s small span strong sub summary sup table tbody td tfoot th thead tr u
+ul math menclose mfrac mi mn mo mover mpadded mphantom mroot mrow mspace msqrt mstyle msub msubsup
+msup mtable mtd mtext mtr munder munderover
+"""
+UNREAD = ["embed", "iframe", "noscript", "object", "script", "style", "svg", "template", "textarea"]
+ATTRIBUTES = {
+    "*": ["class", "title", "display", "stretchy", "fence", "form", "mathvariant", "accent"],
+    "a": ["href"],
+    "img": ["alt", "src", "width", "height"],
+    "mfrac": ["linethickness"],
+    "mo": ["lspace", "rspace", "minsize", "maxsize", "movablelimits", "separator"],
+    "mspace": ["width"],
+    "mstyle": ["displaystyle", "scriptlevel"],
+    "mtable": ["columnalign"],
+    "ol": ["start"],
+    "td": ["colspan", "rowspan"],
+    "th": ["colspan", "rowspan"],
+}
+PICTURE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[\w+/=\s]+", re.ASCII)
 ENVIRONMENT = Environment(
     loader=PackageLoader("fpl.experiments"), autoescape=True, trim_blocks=True
 )
+
+
+def policy_hash(text: str) -> str:
+    """Return how a page names a script or a style that may act in it."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+ENVIRONMENT.filters["policy_hash"] = policy_hash
 
 
 class Page(NamedTuple):
@@ -59,7 +96,10 @@ class Renderer(IPythonRenderer):
 
     def inline_math(self, body: str, display: str = "inline") -> str:
         known = body.strip().replace(r"\arg", r"\operatorname{arg}\,")
-        return convert(known, display=display)
+        try:
+            return convert(known, display=display)
+        except Exception:  # the converter fails in many ways where a formula is none
+            return f"<code>{escape(body)}</code>"
 
     def block_math(self, body: str) -> str:
         # it stands in a paragraph, where a div may not
@@ -72,7 +112,8 @@ def build(
     """Write the pages of the report and return the path of the first one, the contents.
 
     There is a page for each executed notebook, one for all tables and figures, which are copied
-    beside it, and one for each document. Raises FileNotFoundError when no notebook was executed.
+    beside it, and one for each document. Raises FileNotFoundError when no notebook was executed,
+    and ValueError for one that cannot be shown.
     """
     books = sorted(executed.glob("*.ipynb"))
     if not books:
@@ -89,27 +130,31 @@ def build(
     cite = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     contents = render("index", results=results, documents=documents, cite=cite)
     pages = [make_page("index", contents), *results, *documents]
+    style = ENVIRONMENT.get_template("report.css").render()
+    script = ENVIRONMENT.get_template("report.js").render()
     earlier = [None, *pages]
     later = [*pages[1:], None]
     for before, page, after in zip(earlier, pages, later):
-        html = render("page", page=page, before=before, after=after)
+        around = {"before": before, "after": after, "style": style, "script": script}
+        html = render("page", page=page, **around)
         with atomic_write(target / page.file) as temporary:
             temporary.write_text(str(html), encoding="utf-8")
     return target / "index.html"
 
 
 def notebook(path: Path) -> BeautifulSoup:
-    """Return the cells of a notebook as HTML, without the styles and scripts of its outputs."""
+    """Return the cells of a notebook as harmless HTML. Raises ValueError if it cannot be shown."""
     exporter = HTMLExporter(
         template_name="basic",
         filters={"markdown2html": html_of},
         exclude_input_prompt=True,
         exclude_output_prompt=True,
     )
-    html, _ = exporter.from_notebook_node(nbformat.read(path, as_version=4))
-    soup = parse(html)
-    for tag in soup(["style", "script"]):
-        tag.decompose()
+    try:
+        html, _ = exporter.from_notebook_node(nbformat.read(path, as_version=4))
+    except Exception as e:  # what is no notebook fails in many ways
+        raise ValueError(f"{path} cannot be shown as a notebook ({e}): execute it again") from e
+    soup = harmless(html)
     for image in soup("img", alt=re.compile("^No description")):  # Jupyter's words for none
         heading = image.find_previous(["h1", "h2", "h3"])
         image["alt"] = f"Figure: {heading.get_text()}" if heading else "Figure"
@@ -123,6 +168,28 @@ def document(path: Path) -> BeautifulSoup:
         source = path.parent / str(image["src"])
         data = base64.b64encode(source.read_bytes()).decode()
         image["src"] = f"data:image/png;base64,{data}"
+    return harmless(str(soup))
+
+
+def harmless(html: str) -> BeautifulSoup:
+    """Return HTML with what is known to be harmless, and with those pictures that are inside it."""
+    soup = parse(html)
+    for tag in soup(UNREAD):
+        tag.decompose()
+    pictures: dict[str, str] = {}
+    for image in soup("img"):
+        source = str(image.get("src"))
+        name = f"picture-{len(pictures)}"
+        if PICTURE.fullmatch(source):
+            pictures[name] = source
+            image["src"] = name
+        else:
+            image.decompose()
+    tags = HARMLESS.split()
+    clean = bleach.clean(str(soup), tags, ATTRIBUTES, strip=True)
+    soup = parse(clean)
+    for image in soup("img"):  # two readers of broken HTML may disagree on what is in it
+        image["src"] = pictures.get(str(image.get("src")), "data:,")
     return soup
 
 
@@ -138,8 +205,10 @@ def connect(soup: BeautifulSoup, others: Collection[str]) -> None:
     others: the stems of the other pages. Links that lead out of the report become text.
     """
     for table in soup.select("table:has(thead):has(tbody)"):
-        head, body = table(["thead", "tbody"])
+        head, body = table("thead")[0], table("tbody")[0]
         heads = cells_of(head)
+        if not heads:
+            continue
         names = [" · ".join(dict.fromkeys(filter(None, column))) for column in zip(*heads)]
         if not heads[-1][-1]:  # pandas gives the names of the index a line of their own
             names = [last or name for last, name in zip(heads[-1], names)]
@@ -147,12 +216,12 @@ def connect(soup: BeautifulSoup, others: Collection[str]) -> None:
     for code in soup("code"):
         stem = PurePosixPath(code.get_text()).name.removesuffix(".ipynb")
         if stem in others and not code.find_parent(["a", "pre"]):
-            code.wrap(soup.new_tag("a", href=f"{stem}.html"))
+            code.wrap(soup.new_tag("a", href=f"{quote(stem)}.html"))
     for link in soup("a", href=True):
         url = urlsplit(str(link["href"]))
         stem = PurePosixPath(url.path).stem
         if stem in others:
-            link["href"] = url._replace(path=f"{stem}.html").geturl()
+            link["href"] = url._replace(path=f"{quote(stem)}.html").geturl()
         elif url.path and not url.scheme:
             link.unwrap()
 
@@ -163,15 +232,22 @@ def cells_of(part: Tag) -> list[list[str]]:
     So rows stay whole when they change their order.
     """
     cells: dict[int, dict[int, str]] = defaultdict(dict)
-    for i, row in enumerate(part("tr")):
+    rows = part("tr")
+    for i, row in enumerate(rows):
         for cell in row(["td", "th"]):
             j = next(j for j in count() if j not in cells[i])
             inner = cell.decode_contents().replace("\xa0", " ").strip()
-            high = int(str(cell.get("rowspan", "1")))
-            wide = int(str(cell.get("colspan", "1")))
+            high = span(cell, "rowspan", len(rows) - i)
+            wide = span(cell, "colspan", 1000)  # browsers take no more, either
             for down, right in product(range(high), range(wide)):
                 cells[i + down][j + right] = inner
     return [[row[j] for j in sorted(row)] for row in cells.values()]
+
+
+def span(cell: Tag, name: str, most: int) -> int:
+    """Return how many rows or columns a cell spans."""
+    text = str(cell.get(name, "1"))
+    return min(int(text), most) if re.fullmatch("[1-9][0-9]{0,5}", text) else 1
 
 
 def sortable(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> BeautifulSoup:
