@@ -1,16 +1,21 @@
 """Notebooks have no outputs and run from top to bottom; a misspelt parameter is refused."""
 
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jupyter_client
 import matplotlib
+import nbclient
 import nbformat
 import pandas as pd
 import pytest
 import yaml
+from papermill import engines
 
+from fpl import cli
 from fpl.data import files
 from fpl.experiments import notebook, records, settings, values
 
@@ -25,9 +30,23 @@ QUICK = {
 }
 
 
+# What the command line makes before, in the kernel itself; and few draws for each interval.
+PREPARE = """
+from functools import partial
+from fpl import cli
+from fpl.experiments import inspect, runner
+from helpers import Here
+
+runner.ProcessPoolExecutor = Here
+inspect.related = partial(inspect.related, draws=100)
+for command in (["features", "--patches"], ["features", "--all"], ["sweep"]):
+    cli.main(command)
+"""
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
-    """A copy of the project with tiny settings, its features and runs made by the command line."""
+    """A copy of the project with tiny settings."""
     root = tmp_path_factory.mktemp("project")
     for name in ("fpl", "notebooks", "data/demo_clip", "data/label_prior"):
         shutil.copytree(
@@ -36,21 +55,41 @@ def project(tmp_path_factory) -> Path:
     for name in ("published.csv", "ledger.yaml"):
         shutil.copy(files.ROOT / "data" / name, root / "data")
     (root / "params.yaml").write_text(yaml.safe_dump(values.load(SMALL)))
-    for command in (["features", "--patches"], ["features", "--all"], ["sweep"]):
-        run(root, *command)
     return root
 
 
-def run(root: Path, *command: str) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [sys.executable, "-m", "fpl.cli", *command], cwd=root, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+@pytest.fixture(scope="module")
+def prepared(project):
+    """One kernel for all notebooks, which has made features and runs: to import takes longest."""
+    kernel = jupyter_client.AsyncKernelManager()
+    paths = os.pathsep.join([str(project), str(files.ROOT / "tests")])
+    cell(kernel, PREPARE, cwd=str(project), env={**os.environ, "PYTHONPATH": paths})
+    yield kernel
+    cell(kernel, "pass", cleanup_kc=True)  # and shut it down
+
+
+def cell(kernel, code: str, **options) -> None:
+    """Execute some code in the kernel, which is started if need be."""
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    nbclient.NotebookClient(book, km=kernel).execute(**options)
+
+
+@pytest.fixture
+def engine(prepared, project, monkeypatch):
+    """Papermill executes in that kernel, where no name is left of the notebook before."""
+    cell(prepared, f"%cd -q {project}\nget_ipython().reset(new_session=False)")
+
+    class InOneKernel(engines.NBClientEngine):
+        @classmethod
+        def execute_managed_notebook(cls, notebook, kernel_name, **options):
+            options["km"] = prepared
+            return super().execute_managed_notebook(notebook, kernel_name, **options)
+
+    monkeypatch.setitem(engines.papermill_engines._engines, None, InOneKernel)
 
 
 @pytest.mark.parametrize("book", BOOKS, ids=lambda b: b.stem)
-def test_runs_from_top_to_bottom(project, book, monkeypatch):
+def test_runs_from_top_to_bottom(project, engine, book, monkeypatch):
     monkeypatch.chdir(project)
     source = Path("notebooks", book.name)
     target = notebook.execute(source, notebook.EXECUTED / book.name, QUICK.get(book.stem))
@@ -70,15 +109,20 @@ def test_committed_without_outputs_and_defines_nothing(book):
     assert "def " not in "\n".join(cell.source for cell in code)
 
 
-def test_run_notebook_makes_the_record_that_the_command_line_finds(project):
-    run(
-        project, "notebook", "notebooks/04_run.ipynb", "-p", "method", "promptfl", "-p", "seed", "5"
-    )
-    (path,) = (project / "results" / "records").glob("promptfl-5-*.json")
+def test_run_notebook_makes_the_record_that_the_command_line_finds(
+    project, prepared, monkeypatch, capsys
+):
+    """In a process and a kernel of its own."""
+    given = ["-p", "method", "promptfl", "-p", "seed", "5"]
+    command = [sys.executable, "-m", "fpl.cli", "notebook", "notebooks/04_run.ipynb", *given]
+    monkeypatch.chdir(project)
+    subprocess.run(command, check=True)
+    (path,) = records.RECORDS.glob("promptfl-5-*.json")
     accuracy = records.frame([path]).query("round == round.max()")["accuracy"].mean()
-    said = run(project, "run", "promptfl", "seed=5").stdout
+    cli.main(["run", "promptfl", "seed=5"])
+    said = capsys.readouterr().out
     assert path.name in said and f"{100 * accuracy:.2f} %" in said
-    assert len(list((project / "results" / "records").glob("promptfl-5-*.json"))) == 1
+    assert len([*records.RECORDS.glob("promptfl-5-*.json")]) == 1
 
 
 @pytest.mark.parametrize("name", ["params.yaml", "profile.yaml"])
@@ -99,23 +143,10 @@ def test_starts_in_the_root_where_there_is_no_profile(tmp_path, monkeypatch):
     assert Path.cwd() == files.ROOT
 
 
-def test_misspelt_parameter_is_refused_by_the_command_line(project):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "fpl.cli",
-            "notebook",
-            "notebooks/04_run.ipynb",
-            "-p",
-            "metod",
-            "coop",
-        ],
-        cwd=project,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1 and "'metod'" in done.stderr and "'method'" in done.stderr
+def test_misspelt_parameter_is_refused_by_the_command_line(project, monkeypatch):
+    monkeypatch.chdir(project)
+    with pytest.raises(SystemExit, match="'metod'.*'method'"):
+        cli.main(["notebook", "notebooks/04_run.ipynb", "-p", "metod", "coop"])
 
 
 def test_misspelt_parameter_is_refused_in_the_notebook():
@@ -143,3 +174,13 @@ def test_a_cell_may_be_run_again():
     assert notebook.parameters(space, known) == first == {"method": "coop", "seed": 1}
     space["seed"] = 2
     assert notebook.parameters(space, known) == {"method": "coop", "seed": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "default", "read_as"),
+    [("010", "1", 10), ("2024", '"x"', "2024"), ("a #2", "None", "a #2"), ("[1]", "[2]", [1])],
+)
+def test_a_parameter_on_the_command_line_is_read_as_the_notebook_declares_it(
+    text, default, read_as
+):
+    assert notebook.as_declared(text, default, "name") == read_as

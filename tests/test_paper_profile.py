@@ -16,7 +16,7 @@ from fpl.bench import plan
 from fpl.bench.plan import Rates, Tower
 from fpl.controls import CONTROLS
 from fpl.data import datasets
-from fpl.experiments import settings, tables
+from fpl.experiments import records, settings, tables
 from fpl.methods import METHODS, PFedMoAP
 
 FILE = Path(__file__).parents[1] / "paper" / "profile.yaml"
@@ -284,42 +284,34 @@ def test_prompts_of_a_step_are_counted_from_the_method(row):
 # --- from images to a table
 
 
-def test_the_chain_runs_and_goes_on_where_it_was(tmp_path):
+def test_the_chain_runs_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     """`make paper` on two small data sets: check, features, runs, a notebook; and a second time."""
     settings = SMALL | {"tables": {"10_table1": {"table1": {"data": ["flowers102", "dtd"]}}}}
     paper = project(tmp_path, settings)
     store_clip(tmp_path / "clip")
     for name in ("flowers102", "dtd"):
         few_shot(tmp_path / "data" / "images", name)
-    said = {"capture_output": True, "text": True}
-    checked = fpl(paper, "plan", "--check", **said)
-    assert (
-        checked.returncode == 0
-        and "nothing is missing" in checked.stdout
-        and "hours on this machine" in checked.stdout
-    )
-    done = fpl(paper, "repro", "results@10_table1", **said)
+    monkeypatch.chdir(paper)
+    cli.main(["plan", "--check"])
+    said = capsys.readouterr().out
+    assert "nothing is missing" in said and "hours on this machine" in said
+    done = fpl(paper, "repro", "results@10_table1", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    made = pd.read_csv(paper / "results" / "tables" / "10_table1" / "table1.csv")
-    assert (
-        made.groupby("data").size().to_dict() == {"flowers102": 8, "dtd": 8}
-        and made["mean"].between(0, 100).all()
-    )
+    made = pd.read_csv("results/tables/10_table1/table1.csv")
+    assert made.groupby("data").size().to_dict() == {"flowers102": 8, "dtd": 8}
+    assert made["mean"].between(0, 100).all()
     shown = made.set_index(["data", "method"])["paper"]
     assert shown["flowers102", "promptfl"] == 72.80 and math.isnan(shown["dtd", "majority"])
-    assert (
-        tables.NOTE_REAL in (paper / "results" / "tables" / "10_table1" / "table1.md").read_text()
-    )
-    assert str(tmp_path) not in nbformat.writes(
-        nbformat.read(paper / "results/notebooks/10_table1.ipynb", 4)
-    )
+    assert tables.NOTE_REAL in Path("results/tables/10_table1/table1.md").read_text()
+    executed = nbformat.read("results/notebooks/10_table1.ipynb", 4)
+    assert str(tmp_path) not in nbformat.writes(executed)
     assert not (tmp_path / "results").exists()
-    kept = {path: path.stat().st_mtime_ns for path in (paper / "results" / "records").iterdir()}
+    kept = {path: path.stat().st_mtime_ns for path in records.RECORDS.iterdir()}
     assert len(kept) == 2 * 2 * 8
-    next(iter(kept)).unlink()  # as after a kill
-    again = fpl(paper, "sweep", **said)
-    assert again.returncode == 0 and {
-        path for path in kept if path.stat().st_mtime_ns != kept[path]
-    } == {next(iter(kept))}
-    left = fpl(paper, "plan", "--no-calibration", **said)
-    assert "0 files and runs to make" in left.stdout, left.stdout + left.stderr
+    gone = next(iter(kept))
+    gone.unlink()  # as after a kill
+    cli.main(["sweep"])
+    assert {path for path in kept if path.stat().st_mtime_ns != kept[path]} == {gone}
+    capsys.readouterr()
+    cli.main(["plan", "--no-calibration"])
+    assert "0 files and runs to make" in capsys.readouterr().out

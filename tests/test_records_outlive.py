@@ -39,13 +39,25 @@ def replace(path, old, new):
     write(path, text.replace(old, new))
 
 
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """A copy of the package's sources, which fingerprints are made of."""
-    copy = tmp_path / "fpl"
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory):
+    copy = tmp_path_factory.mktemp("package") / "fpl"
     shutil.copytree(fingerprint.PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(fingerprint, "PACKAGE", copy)
     return copy
+
+
+@pytest.fixture
+def package(copied, monkeypatch):
+    """A copy of the package's sources, which fingerprints are made of; put back afterwards."""
+    before = {path: (path.read_bytes(), path.stat()) for path in copied.rglob("*.py")}
+    monkeypatch.setattr(fingerprint, "PACKAGE", copied)
+    yield copied
+    for path in copied.rglob("*.py"):
+        if path not in before:
+            path.unlink()
+        elif path.stat().st_mtime_ns != before[path][1].st_mtime_ns:
+            path.write_bytes(before[path][0])
+            os.utime(path, ns=(before[path][1].st_atime_ns, before[path][1].st_mtime_ns))
 
 
 def fingerprints(rows=ROWS, **changes):
@@ -136,13 +148,16 @@ def test_what_makes_no_number_keeps_every_record(case, package):
 
 def test_a_table_or_a_data_set_in_params_yaml_keeps_every_record(tmp_path):
     content = yaml.safe_load((ROOT / "params.yaml").read_text())
-    more = {**content, "datasets": {**content["datasets"], "mine": {"data": {"seed": 5}}}}
+    more = {
+        **content,
+        "datasets": {**content["datasets"], "mine": {"data": {"seed": 5, "store": "mine"}}},
+    }
     more["tables"] = {**content["tables"], "30_mine": {"mine": {"data": ["mine"]}}}
     paths = []
     for name, written in (("before", content), ("after", more)):
         (tmp_path / name).write_text(yaml.safe_dump(written))
         params = settings.read(tmp_path / name)
-        paths.append([runner.record_path("sha", e) for _, e in params.runs("table1")])
+        paths.append([runner.key_of("sha", e).path for _, e in params.runs("table1")])
     assert paths[0] == paths[1] and "mine" in params.tables
 
 
@@ -157,8 +172,8 @@ DROPS = {
     ),
     "a method's setting": (
         "methods.py",
-        "mu: FiniteFloat = 0.5\n\n    def context",
-        "mu: FiniteFloat = 0.6\n\n    def context",
+        "mu: NonNegativeFloat = 0.5\n\n    def context",
+        "mu: NonNegativeFloat = 0.6\n\n    def context",
         those_of(FedProx),
     ),
     "everybody's loss": (
@@ -443,10 +458,10 @@ def test_a_method_in_a_file_of_its_own_changes_no_other(own):
 
 def test_the_name_of_a_record_follows_its_code(package):
     experiment = PARAMS.experiment("fedprox", 1)
-    path = runner.record_path("sha", experiment)
+    path = runner.key_of("sha", experiment).path
     replace(package / "methods.py", 'title = "Prompt+FedProx"', 'title = "FedProx"')
-    assert runner.record_path("sha", experiment) == path
+    assert runner.key_of("sha", experiment).path == path
     replace(package / "methods.py", "self.mu / 2 *", "self.mu / 3 *")
-    assert runner.record_path("sha", experiment) != path
+    assert runner.key_of("sha", experiment).path != path
     other = dataclasses.replace(experiment, seed=2)
-    assert runner.record_path("sha", other) not in (path, runner.record_path("sha", experiment))
+    assert runner.key_of("sha", other).path not in (path, runner.key_of("sha", experiment).path)

@@ -43,13 +43,14 @@ def code_fingerprint(experiment: Experiment) -> str:
         stop.add("fpl.privacy")
     kind = type(experiment.method)
     reached: dict[Place, str] = {}
+    of_module = functools.cache(definitions)  # one look at each file
     waiting = [Place(kind.__module__, kind.__name__), Place(*LOOP)]
     while waiting:
         place = waiting.pop()
         if place in reached or place.module in stop:
             continue
         reached[place] = ""
-        module = definitions(place.module)
+        module = of_module(place.module)
         for name in [place.name] if place.name else list(module):
             if name in module:
                 code, used = module[name]
