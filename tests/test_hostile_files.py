@@ -125,6 +125,7 @@ def test_postscript_is_given_to_no_program(tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of some of the damage
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "GIF", "WEBP", "AVIF"])
 def test_a_damaged_picture_is_one_of_two_kinds_of_errors(kind):
     rng = np.random.default_rng(0)

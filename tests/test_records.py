@@ -277,6 +277,8 @@ def test_a_killed_sweep_goes_on(world, monkeypatch, one_core):
 
 def test_a_worker_of_a_sweep_that_is_killed_at_once_does_not_stay(world):
     """Nor does it go on in the hour that its imports may take."""
+    with standing_in(world):
+        shutil.rmtree(records.RECORDS, ignore_errors=True)
     process = python(world, "-c", SWEEP_THAT_DIES)
     process.communicate(timeout=300)  # ends when nobody holds the pipe
     assert process.returncode == -signal.SIGKILL
@@ -320,7 +322,7 @@ def test_frame(here):
 def test_a_record_of_other_images_or_another_model_is_not_taken(here):
     runner.sweep(FEW[:1])
     drawn = dataclasses.replace(PARAMS, data=dataclasses.replace(DATA, seed=DATA.seed + 1))
-    with pytest.raises(ValueError, match="holds images of .* asks for .*run `fpl features`"):
+    with pytest.raises(ValueError, match="holds images of .* asked for is .*run `fpl features`"):
         runner.sweep([drawn.experiment("majority", 1)])
     backbone = dataclasses.replace(BACKBONE, name="local-dir:another")
     another = dataclasses.replace(PARAMS, backbone=backbone)

@@ -75,7 +75,7 @@ def check_source(data: Data) -> None:
     if not same:
         raise ValueError(
             f"{data.folder} holds images of {json.dumps(made)}, "
-            f"params.yaml asks for {json.dumps(data.source)}: run `fpl features`"
+            f"asked for is {json.dumps(data.source)}: run `fpl features` for that"
         )
 
 
