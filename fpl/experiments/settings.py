@@ -8,7 +8,7 @@ import importlib.util
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +224,8 @@ class Settings:
         for on, (label, own) in itertools.product(asked.data or [self.data.name], rows.items()):
             row = own.get("method", label)
             for changed in self.settings_of(asked, row, own):
-                found += [(label, self.experiment(row, seed, on, **changed)) for seed in self.seeds]
+                first = self.experiment(row, self.seeds[0], on, **changed)
+                found += [(label, replace(first, seed=seed)) for seed in self.seeds]
         return found
 
     def settings_of(self, asked: Table, row: str, own: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -326,7 +327,7 @@ def read(path: Path | None = None, changes: Sequence[str] = ()) -> Settings:
     settings = Settings(**made)
     if content.get("data") != of_file and "results" not in changed:
         folder = f"{settings.results}/{settings.data.store or settings.data.name}"
-        settings = dataclasses.replace(settings, results=folder)
+        settings = replace(settings, results=folder)
     check_stores(settings)
     for row in settings.methods:  # a wrong name or type anywhere is found now, not after an hour
         settings.experiment(row, 1)
@@ -377,7 +378,7 @@ def source(name: str, content: Mapping[str, Any], own: Any) -> Source:
         made[key] = build(cls, {**content.get(key, {}), **changed}, f"{where}.{key}")
     data = made["data"]
     if data.name == "own" and data.root != content.get("data", {}).get("root") and not data.store:
-        made["data"] = dataclasses.replace(data, store=name)
+        made["data"] = replace(data, store=name)
     return Source(name, **made)
 
 
@@ -386,7 +387,7 @@ def check_stores(settings: Settings) -> None:
     kept: dict[Path, tuple[str, Any]] = {}
     for name in dict.fromkeys([settings.data.name, *settings.datasets]):
         source = settings.source(name)
-        made_of = dataclasses.replace(source.data, views=0), source.backbone
+        made_of = replace(source.data, views=0), source.backbone
         other, others = kept.setdefault(source.data.features, (name, made_of))
         if others != made_of:
             raise ValueError(

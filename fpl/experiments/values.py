@@ -8,6 +8,7 @@ A refusal is a ValueError of one sentence that says where, what, and what to do.
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 import math
 import re
@@ -299,12 +300,18 @@ def build(cls: type[T], values: Any, where: str) -> T:
         if isinstance(value, bool):
             raise ValueError(f"{where}.{key} must be a number or a word, not {value!r}")
     try:
-        made = TypeAdapter(cls).validate_python(values)
+        made = checked(cls).validate_python(values)  # type: ignore[arg-type]
     except ValidationError as error:
         raise ValueError(sentence(error, where)) from None
     for name in known:
         check_size(getattr(made, name), f"{where}.{name}")
     return made
+
+
+@functools.cache
+def checked(cls: Any) -> TypeAdapter:
+    """Return what checks the values of a class; making it takes longer than one use."""
+    return TypeAdapter(cls)
 
 
 def check_size(value: Any, where: str) -> None:
