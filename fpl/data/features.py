@@ -20,7 +20,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from io import BufferedIOBase
@@ -197,15 +197,6 @@ def share(raw: BufferedIOBase, path: Path) -> None:
             raise
 
 
-@contextmanager
-def written(path: Path) -> Iterator[h5py.File]:
-    """Give a new features file to fill, and seal it in the end."""
-    with h5py.File(path, "w", userblock_size=BLOCK, locking=False) as f:
-        yield f
-        f.attrs["sha256"] = digest(f)
-    seal(path)
-
-
 def seal(path: Path) -> None:
     """Write the checksum of a file's bytes in front of them."""
     with path.open("r+b") as raw:
@@ -350,6 +341,18 @@ def digest(f: h5py.Group) -> str:
             for part in parts(f[name]):
                 total.update(part.data)
     return total.hexdigest()
+
+
+@contextmanager
+def written(path: Path, hashed: Callable[[h5py.File], str] = digest) -> Iterator[h5py.File]:
+    """Give a new file of features to fill, and seal it in the end.
+
+    hashed: what hashes its content, of a pack with several groups.
+    """
+    with h5py.File(path, "w", userblock_size=BLOCK, locking=False) as f:
+        yield f
+        f.attrs["sha256"] = hashed(f)
+    seal(path)
 
 
 def parts(data: h5py.Dataset) -> Iterator[np.ndarray]:

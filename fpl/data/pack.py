@@ -17,9 +17,7 @@ from pathlib import Path, PureWindowsPath
 import h5py
 import numpy as np
 
-from fpl.data import features
 from fpl.data.features import (
-    BLOCK,
     BROKEN,
     DIMENSIONS,
     Refused,
@@ -54,15 +52,13 @@ def export(files: Mapping[str, Path], name: str, path: Path) -> dict[str, str]:
             f"a pack at {path} would replace the features themselves: give it another name"
         )
     with atomic_write(path) as temporary:
-        with h5py.File(temporary, "w", userblock_size=BLOCK, locking=False) as pack:
+        with written(temporary, seal) as pack:
             for content, file in files.items():
                 if file.exists():
                     with opened(file) as f:
                         pack.copy(f["/"], pack, content)
             pack.attrs["format"] = FORMAT
             pack.attrs["name"] = name
-            pack.attrs["sha256"] = seal(pack)
-        features.seal(temporary)
         try:
             return verify(temporary)
         except ValueError as e:
@@ -80,22 +76,22 @@ def verify(path: Path) -> dict[str, str]:
     little memory.
     """
     with opened(path) as pack:
-        try:
-            return check(pack)
-        except BROKEN as e:
-            reason = e if isinstance(e, Refused) else f"cannot be read ({e})"
-            raise ValueError(f"{path} {reason}") from None
+        return check(pack)
 
 
 def check(pack: h5py.File) -> dict[str, str]:
-    """Say in words what is in an open pack. Raises Refused, or what HDF5 has for a broken file."""
-    require(pack.attrs.get("format") == FORMAT, "is not one of `fpl features export`")
-    require({"feats"} <= set(pack) <= set(DIMENSIONS), f"holds {', '.join(pack)}")
-    made = {content: check_group(pack, content) for content in pack}
-    require(pack.attrs["sha256"] == seal(pack), "does not have the checksum that it carries")
-    for content in made:
-        check_belongs(pack, content, made)
-    return describe(pack, made["feats"])
+    """Say in words what is in an open pack. Raises as `verify` does."""
+    try:
+        require(pack.attrs.get("format") == FORMAT, "is not one of `fpl features export`")
+        require({"feats"} <= set(pack) <= set(DIMENSIONS), f"holds {', '.join(pack)}")
+        made = {content: check_group(pack, content) for content in pack}
+        require(pack.attrs["sha256"] == seal(pack), "does not have the checksum that it carries")
+        for content in made:
+            check_belongs(pack, content, made)
+        return describe(pack, made["feats"])
+    except BROKEN as e:
+        reason = e if isinstance(e, Refused) else f"cannot be read ({e})"
+        raise ValueError(f"{pack.filename} {reason}") from None
 
 
 def unpack(
@@ -111,8 +107,8 @@ def unpack(
     refuses, for one of another data set or model, and before any is written for other features that
     are there already.
     """
-    verify(path)
     with opened(path) as pack:
+        check(pack)
         made = json.loads(pack["feats"].attrs["provenance"])
         fits(path, "data set", pack.attrs["name"], name)
         fits(path, "model", made["model"], model)

@@ -28,6 +28,11 @@ RATIO = 100  # of the sides; with the short one at 224 pixels the long one makes
 BITS, PHOTOMETRIC, MIN_IS_WHITE = 258, 262, 0  # tags of TIFF, and a value of the second
 
 
+def is_picture(path: Path) -> bool:
+    """Say whether a file is called as pictures are."""
+    return path.suffix.lower() in SUFFIXES
+
+
 def content(path: Path, most: int = SIZE) -> bytes:
     """Read a file, of at most so many bytes; others' lists are read by this too.
 

@@ -17,12 +17,11 @@ from fpl.data import world
 from fpl.data.datasets import DATASETS
 from fpl.data.files import ROOT, atomic_write
 from fpl.data.text import cell, markdown
-from fpl.experiments.places import results
+from fpl.experiments.notebook import TABLES
 from fpl.experiments.stats import by_seed, last_round, over_seeds, paired, reporting_rule, spread
 
 Make = Callable[..., DataFrame]
 Keys = str | Sequence[str]  # a column, or several
-TABLES = results() / "tables"
 PAPER = "pFedMoAP (ICLR 2025, 2410.10114)"
 BESIDE = "paper, mean of 5 data sets"
 PRINTED = {key: dataset.title for key, dataset in DATASETS.items()}

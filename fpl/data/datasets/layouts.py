@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from fpl.data import pickled
 from fpl.data.files import atomic_write, sha256
 from fpl.data.manifest import SPLITS, Row, text_of
-from fpl.data.pictures import SUFFIXES
+from fpl.data.pictures import is_picture
 
 Rows = Iterable[Row]
 JSON = 2**25  # bytes of a JSON file, which takes twenty times the memory; CoOp's have up to 2**23
@@ -219,7 +219,7 @@ def files_in(folder: Path, depth: int) -> list[Path]:
 
 def images_in(folder: Path, depth: int) -> list[Path]:
     """Those of them that are called as images are."""
-    return [path for path in files_in(folder, depth) if path.suffix.lower() in SUFFIXES]
+    return [path for path in files_in(folder, depth) if is_picture(path)]
 
 
 def deal(rows: list[Row], counts: Mapping[str, np.ndarray], stream: str) -> Rows:

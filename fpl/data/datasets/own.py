@@ -12,7 +12,7 @@ from typing import Any
 
 from fpl.data.datasets.layouts import files_in, stratified
 from fpl.data.manifest import SPLITS, Manifest, Row, assemble, is_label, read_table
-from fpl.data.pictures import SUFFIXES
+from fpl.data.pictures import is_picture
 
 # How people call the splits, whatever the case.
 SPELT = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
@@ -47,9 +47,9 @@ def read_folder(root: Path) -> list[Row]:
     domain's images is for testing, stratified by class.
     """
     levels = [files_in(root, depth) for depth in range(1, DEPTH + 1)]
-    images = [[path for path in level if path.suffix.lower() in SUFFIXES] for level in levels]
+    images = [[path for path in level if is_picture(path)] for level in levels]
     _, flat, deep, *_ = images
-    unread = [path for level in levels for path in level if path.suffix.lower() not in SUFFIXES]
+    unread = [path for level in levels for path in level if not is_picture(path)]
     tell(root, unread, "of kinds that are not read as images")
     elsewhere = [path for level in (images[0], *images[3:]) for path in level]
     tell(root, elsewhere, "neither CLASS/FILE nor DOMAIN/CLASS/FILE, hence not read")
@@ -59,9 +59,8 @@ def read_folder(root: Path) -> list[Row]:
             f"{root} holds {found}: images must be in CLASS/FILE, "
             "or all of them in DOMAIN/CLASS/FILE"
         )
-    labels: dict[str, int] = {}
-    for name in sorted({path.parts[-2] for path in flat or deep}):
-        labels[name] = len(labels)
+    names = sorted({path.parts[-2] for path in flat or deep})
+    labels = {name: label for label, name in enumerate(names)}
     check_classes(root, flat or deep)
     tops = defaultdict(list)
     for path in flat or deep:
