@@ -372,14 +372,14 @@ class FedOTP(PromptFL):
         return torch.stack([p["ctx"], p["local"]], dim=1)
 
     def logits(self, text: PromptTree, t, p, context, x):
-        patches = F.normalize(x.to(t.dtype), dim=-1)
-        sim = torch.einsum("nbMd,nkcd->nbcMk", patches, t)
+        # in the order in which `plan` reads, and normalised in place: both save time
+        patches = x.transpose(1, 2).to(t.dtype, copy=True, memory_format=torch.contiguous_format)
+        patches /= patches.norm(dim=-1, keepdim=True).clamp_(min=1e-12)
+        sim = torch.einsum("nMbd,nkcd->nMbkc", patches, t).permute(0, 2, 4, 1, 3)
         plan, _ = self.plan(sim)
         return text.scale * (plan * sim).sum((-2, -1))
 
-    def plan(
-        self, sim: Float[Tensor, "n b c M k"]
-    ) -> tuple[Float[Tensor, "n b c M k"], Int[Tensor, " n"]]:
+    def plan(self, sim: Float[Tensor, "n b c M k"]):
         return transport.plan(sim, self.eps, self.gamma, self.transport == "balanced")
 
 

@@ -52,8 +52,9 @@ class PromptTree(nn.Module):
     open_clip's own. Features and gradients are those of the 77-token prompts, up to rounding.
 
     names: of classes; underscores are read as spaces. tail: follows the name ("." in CoOp).
-    budget: nodes encoded at once, or one client. Where one call has more, only what goes from block
-    to block is kept for the backward pass. precision: of the transformer's matrix products;
+    budget: nodes encoded at once, or one prompt. Where one has more, or where there are more
+    prompts than two for each client that trains at once, only what goes from block to block is kept
+    for the backward pass. precision: of the transformer's matrix products;
     prompts, sums between blocks, norms, features and their gradients stay in single.
     Raises ValueError for a tower that is not causal and for a name that is too long.
     """
@@ -106,7 +107,7 @@ class PromptTree(nn.Module):
 
     def forward(self, ctx: Float[Tensor, "*n m w"]) -> Float[Tensor, "*n c d"]:
         flat = ctx.reshape(ctx.shape[:-2].numel(), *ctx.shape[-2:])
-        too_many = len(flat) * self.n_nodes > self.budget
+        too_many = len(flat) > 2 * self.at_once or self.n_nodes > self.budget
         again = too_many and torch.is_grad_enabled() and ctx.requires_grad
         features = torch.cat([self._encode(part, again) for part in flat.split(self.at_once)])
         return features.reshape(*ctx.shape[:-2], *features.shape[1:])
