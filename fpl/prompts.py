@@ -1,7 +1,7 @@
 """The frozen CLIP's text tower as a function of a learnable prompt.
 
-`PromptTree` encodes the prompts of all classes as one tree of tokens; `PaddedPrompts` encodes them
-the usual way, as one padded sequence per class, and is what the tree is checked against.
+`PromptTree` encodes the prompts of all classes as one tree of tokens. (The usual way, one padded
+sequence per class, is `PaddedPrompts` of fpl.bench.ways; the tree is checked against open_clip.)
 
 Shapes: n clients, c classes, m context length, w text width, d joint width, t nodes of the tree.
 """
@@ -229,39 +229,6 @@ def mlp(parts: nn.Sequential, x: Float[Tensor, "n t w"]) -> Float[Tensor, "n t w
     if isinstance(activation, QuickGELU):
         return down(F.silu(1.702 * up(x)) / 1.702)
     return down(activation(up(x)))
-
-
-class PaddedPrompts:
-    """The usual text path: a sequence per class, of 77 tokens or, with `cut`, of the longest's.
-
-    A call takes ctx (n, m, w) to unit text features (n, c, d).
-    """
-
-    at_once = 1
-
-    def __init__(self, clip: Clip, names: Sequence[str], n_ctx: int = 16, cut: bool = False):
-        self.tower = text_tower(clip)
-        self.scale = float(clip.model.logit_scale.exp())
-        self.n_cls = len(names)
-        self.width = int(self.tower.token_embedding.weight.shape[1])
-        self.dim = width_of(self.tower.text_projection)
-        rows = tokens_of(clip, names, n_ctx, ".")
-        self.end = torch.tensor([len(row) - 1 for row in rows])
-        self.length = max(map(len, rows)) if cut else len(self.tower.positional_embedding)
-        self.n_nodes = len(rows) * self.length
-        padded = [row + [0] * (self.length - len(row)) for row in rows]
-        embedding = self.tower.token_embedding
-        self.fixed = embedding(torch.tensor(padded).to(embedding.weight.device))
-
-    def __call__(self, ctx: Float[Tensor, "n m w"]) -> Float[Tensor, "n c d"]:
-        n, m = ctx.shape[:2]
-        fixed = self.fixed.expand(n, -1, -1, -1)
-        prompts = ctx.unsqueeze(1).expand(-1, self.n_cls, -1, -1)
-        x = torch.cat([fixed[:, :, :1], prompts, fixed[:, :, 1 + m :]], dim=2)
-        x = (x + self.tower.positional_embedding[: self.length]).flatten(0, 1)
-        mask = self.tower.attn_mask[: self.length, : self.length]
-        x = self.tower.transformer(x, attn_mask=mask).unflatten(0, (n, self.n_cls))
-        return project(self.tower, x[:, torch.arange(self.n_cls), self.end])
 
 
 def text_tower(clip: Clip) -> nn.Module:
