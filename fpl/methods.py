@@ -251,10 +251,9 @@ class FedAMP(PromptFL):
 
     The papers on prompts do not give alpha and sigma; alpha = sigma = 1, the usual values, makes
     the weight of one's own prompt negative where prompts are near each other. Our choice: sigma is
-    the median of |P_i - P_j|^2 over all pairs of this round, alpha is `step` sigma / N, and the xi
-    of a client are divided by their sum where it exceeds 1 (with step <= 1 it never does). Then the
-    nearer the prompts come to each other, the stronger is the attraction. Uploads m w; downloads
-    u_i, m w, and its pull.
+    the median of |P_i - P_j|^2 over all pairs of the first round with two uploads, and stays; alpha
+    is `step` sigma / N, and the xi of a client are divided by their sum where it exceeds 1 (with
+    step <= 1 it never does). Uploads m w; downloads u_i, m w, and its pull.
     """
 
     key = "fedamp"
@@ -268,9 +267,7 @@ class FedAMP(PromptFL):
         prompts = server.uploads["ctx"].flatten(1)
         seen = server.has_upload
         everybody = torch.arange(len(seen), device=client_ids.device)
-        sigma = prompts.new_zeros(())
-        if seen.sum() > 1:
-            sigma = torch.pdist(prompts[seen]).square().median()
+        sigma = server.memory.get("sigma", prompts.new_zeros(()))
         distance = l2_distance(prompts[client_ids], prompts).square()
         least = torch.finfo(sigma.dtype).tiny
         xi = self.step / len(seen) * torch.exp(-distance / sigma.clamp(min=least))
@@ -294,6 +291,13 @@ class FedAMP(PromptFL):
     def evaluated(self, server, local, tune):
         return local
 
+
+    def aggregate(self, server, client_ids, uploads, sizes):
+        after = super().aggregate(server, client_ids, uploads, sizes)
+        prompts = after.uploads["ctx"][after.has_upload].flatten(1)
+        if after.memory or len(prompts) < 2:
+            return after
+        return replace(after, memory={"sigma": torch.pdist(prompts).square().median()})
 
 @dataclass(frozen=True)
 class PFedPrompt(PromptFL):

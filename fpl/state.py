@@ -7,7 +7,7 @@ width, k experts, g gate width, h heads, M patches of an image, V random crops o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,12 @@ class Server:
     round: int = 0
     draw: Any = None  # draw("experts", 3): the run's generator of that stream and those numbers
 
+    memory: Tensors = field(default_factory=dict)  # what a method keeps from round to round
+
+    def begin(self, number: int, drawn: Ids) -> Server:
+        """Return the server at the beginning of a round in which these clients train."""
+        comes_back = torch.zeros_like(self.has_upload).index_fill(0, drawn, True) & self.has_upload
+        return replace(self, round=number, returned=self.returned | comes_back)
     def store(self, client_ids: Ids, uploads: Tensors) -> Server:
         """Return the server after the clients `client_ids` have sent these uploads."""
         last = dict(self.uploads)
