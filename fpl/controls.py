@@ -1,19 +1,21 @@
-"""What every method must beat: four rows that the literature lacks, without any prompt learning.
+"""What every method must be compared with: rows that the literature lacks.
 
-They are methods without trainable tensors: a client reads something frozen and classifies with it.
-And one control of the gate: what it gives to a client that is alone.
+Four in which a client reads something frozen and classifies with it; the prompt as it was drawn;
+and one prompt trained on everybody's images, the most that a shared prompt can give.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import NonNegativeFloat
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from fpl.methods import PFedMoAP, PromptFL, ZeroShot
+from fpl.methods import PromptFL, ZeroShot
 from fpl.prompts import PromptTree
 from fpl.state import Clients, Ids
 
@@ -128,44 +130,32 @@ class RidgeAll(RidgeOwn):
         return restrict(super().logits(text, t, p, context, x), context["own"])
 
 
-TEMPLATES = (
-    *("a photo of a {}.", "a drawing of a {}.", "a painting of a {}.", "a sketch of a {}."),
-    *("a small picture of one {}.", "a close view of a {}.", "there is a {} in this image."),
-    *("an icon of a {}.", "this is what a {} looks like."),
-)
+@dataclass(frozen=True)
+class Untrained(PromptFL):
+    """The prompt as it was drawn: what training a prompt gives is what is above this row."""
+
+    key = "untrained"
+    title = "control: an untrained prompt"
+    shared = ()
+    training = {"rounds": 1, "local_epochs": 1, "lr": 0.0}
+    is_control = True
 
 
 @dataclass(frozen=True)
-class GateAlone(PFedMoAP):
-    """CoOp with pFedMoAP's gate: nothing is sent, and hand-written templates are the experts.
+class Pooled(PromptFL):
+    """One prompt trained on the images of all clients in one place: no shared prompt can do more.
 
-    What it gains over CoOp is the gate's doing, not the federation's. The `n_experts` first of
-    TEMPLATES; the local prompt goes on from round to round.
+    One client a round trains, on everybody's images: in as many steps as all together would take.
     """
 
-    key = "gate_alone"
-    title = "pFedMoAP's gate alone, on templates"
-    shared = ()
-    n_experts: PositiveInt = 4
+    key = "pooled"
+    title = "control: one prompt on everybody's images"
+    training = {"participation": 1e-9}  # one client
+    is_control = True
 
-    def check_experts(self, clients: Clients):
-        if self.n_experts > len(TEMPLATES):
-            wrong = f"n_experts {self.n_experts} must be between 1 and {len(TEMPLATES)}"
-            raise ValueError(f"{wrong}: experts are templates here")
-
-    def cohorts(self, server, drawn):
-        return PromptFL.cohorts(self, server, drawn)
-
-    def download(self, server, client_ids, clients: Clients):
-        return {}
-
-    def context(self, text: PromptTree, down, client_ids, clients: Clients):
-        chosen = TEMPLATES[: self.n_experts]
-        experts = torch.stack([self.pool(text.zero_shot(template)) for template in chosen])
-        return {"experts": experts.expand(len(client_ids), -1, -1, -1)}
-
-    def evaluated(self, server, local, tune):
-        return local
+    def clients(self, clients: Clients):
+        everybody = torch.cat(list(clients.train))
+        return replace(clients, train=[everybody] * len(clients))
 
 
 def own_classes(clients: Clients, client_ids: Ids) -> Bool[Tensor, "n c"]:
@@ -179,5 +169,6 @@ def restrict(logits: Float[Tensor, "n b c"], own: Bool[Tensor, "n c"]) -> Float[
 
 
 CONTROLS: dict[str, type[PromptFL]] = {
-    control.key: control for control in (Majority, ZeroShotOwn, RidgeOwn, RidgeAll)
+    control.key: control
+    for control in (Majority, ZeroShotOwn, RidgeOwn, RidgeAll, Untrained, Pooled)
 }

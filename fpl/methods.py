@@ -57,6 +57,10 @@ class PromptFL:
     def check(self, text: PromptTree, clients: Clients) -> None:
         """Raise ValueError, in one sentence, for settings that do not fit the model or clients."""
 
+    def clients(self, clients: Clients) -> Clients:
+        """Return the clients as the method has them: as they are."""
+        return clients
+
     def init(self, text: PromptTree, gen: torch.Generator) -> Tensors:
         """Return what one client learns, before training, without client axis; equal for all."""
         return {"ctx": 0.02 * torch.randn(self.n_ctx, text.width, generator=gen)}
@@ -288,16 +292,16 @@ class FedAMP(PromptFL):
         away = (p["ctx"] - context["cloud"]).square().sum((1, 2))
         return super().loss(text, p, context, x, y) + context["pull"] * away
 
-    def evaluated(self, server, local, tune):
-        return local
-
-
     def aggregate(self, server, client_ids, uploads, sizes):
         after = super().aggregate(server, client_ids, uploads, sizes)
         prompts = after.uploads["ctx"][after.has_upload].flatten(1)
         if after.memory or len(prompts) < 2:
             return after
         return replace(after, memory={"sigma": torch.pdist(prompts).square().median()})
+
+    def evaluated(self, server, local, tune):
+        return local
+
 
 @dataclass(frozen=True)
 class PFedPrompt(PromptFL):
@@ -456,13 +460,13 @@ class PFedMoAP(PromptFL):
     their text features with the local ones: logits = s <pool(x), T_MoE> + lam s <x, t> (Eq. 10). A
     client that was never selected before trains without experts, like PromptFL (footnote 1). It is
     evaluated with its own prompt, before aggregation; one that was not selected, with the prompt
-    and gate that it has and freshly chosen experts, even if its gate has not trained yet.
+    and gate that it has and freshly chosen experts, or without as long as its gate has not trained.
 
     choice of the K among the other clients with an upload: "knn" and "cosine" the nearest prompts,
     in l2 (the paper's) or by angle; "random" anew for every client and round; "same" for all
     clients, anew in every round; "fixed" by one permutation of the clients, drawn once (what the
     released code does); "oracle" the largest overlap sum_c min(p_i(c), p_j(c)) of training label
-    shares, which a real server cannot know. Ties go to the smaller number.
+    shares, which a real server cannot know; "disjoint" the smallest. Ties: the smaller number.
     mixing: "attention" (the paper's), "uniform" attention, a "linear" router that scores the K + 1
     places from the image alone, or their "average". gate_kept: "private", or "aggregated" like the
     prompt. pooling: "stride" (the code's) or "mean" (D12). tested: "before" aggregation, or "after"
@@ -473,14 +477,15 @@ class PFedMoAP(PromptFL):
     key = "pfedmoap"
     title = "pFedMoAP"
     source = "Luo et al., ICLR 2025 (arXiv 2410.10114)"
-    idle = ("gate_bk", "gate_bv", "gate_bo")  # equal for all experts, or for all classes
+    # equal for all experts, or for all classes
+    idle: ClassVar[tuple[str, ...]] = ("gate_bk", "gate_bv", "gate_bo")
     degenerate = (({"n_experts": 0, "tested": "after"}, PromptFL),)
     n_experts: NonNegativeInt = 9
     lam: NonNegativeFloat = 0.5
     d_gate: PositiveInt = 128
     heads: PositiveInt = 8
     gate_scale: NonNegativeFloat = 10.0
-    choice: Literal["knn", "cosine", "random", "same", "fixed", "oracle"] = "knn"
+    choice: Literal["knn", "cosine", "random", "same", "fixed", "oracle", "disjoint"] = "knn"
     mixing: gate.Mixing = "attention"
     gate_kept: Literal["private", "aggregated"] = "private"
     pooling: gate.Pooling = "stride"
@@ -513,7 +518,7 @@ class PFedMoAP(PromptFL):
     def cohorts(self, server, drawn):
         if not self.n_experts or server.has_upload.sum() < 2:
             return super().cohorts(server, drawn)
-        return [server.has_upload.nonzero()[:, 0], (~server.has_upload).nonzero()[:, 0]]
+        return [server.returned.nonzero()[:, 0], (~server.returned).nonzero()[:, 0]]
 
     def neighbours(self, server: Server, client_ids: Ids, clients: Clients) -> Int[Tensor, "n k"]:
         """Return the K clients with an upload that come first by `choice`, never oneself."""
@@ -525,8 +530,8 @@ class PFedMoAP(PromptFL):
 
     def download(self, server, client_ids, clients: Clients):
         down = super().download(server, client_ids, clients)
-        seen = server.has_upload
-        if not self.n_experts or seen.sum() < 2 or not seen[client_ids].all():
+        others = server.has_upload.sum() - 1
+        if not self.n_experts or others < 1 or not server.returned[client_ids].all():
             return down
         chosen = self.neighbours(server, client_ids, clients)
         return {**down, "experts": server.uploads["ctx"][chosen]}  # (n, k, m, w)
@@ -599,7 +604,11 @@ def oracle(server: Server, clients: Clients) -> Distance:
     return -torch.minimum(shares.unsqueeze(1), shares).sum(-1)
 
 
-CHOICES = {choice.__name__: choice for choice in (knn, cosine, random, same, fixed, oracle)}
+def disjoint(server: Server, clients: Clients) -> Distance:
+    return -oracle(server, clients)
+
+
+CHOICES = {f.__name__: f for f in (knn, cosine, random, same, fixed, oracle, disjoint)}
 
 
 # In the order of pFedMoAP's Table 1.

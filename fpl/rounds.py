@@ -3,8 +3,7 @@
 Every method and every control goes through it. Clients of a round train as one batch with the
 client axis in front: the loss is their sum, so each client's gradient is its own, and SGD works
 element by element. Who has fewer steps in an epoch than others rests. No tensor that is trained is
-shared between clients. (`fpl.released` has rows whose clients train one after the other and leave
-each other things, as in the released code.)
+shared between clients; in rows of `fpl.released` clients leave each other things.
 """
 
 from __future__ import annotations
@@ -49,7 +48,8 @@ class Training:
     of participants and of the order of images; 0 stands for the run's seed. precision: of the text
     tower's matrix products. epsilon, delta: differential privacy of the uploads over all rounds
     (fpl.privacy); epsilon 0 is none, delta is pFedMoAP's. clip: the l2 norm of an update, ours: the
-    median of PromptFL's and FedProx's on the demo, which range from 0.2 to 0.8.
+    median of PromptFL's and FedProx's on the demo, which range from 0.2 to 0.8. mechanism:
+    "clipping" clips the updates at epsilon 0 and adds nothing: what clipping does by itself.
     """
 
     rounds: PositiveInt = 10
@@ -68,6 +68,7 @@ class Training:
     epsilon: Annotated[float, Field(ge=0, le=privacy.LARGEST)] = 0.0
     delta: Annotated[float, Field(gt=0, lt=1)] = 0.05
     clip: PositiveFloat = 0.4
+    mechanism: Literal["gaussian", "clipping"] = "gaussian"
 
     def participants(self, n: int) -> int:
         """Return how many of n clients take part in a round."""
@@ -178,7 +179,7 @@ def run_rounds(
     Raises FloatingPointError for a loss that is not finite, ValueError for settings that cannot be.
     """
     method.check(text, clients)
-    setup = Setup(method, text, clients, training, seeds)
+    setup = Setup(method, text, method.clients(clients), training, seeds)
     noise = noise_of(method, training)
     local, server = begin_run(setup)
     optimiser = Optimiser() if training.optimiser == "shared" else None
@@ -186,8 +187,8 @@ def run_rounds(
     elsewhere = {k: place for k, place in places if method.transfers or place[0] is text}
     rounds = training.rounds if local else 1  # nothing to learn: one round says it all
     for number in range(rounds):
-        drawn = select(len(clients), training, seeds.order, number).to(clients.feats.device)
-        server = replace(server, round=number)
+        drawn = select(clients, training, seeds.order, number).to(clients.feats.device)
+        server = server.begin(number, drawn)
         trained = train_round(setup, server, local, drawn, optimiser)
         local, cohorts = trained.local, trained.cohorts
         picked = drawn.sort().values
@@ -201,9 +202,9 @@ def run_rounds(
             away = {name: mean_correct(test(*place)) for name, place in elsewhere.items()}
         who = picked.cpu()
         loss = trained.losses.nanmean().item()
-        up, down = trained.up[who], trained.down[who]
+        sent = trained.up[who], trained.down[who]
         accuracy = mean_correct(correct)
-        yield Round(number, accuracy, who, loss, up, down, correct, away, evaluated, server)
+        yield Round(number, accuracy, who, loss, *sent, correct, away, evaluated, server)
         del trained, cohorts, tune, test  # the round's experts are let go before the next are made
 
 
@@ -231,19 +232,23 @@ def begin_run(setup: Setup) -> tuple[Tensors, Server]:
     init = {name: value.to(device) for name, value in drawn.items()}
     local = {name: value.expand(n, *value.shape).clone() for name, value in init.items()}
     shared = setup.method.shared
+    nobody = torch.zeros(n, dtype=torch.bool, device=device)
     server = Server(
         params={name: init[name] for name in shared},
         uploads={name: torch.zeros_like(local[name]) for name in shared},
-        has_upload=torch.zeros(n, dtype=torch.bool, device=device),
+        has_upload=nobody,
+        returned=nobody,
         draw=partial(generator, setup.seeds.order),
     )
     return local, server
 
 
-def select(n: int, training: Training, seed: int, number: int) -> Int[Tensor, " picked"]:
+def select(clients: Clients, training: Training, seed: int, number: int) -> Int[Tensor, " picked"]:
     """Return the clients of a round in the order in which they are drawn, without replacement."""
-    order = torch.randperm(n, generator=generator(seed, "select", number))
-    return order[: training.participants(n)]
+    if clients.turns:
+        return clients.turns[number]
+    order = torch.randperm(len(clients), generator=generator(seed, "select", number))
+    return order[: training.participants(len(clients))]
 
 
 @dataclass
@@ -439,7 +444,7 @@ def aggregate(
 ) -> Server:
     """Send the participants' shared tensors, with noise where it is asked for, to the server."""
     uploads = {name: local[name][picked] for name in setup.method.shared}
-    if noise:
+    if noise or setup.training.mechanism == "clipping":
         order = setup.seeds.order
         gens = [generator(order, "noise", server.round, i) for i in picked.tolist()]
         uploads = privacy.release(uploads, server.params, setup.training.clip, noise, gens)

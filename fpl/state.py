@@ -66,15 +66,16 @@ class Server:
     params: Tensors  # the aggregate of what is shared, without a client axis
     uploads: Tensors  # the last upload of every client
     has_upload: Bool[Tensor, " n"]  # who has sent one
+    returned: Bool[Tensor, " n"]  # who was drawn, this round or before, when it had an upload
     round: int = 0
     draw: Any = None  # draw("experts", 3): the run's generator of that stream and those numbers
-
     memory: Tensors = field(default_factory=dict)  # what a method keeps from round to round
 
     def begin(self, number: int, drawn: Ids) -> Server:
         """Return the server at the beginning of a round in which these clients train."""
         comes_back = torch.zeros_like(self.has_upload).index_fill(0, drawn, True) & self.has_upload
         return replace(self, round=number, returned=self.returned | comes_back)
+
     def store(self, client_ids: Ids, uploads: Tensors) -> Server:
         """Return the server after the clients `client_ids` have sent these uploads."""
         last = dict(self.uploads)
@@ -90,7 +91,8 @@ class Clients:
 
     feats: unit features of all images; patches: those of their patches, not normalised, for methods
     that ask for them. views: features of V random crops of each training image, of which a local
-    epoch sees one after the other; place: the row of `views` that an image has.
+    epoch sees one after the other; place: an image's row of `views`. turns: who trains when, if not
+    as drawn.
 
     Raises ValueError for a client without images and for features that are not finite.
     """
@@ -103,6 +105,7 @@ class Clients:
     patches: Float[Tensor, "images M d"] | None = None
     views: Float[Tensor, "rows V d"] | None = None
     place: Int[Tensor, " images"] | None = None
+    turns: Sequence[Int[Tensor, " _picked"]] | None = None
 
     def __post_init__(self) -> None:
         for kind, parts in (("training", self.train), ("test", self.test)):

@@ -22,7 +22,8 @@ def aggregate(z, who, sizes):
     stacks = named(z, "prompts", "w.")
     none = {k: torch.zeros_like(v) for k, v in stacks.items()}
     params = {k: v[0] for k, v in none.items()}
-    server = Server(params, none, torch.zeros(len(sizes), dtype=torch.bool))
+    nobody = torch.zeros(len(sizes), dtype=torch.bool)
+    server = Server(params, none, nobody, nobody)
     uploads = {k: v[who] for k, v in stacks.items()}
     return stacks, PromptFL().aggregate(server, who, uploads, sizes[who])
 

@@ -11,7 +11,7 @@ from helpers.runs import HALF, RUN, SEEDS, equal, near, play, read
 from helpers.tiny import NAMES, error, make, tiny_model
 
 from fpl import gate, rounds
-from fpl.controls import TEMPLATES, GateAlone
+from fpl.ablations import TEMPLATES, GateAlone
 from fpl.methods import CHOICES, PFedMoAP
 from fpl.prompts import Clip, PromptTree
 from fpl.state import Clients, Lookup, Server
@@ -21,7 +21,7 @@ SEEN = torch.tensor([True, True, True, False, True, True])
 
 def server(prompts, number=0, seed=1):
     draw = partial(rounds.generator, seed)
-    return Server({}, {"ctx": prompts}, SEEN, number, draw)
+    return Server({}, {"ctx": prompts}, SEEN, SEEN, number, draw)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,8 @@ def test_the_oracle_takes_the_largest_overlap_of_labels():
     method = PFedMoAP(n_experts=2, choice="oracle")
     found = method.neighbours(everybody, torch.tensor([0, 1, 3]), clients)
     assert found.tolist() == [[1, 5], [5, 0], [4, 0]]
+    least = PFedMoAP(n_experts=2, choice="disjoint")
+    assert least.neighbours(everybody, torch.tensor([0, 1]), clients).tolist() == [[2, 3], [3, 0]]
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -126,7 +128,8 @@ def test_every_mixing_has_gradients_for_all_it_declares(mixing, clients):
     for name, value in method.init(text, gen).items():
         p[name] = value.double().expand(2, *value.shape).clone().requires_grad_()
     ctx = torch.randn(6, 4, 32, generator=gen).double()
-    everybody = Server({}, {"ctx": ctx}, torch.ones(6, dtype=torch.bool))
+    seen = torch.ones(6, dtype=torch.bool)
+    everybody = Server({}, {"ctx": ctx}, seen, seen)
     context = read(method, text, everybody, torch.tensor([0, 2]), clients)
     order = torch.stack([clients.train[i][:4] for i in (0, 2)])
     x = clients.feats[order].double()

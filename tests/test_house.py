@@ -14,7 +14,7 @@ FLOORS = [
     ["state"],
     ["prompts", "gate", "transport"],
     ["methods", "data"],
-    ["controls", "privacy", "released"],
+    ["controls", "ablations", "privacy", "released"],
     ["rounds"],
     ["experiments"],
     ["audit", "bench"],

@@ -13,11 +13,13 @@ import pytest
 import torch
 from helpers import PARAMS, refuses
 from helpers.tiny import make
+from matplotlib.collections import PathCollection
 from scipy import stats
 
 from fpl import rounds
-from fpl.experiments import assemble, inspect, plots
+from fpl.experiments import assemble, inspect, measures, plots
 from fpl.methods import PFedMoAP, PromptFL
+from fpl.privacy import noise_multiplier
 from fpl.state import generator
 
 # Four of six clients in a round.
@@ -32,7 +34,7 @@ def learnt(text, clients):
     """The end of a run whose gates prefer some experts, and in which a client trained only once."""
     method = make(PFedMoAP)
     *_, before, last = rounds.run_rounds(method, text, clients, MANY, SEEDS)
-    server = dataclasses.replace(before.server, round=last.number)
+    server = before.server.begin(last.number, last.participants)
     gen = torch.Generator().manual_seed(1)
     evaluated = {
         k: v + torch.randn(v.shape, generator=gen) * k.startswith("gate_")
@@ -60,7 +62,7 @@ def by_hand(learnt, client, prompts, name):
 @pytest.mark.parametrize("name", ["red circle", "cat"])
 def test_attention_is_that_of_the_gate_on_the_prompts_that_were_downloaded(learnt, name):
     found = inspect.attention(learnt).query("`class` == @name")
-    assert [*found["client"].unique()] == learnt.client_ids.tolist() and len(learnt.client_ids) > 3
+    assert [*found["client"].unique()] == learnt.readers.tolist() and len(learnt.readers) > 3
     for client, lines in found.groupby("client"):
         pool = learnt.server.uploads["ctx"]
         own, *others = lines.sort_values("rank").itertuples()
@@ -75,7 +77,7 @@ def test_attention_is_that_of_the_gate_on_the_prompts_that_were_downloaded(learn
         entropy = -(a * a.log()).sum(-1).mean().item() / math.log(3)
         assert own.evenness == pytest.approx(entropy, abs=1e-5) and entropy < 0.99
     assert found.groupby("client")["share"].sum().tolist() == pytest.approx(
-        [1.0] * len(learnt.client_ids), abs=1e-5
+        [1.0] * len(learnt.readers), abs=1e-5
     )
 
 
@@ -97,7 +99,7 @@ def test_the_gate_as_drawn_is_the_one_before_training_and_prompts_stay(learnt):
 
 def test_experts_are_the_downloaded_prompts_in_their_order(learnt):
     found = inspect.experts(learnt)
-    ids = learnt.client_ids
+    ids = learnt.readers
     down = learnt.method.download(learnt.server, ids, learnt.clients)["experts"]
     assert len(found) == len(ids) * 2
     for line in found.itertuples():
@@ -133,6 +135,32 @@ def test_learn_keeps_the_round_before_the_last_and_when_each_prompt_came(here):
     )
     assert torch.allclose(first.server.params["ctx"], run.init["ctx"], atol=1e-6)
     refuses(lambda: inspect.learn(PARAMS.experiment("pfedmoap", 1, rounds=1)), ["rounds 1", "2"])
+
+
+def test_norms_are_those_of_the_prompts_and_changes_of_a_run(here):
+    experiment = PARAMS.experiment("promptfl", 1, rounds=2)
+    found = measures.norms(experiment)
+    first, last = assemble.rounds_of(experiment)
+    assert len(found) == 2 * 4 and found["round"].tolist() == [0] * 4 + [1] * 4
+    received = first.server.params["ctx"]
+    for line in found.query("round == 1").itertuples():
+        change = last.server.uploads["ctx"][line.client] - received
+        assert line.update == pytest.approx(change.norm().item(), rel=1e-4)
+        assert line.prompt == pytest.approx(received.norm().item(), rel=1e-5)
+        assert line.numbers == received.numel()
+    beside = measures.beside(found, experiment, [50.0])
+    noise = noise_multiplier(50.0, 0.05, 2) * experiment.run.clip * math.sqrt(received.numel())
+    assert beside["noise in an upload, epsilon 50"] == pytest.approx(noise)
+    assert beside["noise in the mean of 4 uploads, epsilon 50"] == pytest.approx(noise / 2)
+    refuses(lambda: measures.norms(PARAMS.experiment("zeroshot", 1)), ["zeroshot sends nothing"])
+
+
+def test_steps_are_those_that_the_loop_takes(here):
+    experiment = PARAMS.experiment("promptfl", 1, batch_size=4)
+    clients = assemble.make_clients(experiment, "cpu")
+    run = experiment.run
+    orders = [rounds.batches(index, run, 1, 0, i) for i, index in enumerate(clients.train)]
+    assert measures.steps(experiment) == run.rounds * sum(map(len, orders)) > 8
 
 
 def test_label_distance_is_0_for_equal_shares_and_1_for_disjoint_ones():
@@ -343,6 +371,63 @@ def test_a_curve_is_the_mean_of_clients_and_its_band_reaches_over_seeds(tmp_path
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["A"] and not ax.get_title(
         "left"
     )
+
+
+def of_claims(index):
+    """Differences of each kind: claimed, claimed but not after Holm, and not seen."""
+    lines = [(2, 1, 3, 0.01, "above"), (-1, -2, -0.1, 0.2, "below"), (0.5, -1, 2, 1, "no")]
+    columns = ["mean", "low", "high", "holm", "verdict"]
+    return pd.DataFrame(lines, index=index, columns=columns)
+
+
+FACES = [[0, 0, 0, 1], pytest.approx([2 / 3] * 3 + [1]), [1, 1, 1, 1]]
+
+
+def test_differences_have_their_interval_and_are_filled_where_they_are_claimed(tmp_path):
+    table = of_claims(["a - b", "a - c", "a - d"])
+    (ax,) = saved(lambda: plots.differences(table), tmp_path).axes
+    bars, points = ax.collections[:2]
+    assert [line[:, 0].tolist() for line in bars.get_segments()] == [[1, 3], [-2, -0.1], [-1, 2]]
+    assert points.get_offsets().tolist() == [[2, 0], [-1, 1], [0.5, 2]]
+    assert points.get_facecolor().tolist() == FACES
+    assert [label.get_text() for label in ax.get_yticklabels()] == [*table.index]
+    two = plots.differences(table, far=1.5)
+    labels = [[label.get_text() for label in ax.get_yticklabels()] for ax in two.axes]
+    assert labels == [["a - b"], ["a - c", "a - d"]]
+
+
+def test_gains_stand_above_the_value_of_their_setting(tmp_path):
+    index = pd.MultiIndex.from_tuples([("k", 10.0), ("k", 0.1), ("l", 0.1)], names=["pair", "at"])
+    (ax,) = saved(lambda: plots.gains(of_claims(index), "alpha"), tmp_path).axes
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0.1", "10"]
+    drawn = [marks for marks in ax.collections if isinstance(marks, PathCollection)]
+    points = np.concatenate([marks.get_offsets() for marks in drawn])
+    x, y = points.T
+    assert x.round().tolist() == [1, 0, 0] and x[1] < x[2]  # beside each other
+    assert y.tolist() == [2, -1, 0.5]
+
+
+def test_accuracy_stands_above_the_bytes_of_all_rounds_so_far(tmp_path):
+    lines = [("A", 1, 0, 2, 50), ("A", 1, 1, 4, 60), ("A", 16, 0, 32, 55), ("A", 16, 1, 64, 70)]
+    lines += [("silent", 1, 0, 0, 40), ("silent", 1, 1, 0, 45)]
+    table = pd.DataFrame(lines, columns=["row", "n_ctx", "round", "kB", "mean"])
+    table = table.assign(low=table["mean"] - 2, high=table["mean"] + 3)
+    table = table.set_index(["row", "n_ctx", "round"])
+    (ax,) = saved(lambda: plots.traffic(table, "vectors:"), tmp_path).axes
+    one, last, other = ax.lines[0], ax.lines[1], ax.lines[4]
+    assert one.get_xydata().tolist() == [[2, 50], [4, 60]] and one.get_linestyle() == "-"
+    assert last.get_xydata().tolist() == [[4, 60]] and last.get_marker() == "o"
+    assert other.get_xydata().tolist() == [[32, 55], [64, 70]] and other.get_linestyle() == "--"
+    level = ax.lines[8]
+    assert [*level.get_ydata()] == [45, 45] and ax.get_xscale() == "log"
+
+
+def test_lines_over_words_stand_in_the_order_of_the_table(tmp_path):
+    index = pd.MultiIndex.from_product([["A", "B"], ["untouched", "clipped"]])
+    table = pd.DataFrame({"mean": [50, 60, 70, 80]}, index).eval("low = mean - 1\nhigh = mean + 1")
+    (ax,) = saved(lambda: plots.lines(table, "x"), tmp_path).axes
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["untouched", "clipped"]
+    assert ax.lines[0].get_xydata().tolist() == [[0, 50], [1, 60]]
 
 
 def test_pairs_are_all_drawn_and_their_means_climb_with_them(tmp_path):

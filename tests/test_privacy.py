@@ -233,7 +233,8 @@ def test_clients_keep_their_own_tensors_as_trained(sharing, text, clients):
 
 def test_experts_are_released_prompts(text, clients):
     log = play(make(PFedMoAP), text, clients, dataclasses.replace(RUN, **PRIVATE))
-    down = make(PFedMoAP).download(log.servers[0], torch.arange(6), clients)
+    everybody = torch.arange(6)
+    down = make(PFedMoAP).download(log.servers[0].begin(1, everybody), everybody, clients)
     for expert in down["experts"].flatten(0, 1):
         assert any(torch.equal(expert, upload) for upload in log.uploads[0]["ctx"])
 

@@ -69,7 +69,7 @@ def train(name):
     start["ctx"] = z["ctx"][:1]
     uploads = torch.cat([start["ctx"], z["expert_ctx"]]) if k else start["ctx"]
     seen = torch.ones(k + 1, dtype=torch.bool)
-    server = Server({"ctx": uploads[0]}, {"ctx": uploads}, seen)
+    server = Server({"ctx": uploads[0]}, {"ctx": uploads}, seen, seen)
     text = PromptTree(stored_clip(z), z["classnames"], method.n_ctx)
     context = read(method, text, server, torch.tensor([0]), clients)
     setup = Setup(method, text, clients, training_of(z, name))

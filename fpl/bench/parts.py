@@ -94,10 +94,12 @@ def make_world(clip: Clip, case: Case) -> World:
     for name in inits[0]:
         everybody = [init[name] for init in inits]
         local[name] = torch.stack(everybody).to(like)
+    everybody = torch.ones(n, dtype=torch.bool, device=like.device)
     server = Server(
         params={"ctx": local["ctx"].mean(0)},
         uploads={"ctx": local["ctx"]},
-        has_upload=torch.ones(n, dtype=torch.bool, device=like.device),
+        has_upload=everybody,
+        returned=everybody,
         draw=partial(generator, 1),
     )
     return World(case, clients, local, server)

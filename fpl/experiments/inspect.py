@@ -51,8 +51,13 @@ class Learnt:
 
     @property
     def client_ids(self) -> Ids:
-        """The clients with an upload: only they are compared, and only they have experts."""
+        """The clients with an upload: only they are compared."""
         return self.server.has_upload.nonzero()[:, 0]
+
+    @property
+    def readers(self) -> Ids:
+        """The clients whose gate has trained: only they have experts."""
+        return self.server.returned.nonzero()[:, 0]
 
 
 def learn(experiment: Experiment) -> Learnt:
@@ -75,7 +80,7 @@ def learn(experiment: Experiment) -> Learnt:
             uploaded[last.participants] = last.number
             before = last.server
     assert before is not None  # every round of a run has one
-    server = replace(before, round=last.number)
+    server = before.begin(last.number, last.participants.to(before.has_upload.device))
     return Learnt(method, text, clients, init, last.evaluated, server, uploaded)
 
 
@@ -107,7 +112,7 @@ def experts(learnt: Learnt) -> DataFrame:
 
     Rank 1 is the expert that comes first by the method's choice.
     """
-    ids = learnt.client_ids
+    ids = learnt.readers
     chosen = gated(learnt).neighbours(learnt.server, ids, learnt.clients)
     n, k = chosen.shape
     return DataFrame(
@@ -133,8 +138,8 @@ def attention(learnt: Learnt) -> DataFrame:
     Raises ValueError for a method whose gate has no attention, and where nobody has experts.
     """
     method = gated(learnt)
-    ids = learnt.client_ids
-    down = method.download(learnt.server, ids, learnt.clients)
+    ids = learnt.readers
+    down = method.download(learnt.server, ids, learnt.clients) if len(ids) else {}
     if "experts" not in down:
         raise ValueError(
             "no client has experts in the last round: use more rounds, or n_experts above 0"

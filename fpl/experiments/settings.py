@@ -14,7 +14,8 @@ from typing import Any
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from fpl.controls import CONTROLS, GateAlone
+from fpl.ablations import ABLATIONS
+from fpl.controls import CONTROLS
 from fpl.data.partitions import Partition
 from fpl.data.world import WORLDS
 from fpl.experiments import places, values
@@ -24,9 +25,10 @@ from fpl.released.methods import RELEASED
 from fpl.rounds import Training
 
 # Everything in the package that can be a row of a table.
-ROWS: dict[str, type[PromptFL]] = METHODS | RELEASED | CONTROLS | {GateAlone.key: GateAlone}
+ROWS: dict[str, type[PromptFL]] = METHODS | RELEASED | CONTROLS | ABLATIONS
 # How the names begin under which Python knows files of one's own.
 OWN = "fpl_own_"
+SEEDS = "seeds"  # how many, said by a table, a row or a method
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,8 @@ class Table:
     rows: a label to settings, of which `method` says whose row it is (by default the label);
     without rows, all methods and controls. data: names of data sets, or the one of section data.
     set: holds for all rows, under what `methods` says of a row; a row that lacks a setting of `set`
-    or `vary` goes without. notebook: the one that shows it.
+    or `vary` goes without. seeds: how many of the file's, 0 for all; `methods` and rows may say
+    their own number. notebook: the one that shows it.
     """
 
     rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -140,6 +143,7 @@ class Table:
     set: Mapping[str, Any] = field(default_factory=dict)
     vary: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     notebook: str = ""
+    seeds: int = 0
 
 
 @dataclass(frozen=True)
@@ -225,15 +229,25 @@ class Settings:
             row = own.get("method", label)
             for changed in self.settings_of(asked, row, own):
                 first = self.experiment(row, self.seeds[0], on, **changed)
-                found += [(label, replace(first, seed=seed)) for seed in self.seeds]
+                seeds = self.seeds_of(asked, row, own)
+                found += [(label, replace(first, seed=seed)) for seed in seeds]
         return found
 
     def settings_of(self, asked: Table, row: str, own: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def said(self, row: str) -> dict[str, Any]:
+        """Return what section methods says of a row's settings."""
+        return {k: v for k, v in self.methods.get(row, {}).items() if k != SEEDS}
+
+    def seeds_of(self, asked: Table, row: str, own: Mapping[str, Any]) -> tuple[int, ...]:
+        """Return the seeds of a table's row: all, or as many as row, method or table say."""
+        most = own.get(SEEDS) or self.methods.get(row, {}).get(SEEDS) or asked.seeds
+        return self.seeds[: most or None]
+
         """Return what each run of a table's row changes, seeds aside."""
         valid = parameter_names(row)
-        said = self.methods.get(row, {})
-        common = {k: v for k, v in asked.set.items() if k in valid and k not in said}
-        changes = {k: v for k, v in own.items() if k != "method"}
+        fixed = {*self.said(row), *row_class(row).training}
+        common = {k: v for k, v in asked.set.items() if k in valid - fixed}
+        changes = {k: v for k, v in own.items() if k not in ("method", SEEDS)}
         varied = {k: listed for k, listed in asked.vary.items() if k in valid}
         every = values.combinations(varied, f"the table's row {row}")
         return [common | changes | chosen for chosen in every]
@@ -324,6 +338,8 @@ def read(path: Path | None = None, changes: Sequence[str] = ()) -> Settings:
         for row, own in mapping(content, "methods").items()
     }
     made["tables"] = tables(mapping(content, "tables"))
+    for row, own in made["methods"].items():
+        number_of_seeds(own, f"methods.{row}")
     settings = Settings(**made)
     if content.get("data") != of_file and "results" not in changed:
         folder = f"{settings.results}/{settings.data.store or settings.data.name}"
@@ -360,6 +376,14 @@ def mapping(content: Mapping[str, Any], section: str) -> dict[str, Any]:
 
 
 def seeds(listed: Any) -> tuple[int, ...]:
+def number_of_seeds(content: Mapping[str, Any], where: str) -> int:
+    """Return how many seeds a table, row or method asks for, 0 for all."""
+    number = of_type(content.get(SEEDS, 1), int, f"{where}.{SEEDS}")
+    if number < 1:
+        raise ValueError(f"{where}.{SEEDS} is {number}: give how many of the seeds, at least 1")
+    return number if SEEDS in content else 0
+
+
     """Return the seeds of the section of that name. Raises ValueError unless there is one."""
     found = tuple(values.seed(seed, "seeds") for seed in of_type(listed, list, "seeds"))
     if not found:
@@ -416,7 +440,7 @@ def table(content: Any, where: str, notebook: str = "") -> Table:
     Raises ValueError for wrong names and types.
     """
     for key in of_type(content, dict, where):
-        check_choice(key, ["rows", "data", "set", "vary"], f"part of {where}")
+        check_choice(key, ["rows", "data", "set", "vary", SEEDS], f"part of {where}")
     rows = content.get("rows", {})
     if isinstance(rows, list):
         rows = dict.fromkeys(of_type(row, str, f"{where}.rows") for row in rows)
@@ -424,6 +448,7 @@ def table(content: Any, where: str, notebook: str = "") -> Table:
         own = of_type(own or {}, dict, f"{where}.rows.{label}")
         of_type(own.get("method", ""), str, f"{where}.rows.{label}.method")
     data = of_type(content.get("data", []), list, f"{where}.data")
+        number_of_seeds(own, f"{where}.rows.{label}")
     vary = of_type(content.get("vary", {}), dict, f"{where}.vary")
     return Table(
         rows={label: own or {} for label, own in rows.items()},
@@ -431,4 +456,5 @@ def table(content: Any, where: str, notebook: str = "") -> Table:
         set=of_type(content.get("set", {}), dict, f"{where}.set"),
         vary={k: of_type(listed, list, f"{where}.vary.{k}") for k, listed in vary.items()},
         notebook=notebook,
+        seeds=number_of_seeds(content, where),
     )
