@@ -89,6 +89,20 @@ def test_every_rule_holds_for_some_line(query):
     assert why in reasons
 
 
+def test_what_is_hard_to_understand_in_table_1_is_asked_with_its_numbers(of_their_own):
+    """Rows of prompts trained on a client's own classes; whoever mends a number mends the words."""
+    found = line_of(of_their_own, **COOP)["why"]
+    assert published.question() in found and found.startswith("no further apart")
+    others = of_their_own.query("table == 'Table 1' and method in ('PromptFL', 'pFedMoAP')")
+    assert not others["why"].str.contains("carried over").any()
+    source = tables.published().query("paper == @tables.PAPER and table == 'Table 1'")
+    means = source.fillna({"variant": ""}).groupby(["method", "variant"])["mean"].mean()
+    own = means[[*published.LOCAL_ROWS]]
+    gate = means["pFedMoAP", "lambda=0.0"]
+    assert f"have {own.min():.0f} to {own.max():.0f} %" in found and f"has {gate:.0f} %" in found
+    assert gate - own.max() > 10, "else there is nothing to ask"
+
+
 @pytest.mark.parametrize(
     ("where", "part"),
     [

@@ -198,3 +198,32 @@ def test_saved_table_is_in_percent_beside_the_published_rows(counts, published, 
         for line in lines
     )
     assert "| majority guess of each client | 34.94" in (tmp_path / "table.md").read_text()
+
+
+def test_zero_shot_lies_where_unrelated_images_and_names_put_it(counts, published):
+    """An image is right in one of ten cases; the mean over n has the deviation sqrt(0.09 / n)."""
+    named = {dataset: counts[file] for file, dataset in DATASETS.items()}
+    zero_shot = published[published["method"] == "ZS-CLIP"]
+    table = label_prior.at_chance(named, zero_shot)
+    assert len(table) == 12 and table["expected"].between(0.1 - 1e-9, 0.1 + 1e-9).all()
+    webcam = table.loc[("Office-Caltech10", "Table 4", "webcam")]
+    assert webcam["test images"] == 59 and webcam["deviation"] == pytest.approx(0.03906, abs=1e-5)
+    assert webcam["away"] == pytest.approx((0.062 - 0.1) / 0.03906, abs=1e-3)
+    average = table.loc[("Office-Caltech10", "Table 4", "average")]
+    deviations = [np.sqrt(0.09 / n) for n in (192, 225, 32, 59)]
+    assert average["deviation"] == pytest.approx(np.linalg.norm(deviations) / 4)
+    assert (table["away"].abs() < 1.96 / np.sqrt(3)).all(), "as three seeds should"
+    best = label_prior.at_chance(named, published[published["method"] == "pFedMoAP"])
+    assert (best["away"].abs() > 3).all(), "a row that has learnt labels is far from it"
+
+
+def test_a_guess_in_a_random_order_of_names_deviates_as_chance_says(counts):
+    """Simulated: labels of a domain, images that say nothing, names shuffled in each process."""
+    gen = np.random.default_rng(3)
+    domain = counts["office_caltech10"]["amazon"]
+    labels = np.repeat(np.arange(10), domain[0, 1])
+    seen = gen.integers(10, size=len(labels))
+    right = [(gen.permutation(10)[seen] == labels).mean() for _ in range(4000)]
+    line = label_prior.chance(counts["office_caltech10"]).loc["amazon"]
+    assert np.mean(right) == pytest.approx(line["expected"], abs=0.002)
+    assert np.std(right) == pytest.approx(line["deviation"], rel=0.25)  # one draw of images

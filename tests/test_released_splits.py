@@ -383,6 +383,25 @@ def test_the_released_loader_is_what_the_files_say(name):
     assert np.array_equal(both, names[given])
 
 
+@pytest.mark.parametrize("name", ["split_domainnet12", "split_office20"])
+def test_settings_leave_the_state_that_the_rounds_find(name):
+    """What is drawn next is what the released run draws next; disjoint classes draw nothing."""
+    z = load(name)
+    sites = z["sites"].tolist()
+    both = [(site, part) for site in sites for part in ("train", "test")]
+    lists = [z[f"{site}.{part}_labels"] for site, part in both]
+    split = np.repeat([part for _, part in both], [*map(len, lists)])
+    domain = np.repeat([site for site, _ in both], [*map(len, lists)])
+    partition = Partition("domain", int(z["num_users"]), 0, float(z["beta"]), form="released")
+    rng = np.random.RandomState(int(z["user_seed"]))
+    released.make(partition, np.concatenate(lists), split, 5, domain, rng)
+    assert np.array_equal(rng.random_sample(3), z["numpy_rng_after"])
+    rng = np.random.RandomState(7)
+    disjoint = Partition("pathological", 4, shots=3, form="released")
+    released.make(disjoint, np.concatenate(lists), split, 5, None, rng)
+    assert rng.random_sample() == np.random.RandomState(7).random_sample()
+
+
 @pytest.mark.parametrize(
     ("partition", "sentence"),
     [

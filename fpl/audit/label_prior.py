@@ -3,7 +3,8 @@
 The released loader of the data sets with domains pairs labels with unrelated images (D1). All that
 can be learnt then is which labels a client has. This module rebuilds the clients from label counts,
 scores the constant guess of each client's most frequent training label, and compares it with the
-published numbers. Accuracies are in [0, 1]; only `wide` and `save` give percent.
+published numbers. One row fits, pFedMoAP's; others lie below the guess, or above what it allows.
+Accuracies are in [0, 1]; only `wide` and `save` give percent.
 
 Letters of shapes: n clients, c classes, v equally likely splits into train and test.
 """
@@ -181,6 +182,47 @@ def fits(guess: DataFrame, rows: DataFrame) -> DataFrame:
     values = table[by_domain.index].to_numpy()
     found = DataFrame([fit(by_domain, row) for row in values], table.index)
     return found.assign(average=table["average"]).sort_values("rms")
+
+
+def chance(counts: Counts) -> DataFrame:
+    """Return what zero-shot CLIP can expect where its class names are drawn anew in each process.
+
+    With images unrelated to labels (D1) and names in a random order (D2), an image is right with
+    probability 1 / c, whatever the model. Over processes, the mean over n test images then has the
+    standard deviation sqrt((1 - 1 / c) / (c n)), with ten classes sqrt(0.09 / n); a mean over
+    clients of unequal sizes has a little more. A line per domain, and their average.
+    """
+    lines = {}
+    for domain, splits in counts.items():
+        n = int(splits[0, 1].sum())
+        right = 1 / splits.shape[2]
+        lines[domain] = {
+            "test images": n,
+            "expected": right,
+            "deviation": math.sqrt(right * (1 - right) / n),
+        }
+    table = DataFrame(lines).T.astype({"test images": int})
+    variance = (table["deviation"] ** 2).mean() / len(table)
+    mean = [table["test images"].sum(), table["expected"].mean(), math.sqrt(variance)]
+    table.loc["average"] = mean
+    return table.astype({"test images": int}).rename_axis("domain")
+
+
+def at_chance(counts_of: Mapping[str, Counts], rows: DataFrame) -> DataFrame:
+    """Return published rows of zero-shot CLIP beside `chance`, a line each.
+
+    rows: as `published` returns them. away: how far the mean is from what is expected, in
+    deviations of a single run; the mean of three seeds stays within 1.96 / sqrt(3) = 1.13 of them
+    in 95 % of cases. spread: the published std divided by the deviation, 1 if all is as expected.
+    """
+    found = []
+    for dataset, counts in counts_of.items():
+        own = rows[rows["dataset"] == dataset]
+        found.append(own.merge(chance(counts).reset_index(), on="domain"))
+    table = pd.concat(found, ignore_index=True)
+    table["away"] = (table["mean"] - table["expected"]) / table["deviation"]
+    table["spread"] = table["std"] / table["deviation"]
+    return table.set_index(["dataset", "table", "domain"]).drop(columns=["variant"])
 
 
 def null(counts: Counts, values: Series, seeds: Iterable[int]) -> DataFrame:

@@ -19,12 +19,16 @@ from pandas import DataFrame, Series
 from scipy.stats import f as f_distribution
 
 from fpl.data.files import ROOT
-from fpl.experiments import records, stats
+from fpl.experiments import records, stats, tables
 
 T = TypeVar("T")
 LEDGER = ROOT / "data" / "ledger.yaml"
 TABLES = ("ledger", "ledger_views", "ledger_seeds", "ledger_domains")
 ONE_RUN = "rounds of one run"
+NOTE_ATTRIBUTION = (
+    "What makes pFedMoAP differ from PromptFL, in both orders of the two changes between them. "
+    f"{tables.NOTE_PAIRED} `share` is the part of the whole difference in %, without an interval."
+)
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,25 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Report:
+    """Where somebody else has reported the item, or what it looks like, in public.
+
+    where: an address. opened: the day, as text. says: what it reports.
+    quotes: accuracies that it copies from a paper, as lines of `label_prior.published`, in percent.
+    """
+
+    where: str
+    opened: str
+    says: str
+    quotes: Sequence[dict[str, Any]] = ()
+
+
+@dataclass(frozen=True)
 class Item:
     """A defect or a difference: its words, and the pairs that give it numbers.
 
-    without: why there are no pairs.
+    read: how much of the paper behind `paper` could be read: its "full text", or its "abstract"
+    alone. without: why there are no pairs.
     """
 
     item: str
@@ -56,6 +75,8 @@ class Item:
     paper: str
     evidence: str
     inference: str = ""
+    read: str = "full text"
+    reports: Sequence[Report] = ()
     costs: Sequence[Pair] = ()
     spreads: Sequence[Pair] = ()
     without: str = ""
@@ -65,14 +86,14 @@ def read(path: Path = LEDGER) -> list[Item]:
     """Return the items of the ledger; raises ValueError where one lacks a part or has another."""
     items = []
     for entry in yaml.safe_load(path.read_text()):
-        for key in ("costs", "spreads"):
-            entry[key] = [build(Pair, pair, path) for pair in entry.get(key, ())]
+        for key, kind in (("costs", Pair), ("spreads", Pair), ("reports", Report)):
+            entry[key] = [build(kind, part, path) for part in entry.get(key, ())]
         items.append(build(Item, entry, path))
     return items
 
 
 def build(kind: type[T], content: dict[str, Any], path: Path) -> T:
-    """Return an Item or a Pair from its entry; raises as `read` says."""
+    """Return an Item, a Pair or a Report from its entry; raises as `read` says."""
     try:
         return kind(**content)
     except TypeError as error:
@@ -129,18 +150,55 @@ def difference(runs: DataFrame, pair: Pair) -> Series:
 
 
 def costs(items: Iterable[Item], runs: DataFrame) -> DataFrame:
-    """Return a line per pair: what the released code's way costs, in points, with both intervals.
+    """Return a line per pair: what the released code's way costs, in points, with its interval.
 
-    A difference is the accuracy of `released` minus that of `paper`, as `stats.paired` gives it.
+    A difference is the accuracy of `released` minus that of `paper`, its interval and verdict are
+    those of `stats.paired`, and `holm` adjusts its p-value for all lines of the table.
     """
-    lines = []
+    lines = {}
     for item in items:
         for pair in item.costs:
-            found = 100 * difference(runs, pair)[["mean", "low", "high", "t_low", "t_high"]]
-            points = found.round(2) + 0.0  # no -0.0
-            named = {"item": item.item, "what": pair.what, **points.rename({"mean": "difference"})}
-            lines.append(named | {"evidence": item.evidence})
-    return DataFrame(lines).set_index(["item", "what"])
+            found = in_points(difference(runs, pair))
+            lines[item.item, pair.what] = found | {"evidence": item.evidence}
+    table = DataFrame(lines.values(), pd.MultiIndex.from_tuples(lines, names=["item", "what"]))
+    table["holm"] = Series(stats.holm(table["holm"]), table.index).round(4)
+    return table
+
+
+def in_points(found: Series) -> dict[str, Any]:
+    """Return a line of `stats.paired` in points of percent; `holm` is its p-value as it is."""
+    points = (100 * found[["mean", "low", "high"]]).round(2) + 0.0  # no -0.0
+    line: dict[str, Any] = points.rename({"mean": "difference"}).to_dict()
+    line |= {"seeds": int(found["seeds"]), "verdict": stats.verdict(found["low"], found["high"])}
+    return line | {"holm": found["p"]}
+
+
+# Between PromptFL and pFedMoAP stand two changes (D25): each can be made first.
+PROMPTFL, BEFORE = "pfedmoap, no experts, tested after", "pfedmoap, no experts"
+AFTER, PFEDMOAP = "pfedmoap, tested after", "pfedmoap"
+TESTED, EXPERTS = "tested before averaging", "experts and gate"
+STEPS = {
+    ("both changes", f"{TESTED}, {EXPERTS}"): (PFEDMOAP, PROMPTFL),
+    ("when it is tested goes first", TESTED): (BEFORE, PROMPTFL),
+    ("when it is tested goes first", EXPERTS): (PFEDMOAP, BEFORE),
+    ("experts go first", EXPERTS): (AFTER, PROMPTFL),
+    ("experts go first", TESTED): (PFEDMOAP, AFTER),
+}
+
+
+def attribution(runs: DataFrame) -> DataFrame:
+    """Return what makes pFedMoAP differ from PromptFL, in points, in both orders of the changes.
+
+    With no experts, tested after averaging, pFedMoAP is PromptFL. Each order adds up to the whole
+    difference, and how much of it a change has depends on the order: no one order is the right one.
+    share: the part of the whole difference in percent, without an interval.
+    """
+    lines = [in_points(stats.paired(runs, *rows)) for rows in STEPS.values()]
+    table = DataFrame(lines, pd.MultiIndex.from_tuples(STEPS, names=["order", "change"]))
+    table["holm"] = Series(stats.holm(table["holm"]), table.index).round(4)
+    whole = table["difference"].iloc[0]
+    share = 100 * table["difference"] / whole if whole else math.nan
+    return table.assign(share=share).round({"share": 0})
 
 
 def spreads(items: Iterable[Item], runs: DataFrame) -> DataFrame:
@@ -158,11 +216,12 @@ def spreads(items: Iterable[Item], runs: DataFrame) -> DataFrame:
             over = stats.by_seed(paper, "row").std()
             if pair.rule == ONE_RUN:
                 found = spread_of_rounds(released)
-                far = math.nan
+                far = near = math.nan
             else:
                 found = stats.by_seed(released, "row").std()
-                freedom = paper["seed"].nunique() - 1
-                far = math.sqrt(f_distribution.ppf(0.975, freedom, freedom))
+                ours, theirs = (rows["seed"].nunique() - 1 for rows in (paper, released))
+                far = math.sqrt(f_distribution.ppf(0.975, theirs, ours))
+                near = math.sqrt(f_distribution.ppf(0.975, ours, theirs))
             ratio = found / over
             lines.append(
                 {
@@ -172,7 +231,7 @@ def spreads(items: Iterable[Item], runs: DataFrame) -> DataFrame:
                     "as released": 100 * found,
                     "ratio": ratio,
                     "low": ratio / far,
-                    "high": ratio * far,
+                    "high": ratio * near,
                 }
             )
     return DataFrame(lines).set_index(["item", "what"]).round(2)
@@ -190,18 +249,11 @@ def spread_of_rounds(runs: DataFrame) -> float:
 def words(items: Iterable[Item], costs: DataFrame, spreads: DataFrame) -> DataFrame:
     """Return a line per item: what the code does, what the paper says, what it costs.
 
-    Beside them stands what is proven, and what is not.
+    Beside them stands what is proven and what is not, how much of the paper was read, and where
+    others have reported it.
     """
     lines = []
     for item in items:
-        numbers = []
-        for pair in item.costs:
-            line = costs.loc[(item.item, pair.what)]
-            interval = f"({line['low']:.2f} to {line['high']:.2f})"
-            numbers.append(f"{pair.what}: {line['difference']:+.2f} {interval}")
-        for pair in item.spreads:
-            ratio = spreads.loc[(item.item, pair.what), "ratio"]
-            numbers.append(f"{pair.what}: std times {ratio:.2f}")
         lines.append(
             {
                 "item": item.item,
@@ -209,9 +261,40 @@ def words(items: Iterable[Item], costs: DataFrame, spreads: DataFrame) -> DataFr
                 "where": item.where,
                 "the released code": item.does,
                 "the paper": item.paper,
-                "cost": "; ".join(numbers) or f"no number: {item.without}",
+                "read": item.read,
+                "cost": numbers(item, costs, spreads) or f"no number: {item.without}",
                 "evidence": item.evidence,
                 "inference": item.inference,
+                "public reports": "; ".join(map(cited, item.reports)),
             }
         )
     return DataFrame(lines).set_index("item")
+
+
+def numbers(item: Item, costs: DataFrame, spreads: DataFrame) -> str:
+    """Return the numbers of an item in words; nothing where it has no pairs."""
+    said = []
+    for pair in item.costs:
+        line = costs.loc[(item.item, pair.what)]
+        interval = f"({line['low']:.2f} to {line['high']:.2f}, {line['verdict']})"
+        said.append(f"{pair.what}: {line['difference']:+.2f} {interval}")
+    for pair in item.spreads:
+        ratio = spreads.loc[(item.item, pair.what), "ratio"]
+        said.append(f"{pair.what}: std times {ratio:.2f}")
+    return "; ".join(said)
+
+
+def cited(report: Report) -> str:
+    """Return a report in words."""
+    return f"{report.says} ({report.where}, {report.opened})"
+
+
+def quoted(items: Iterable[Item]) -> DataFrame:
+    """Return the accuracies that reports copy, in [0, 1], with the report's address as `table`."""
+    lines = []
+    for item in items:
+        for report in item.reports:
+            lines += [{"variant": "", **line, "table": report.where} for line in report.quotes]
+    found = DataFrame(lines)
+    found[["mean", "std"]] /= 100
+    return found

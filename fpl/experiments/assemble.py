@@ -16,6 +16,7 @@ from fpl.experiments.cache import device, load_cached, patches_of, text_of, view
 from fpl.experiments.settings import Experiment
 from fpl.prompts import PromptTree
 from fpl.released import splits
+from fpl.released.methods import InTurn
 from fpl.rounds import Round, Seeds, run_rounds
 from fpl.state import Clients
 
@@ -38,7 +39,24 @@ def make_clients(experiment: Experiment, device: str) -> Clients:
             f"{experiment.row} reads patches, of which there are no views: set data.views to 0"
         )
     whole = Clients(feats.feats, feats.labels, [], [], len(feats.classes), patches, views, place)
-    return deal(whole, feats, experiment.partition, experiment.seed)
+    clients = deal(whole, feats, experiment.partition, experiment.seed)
+    return replace(clients, turns=turns_of(experiment, feats))
+
+
+def turns_of(experiment: Experiment, feats: Features) -> list[Tensor] | None:
+    """Return who trains in each round of a released row under a released split; else None.
+
+    The release draws them by NumPy's global state, as the split has left it.
+    """
+    asked, run = experiment.partition, experiment.run
+    if asked.form != "released" or not isinstance(experiment.method, InTurn):
+        return None
+    rng = np.random.RandomState(experiment.seed)
+    labels = feats.labels.cpu().numpy()
+    split_seed = asked.split_seed or experiment.seed
+    splits.make(asked, labels, feats.split, split_seed, feats.domain, rng)
+    picks = splits.participants(asked.clients, run.participation, run.rounds, rng)
+    return type(experiment.method).turns(torch.from_numpy(picks), asked.clients)
 
 
 def deal(whole: Clients, feats: Features, asked: Partition, seed: int) -> Clients:

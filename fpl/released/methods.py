@@ -1,12 +1,13 @@
 """What the released code does instead of what its paper says: one subclass a quirk.
 
 The released systems are made of them, and each is a row of its own. Repositories: pFedMoAP a481de3
-(with PromptFL and FedProx), FedOTP 9948611, FedPGP d43045b. D4 .. D11 are the numbers that this
-project gives to the defects. Not here: where the paper is silent or contradicts itself our default
-is the code's (D12: the gate's factor 10, no dropout, the stride; D13: logits of a client without
-experts are not multiplied by lam). A run of the released pFedMoAP with partial participation ends
-in an error (D3), so what it leaves to a client that joins late (D8b: the experts of another one)
-has no results to compare with.
+(with PromptFL and FedProx), FedOTP 9948611, FedPGP d43045b. D4 .. D11, D29 and D31 are the numbers
+that this project gives to the defects. Not here: where the paper is silent or contradicts itself
+our default is the code's (D12: the gate's factor 10, no dropout, the stride; D13: logits of a
+client without experts are not multiplied by lam). A run of the released pFedMoAP with partial
+participation ends in an error (D3), so what it leaves to a client that joins late (D8b: the experts
+of another one) has no results to compare with. Rows that stand for a whole system compute in single
+precision; D29 is a row of its own.
 """
 
 from __future__ import annotations
@@ -15,22 +16,38 @@ from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
+from jaxtyping import Int
 from pydantic import Field
 from pydantic.dataclasses import dataclass
+from torch import Tensor
 
 from fpl import gate
 from fpl.methods import FedOTP, FedPGP, FedProx, PFedMoAP, PromptFL
 from fpl.prompts import PromptTree
-from fpl.state import Clients
+from fpl.state import Clients, Tensors
 
 
 @dataclass(frozen=True)
 class InTurn(PromptFL):
     """Clients train one after the other, in the order of the draw (all repositories)."""
 
+    @classmethod
+    def turns(cls, picks: Int[Tensor, "rounds m"], n: int) -> list[Int[Tensor, " _picked"]]:
+        """Return who trains in each round, in order; picks: `splits.participants` of n clients."""
+        return list(picks)
+
     def cohorts(self, server, drawn):
         idle = [group[~torch.isin(group, drawn)] for group in super().cohorts(server, drawn)]
         return [*drawn.split(1), *idle]
+
+
+@dataclass(frozen=True)
+class EverybodyFirst(InTurn):
+    """D31: in round 0 all clients train, by their numbers; the draws begin with round 1."""
+
+    @classmethod
+    def turns(cls, picks, n):
+        return [torch.arange(n), *picks[:-1]]
 
 
 @dataclass(frozen=True)
@@ -114,6 +131,45 @@ class LeakingGate(InTurn, PFedMoAP):
         return super().after_cohort(after, client_ids, local)
 
 
+def single(p: Tensors) -> Tensors:
+    """Return tensors of half precision in single precision, and others as they are."""
+    return {k: v.float() if v.dtype == torch.half else v for k, v in p.items()}
+
+
+@dataclass(frozen=True)
+class HalfPrecision(PFedMoAP):
+    """D29: prompt and gate are held in half precision, and so are gradients, velocities and steps.
+
+    A step that is smaller than half the distance to the next number is lost. Text features and
+    logits are computed in single precision here, so this is the part that storage plays; the
+    release computes them in half precision, too.
+    """
+
+    key = "pfedmoap_half"
+    title = "released: pFedMoAP's half precision alone"
+
+    def init(self, text: PromptTree, gen):
+        return {name: value.half() for name, value in super().init(text, gen).items()}
+
+    def aggregate(self, server, client_ids, uploads, sizes):
+        kept = {name: value.half() for name, value in uploads.items()}
+        return super().aggregate(server, client_ids, kept, sizes)
+
+    def neighbours(self, server, client_ids, clients: Clients):
+        return super().neighbours(
+            replace(server, uploads=single(server.uploads)), client_ids, clients
+        )
+
+    def context(self, text: PromptTree, down, client_ids, clients: Clients):
+        return super().context(text, single(down), client_ids, clients)
+
+    def encode(self, text: PromptTree, p, context):
+        return super().encode(text, single(p), context)
+
+    def logits(self, text: PromptTree, t, p, context, x):
+        return super().logits(text, t, single(p), context, x)
+
+
 @dataclass(frozen=True)
 class TwoPrompts(FedPGP):
     """D10: the script trains two prompts; the second adds as many columns as there are classes, of
@@ -169,8 +225,8 @@ class ReleasedFedProx(ReleasedPromptFL, DetachedTerm):
 
 
 @dataclass(frozen=True)
-class ReleasedFedOTP(InTurn, FedOTP):
-    """D8c: the velocity goes from client to client."""
+class ReleasedFedOTP(EverybodyFirst, FedOTP):
+    """D8c, D31: the velocity goes from client to client; everybody trains in round 0."""
 
     key = "fedotp_released"
     title = "released: FedOTP"
@@ -178,8 +234,8 @@ class ReleasedFedOTP(InTurn, FedOTP):
 
 
 @dataclass(frozen=True)
-class ReleasedFedPGP(InTurn, PlaceholderAnchor, TwoPrompts):
-    """D8c, D10, D11."""
+class ReleasedFedPGP(EverybodyFirst, PlaceholderAnchor, TwoPrompts):
+    """D8c, D10, D11, D31."""
 
     key = "fedpgp_released"
     title = "released: FedPGP"
@@ -188,7 +244,7 @@ class ReleasedFedPGP(InTurn, PlaceholderAnchor, TwoPrompts):
 
 @dataclass(frozen=True)
 class ReleasedPFedMoAP(FixedExperts, LeakingGate, LivePool):
-    """D6, D7, D8, D9: all but the launch script's one word."""
+    """D6, D7, D8, D9: all but the launch script's one word and half precision."""
 
     key = "pfedmoap_released"
     title = "released: pFedMoAP"
@@ -198,6 +254,6 @@ class ReleasedPFedMoAP(FixedExperts, LeakingGate, LivePool):
 ROWS = (
     *(ReleasedPromptFL, DetachedTerm, ReleasedFedProx, ReleasedFedOTP),
     *(TwoPrompts, PlaceholderAnchor, ReleasedFedPGP),
-    *(OneWord, FixedExperts, LivePool, LeakingGate, ReleasedPFedMoAP),
+    *(OneWord, FixedExperts, LivePool, LeakingGate, HalfPrecision, ReleasedPFedMoAP),
 )
 RELEASED: dict[str, type[PromptFL]] = {row.key: row for row in ROWS}

@@ -29,12 +29,18 @@ PASSES = 1000  # after which `label_dirichlet` gives up; the release would go on
 
 
 def make(
-    partition: Partition, labels: ndarray, split: ndarray, seed: int, domain: ndarray | None = None
+    partition: Partition,
+    labels: ndarray,
+    split: ndarray,
+    seed: int,
+    domain: ndarray | None = None,
+    rng: RandomState | None = None,
 ) -> Parts:
     """Deal images by the released split of a kind: their numbers for each client.
 
     Numbers that the release fixes stay as they are (sizes, its own seeds). Arguments are those of
-    `fpl.data.partitions.make`. Raises ValueError for a kind that the release has not, and for shots
+    `fpl.data.partitions.make`. rng: NumPy's state as the run has seeded it, which the split leaves
+    as the rounds find it. Raises ValueError for a kind that the release has not, and for shots
     where it takes all images.
     """
     kind, shots, beta = partition.kind, partition.shots, partition.concentration
@@ -55,11 +61,11 @@ def make(
         if by_shots:
             parts = pathological(lists, n, shots, iid=kind == "iid")
         elif kind == "domain":
-            parts = domain_dirichlet(lists, n, beta)
+            parts = domain_dirichlet(lists, n, beta, rng=rng)
         elif kind == "dirichlet":
-            parts = label_dirichlet(lists, n, beta, seed)
+            parts = label_dirichlet(lists, n, beta, seed, rng)
         else:
-            parts = pachinko(lists, n, beta, seed)
+            parts = pachinko(lists, n, beta, seed, rng=rng)
         train += [places[0][index] for index in parts[0]]
         test += [places[1][index] for index in parts[1]]
     return train, test
@@ -458,9 +464,10 @@ def positive(weights: ndarray) -> ndarray:
 def participants(n_clients: int, participation: float, rounds: int, rng: RandomState) -> ndarray:
     """Draw the clients of every round in their order of training: (rounds, m), without replacement.
 
-    m is max(int(participation n), 1). After `domain_dirichlet` they are the same for every seed.
+    m is max(int(participation n), 1). After `domain_dirichlet` and `pachinko` they are the same for
+    every seed. What a method makes of them is its `turns` (fpl.released.methods).
 
-    rng: NumPy's state when the rounds begin, seeded by the run and moved on by the split.
+    rng: NumPy's state when the rounds begin, seeded by the run and moved on by `make`.
     """
     check_positive(n_clients=n_clients, participation=participation, rounds=rounds)
     m = max(int(participation * n_clients), 1)
