@@ -89,6 +89,8 @@ def everything(runs):
     yield tables.labelled(runs)
     yield tables.with_controls(tables.ablation(lam, "lam"), main)
     yield tables.differences(runs, {"one": ("pfedmoap", OWN)})
+    yield tables.differences(tables.by_settings(lam, ["lam"]), {"two": ("lam 0", "lam 0.5")})
+    yield tables.traffic(runs, ["row", "lam"])
     yield tables.clients(main)
     yield tables.with_bytes(tables.grid(runs, ["row", "lam"]), runs)
     yield tables.generalisation(main)
@@ -283,6 +285,89 @@ def test_the_last_round_is_reported_never_the_best():
     assert "after the last round" in stats.reporting_rule()
     for note in (tables.NOTE_REAL, tables.NOTE_DEMO, tables.NOTE_SHORT, tables.NOTE_TABLE1):
         assert stats.reporting_rule() in note
+
+
+def test_a_table_of_differences_says_one_interval_a_verdict_and_holms_p():
+    made, labels = some_runs()
+    runs = records.frame(store(made[:12]), labels[:12])
+    pairs = tables.pairs_of(runs, [("pfedmoap", "promptfl"), (OWN, "majority"), ("gone", OWN)])
+    assert [*pairs] == ["pfedmoap - promptfl", f"{OWN} - majority"]
+    pairs |= {"twice": ("pfedmoap", "promptfl", OWN, "majority")}
+    table = tables.differences(runs, pairs)
+    wanted = ["mean", "low", "high", "p", "holm", "verdict", "seeds", "clients"]
+    assert [*table] == wanted and [*table.index] == [*pairs]
+    for name, (a, b) in [*pairs.items()][:2]:
+        found = stats.paired(runs, a, b)
+        points = (100 * found[["mean", "low", "high"]]).round(2)
+        assert table.loc[name, ["mean", "low", "high"]].tolist() == points.tolist()
+        assert table.loc[name, "verdict"] == stats.verdict(found["low"], found["high"])
+    first, other, twice = table["mean"]
+    assert twice == pytest.approx(first - other, abs=0.011)
+    assert table["holm"].tolist() == pytest.approx(stats.holm(table["p"]), abs=2e-4)
+    said = tables.sentences(table).splitlines()
+    assert len(said) == 3 and said[0].startswith("* *pfedmoap minus promptfl*: ")
+    assert all(line.verdict in text for line, text in zip(table.itertuples(), said))
+    assert tables.sentences(table, ["twice"]) == said[2]
+
+
+def test_differences_at_values_of_a_setting_keep_pair_and_value_apart():
+    made, labels = some_runs()
+    runs = tables.by_settings(records.frame(store(made), labels), ["row", "lam"])
+    names = [f"pfedmoap, varied, lam {lam:g}" for lam in (0, 0.5)]
+    table = tables.differences(runs, {("a - b", 0.5): names, ("a - b", 2.0): names[::-1]})
+    assert table.index.names == ["pair", "at"] and table["mean"].sum() == 0
+    assert "* *a minus b, at 0.5*: " in tables.sentences(table)
+
+
+def test_a_row_of_fewer_seeds_says_so():
+    made = [record("promptfl", seed) for seed in (1, 2, 3)]
+    made += [record("pfedmoap", 1), *(record(OWN, seed) for seed in (1, 2))]
+    runs = records.frame(store(made))
+    wanted = ["PromptFL", "pFedMoAP (1 seed)", "Mine (2 seeds)"]
+    for make in (tables.table1, tables.clients, lambda runs: tables.beside(runs, "CIFAR100")):
+        assert make(runs)["row"].tolist() == wanted
+    labelled = tables.labelled(runs)["row"].tolist()
+    assert labelled == ["promptfl", "pfedmoap (1 seed)", f"{OWN} (2 seeds)"]
+    pair = tables.differences(runs, {"one": ("promptfl", OWN)})
+    assert pair["seeds"].tolist() == [2]
+
+
+def test_traffic_adds_up_what_all_clients_sent_and_received():
+    """By hand: bytes of four clients, of whom those that take part move some in each round."""
+    content = record("promptfl", 1, n_rounds=3)
+    table = tables.traffic(records.frame(store([content])), ["row"])
+    moved = [sum(found["up"] + found["down"]) / CLIENTS for found in content["rounds"]]
+    assert table["kB"].tolist() == pytest.approx((4 * np.cumsum(moved) / 1000).round(3).tolist())
+    means = [100 * np.mean(found["accuracy"]) for found in content["rounds"]]
+    assert table["mean"].tolist() == pytest.approx(means, abs=1e-3)
+    assert [*table.index] == [("promptfl", number) for number in range(3)]
+
+
+def test_measures_of_one_run_become_rows():
+    made = [record("promptfl", seed) for seed in (1, 2)]
+    runs = records.frame(store(made))
+    both = tables.by_measures(runs, {"own": "accuracy", "new": "novel"})
+    last = made[0]["rounds"][-1]
+    for name, values in (("own", last["accuracy"]), ("new", last["elsewhere"]["novel"])):
+        found = stats.seeds_by_clients(both, f"promptfl, {name}")
+        assert found.loc[1].tolist() == pytest.approx(values)
+    lacking = tables.by_measures(runs.assign(novel=math.nan), {"own": "accuracy", "new": "novel"})
+    assert {*lacking["row"]} == {"promptfl, own"}
+
+
+def test_table_6_tells_clipped_uploads_from_noisy_and_untouched_ones():
+    how = [{"epsilon": 0.0}, {"epsilon": 50.0}, {"epsilon": 5.0}]
+    how += [{"epsilon": 0.0, "mechanism": "clipping"}]
+    made = [
+        record("promptfl", seed, **({"delta": 0.05, "mechanism": "gaussian"} | changes))
+        for changes in how
+        for seed in (1, 2)
+    ]
+    table = tables.table6(records.frame(store(made)))
+    steps = ["untouched", "clipped", "clipped, epsilon 50", "clipped, epsilon 5"]
+    assert [*table.index] == [("promptfl", step) for step in steps]
+    assert table["noise"].tolist()[:2] == [0, 0] and 0 < table["noise"].iloc[2] < 1
+    assert table[tables.BESIDE].notna().tolist() == [True, False, True, False]
 
 
 def test_each_run_has_its_own_last_round():

@@ -166,31 +166,77 @@ def rows(table: DataFrame, controls: Collection[str] = ()) -> Figure:
 
 
 @in_our_style
-def forest(table: DataFrame, far: float = 5.0) -> Figure:
-    """Draw differences in points with the bootstrap's interval (thick) and the t-interval (thin).
+def differences(table: DataFrame, far: float = math.inf) -> Figure:
+    """Draw differences with their interval, a row each; claimed ones are filled.
 
-    table: as `ledger.costs`. A marker is filled where neither interval holds 0, grey where one of
-    them does, white where both do. Differences beyond `far` points stand in a panel of their own,
-    so that the others can be told apart.
+    table: as `tables.differences`, in points. A marker is black where the verdict is above or
+    below, grey where Holm's adjustment leaves no claim of it, and else white. Differences beyond
+    `far` points stand in a panel of their own, so that the others can be told apart.
     """
-    near = table["difference"].abs() <= far
-    parts = [part for _, part in table.groupby(near)]
-    heights = [0.27 * len(part) + 1 for part in parts]
+    parts = [
+        (name, part)
+        for name, of in parts_of(table).items()
+        for _, part in of.groupby(of["mean"].abs() <= far)
+    ]
+    heights = [0.9 + 0.32 * len(part) for _, part in parts]
     fig, axes = figure(7.5, sum(heights), len(parts), height_ratios=heights)
-    for ax, part in zip(axes.flat, parts):
-        name_rows(ax, [f"{what}  {item}" for item, what in part.index])
+    for ax, (name, part) in zip(axes.flat, parts):
+        ax.set_title(name)
+        rows = [", ".join(map(str, row)) if isinstance(row, tuple) else row for row in part.index]
+        name_rows(ax, [textwrap.fill(row, 42) for row in rows], fontsize=8)
         ax.axvline(0, color="black", linewidth=0.8)
-        y = range(len(part))
-        ax.hlines(y, part["t_low"], part["t_high"], color="black", linewidth=0.8)
-        ax.hlines(y, part["low"], part["high"], color="black", linewidth=2.8)
-        one = part["low"] * part["high"] <= 0
-        other = part["t_low"] * part["t_high"] <= 0
-        held = one.astype(int) + other
-        for place, difference, holding in zip(y, part["difference"], held):
-            face = ("black", "#AAAAAA", "white")[holding]
-            ax.plot(difference, place, "ko", markerfacecolor=face, zorder=3)
-    label = "accuracy with what the released code does minus without it (points)"
+        y = np.arange(len(part))
+        ax.hlines(y, part["low"], part["high"], color="black", linewidth=1.5)
+        mark_claims(ax, part["mean"], y, part)
+    explain_claims(ax)
+    label = "difference of accuracy (points); interval over both bootstrap and t"
     ax.set_xlabel(label, loc="right")
+    return fig
+
+
+def claims(table: DataFrame) -> list[str]:
+    """Return how each line of `tables.differences` is filled."""
+    claimed = table["verdict"].isin(["above", "below"])
+    alone = claimed & (table["holm"] > 0.05)
+    return [*np.select([alone, claimed], ["#AAAAAA", "black"], "white")]
+
+
+def mark_claims(ax: Axes, x: Any, y: Any, table: DataFrame, marker: str = "o") -> None:
+    """Draw the markers of lines of `tables.differences`, filled where they are claimed."""
+    at = {"s": 30, "marker": marker, "edgecolor": "black", "zorder": 3}
+    ax.scatter(x, y, facecolor=claims(table), **at)
+
+
+def explain_claims(ax: Axes) -> None:
+    """Add what the filling of markers means to the figure's legend."""
+    kinds = {"black": "a difference", "#AAAAAA": "not after Holm", "white": "none seen"}
+    for face, label in kinds.items():
+        ax.scatter([], [], s=30, facecolor=face, edgecolor="black", label=label)
+    legend(ax)
+
+
+@in_our_style
+def gains(table: DataFrame, xlabel: str) -> Figure:
+    """Draw differences with their interval by value of a setting; claimed ones are filled.
+
+    table: as `tables.differences`, of names (pair, value), filled as in `differences`.
+    """
+    ticks = table.index.unique(level=-1).sort_values()
+    fig, shown = stacked(table, 6.5, 3.9)
+    for ax, of in shown:
+        ax.axhline(0, color="black", linewidth=0.8)
+        parts = [*kinds_of(of)]
+        for k, (part, options) in enumerate(parts):
+            x = ticks.get_indexer(part.index) + 0.12 * (k - (len(parts) - 1) / 2)
+            colour, marker = options["color"], options["marker"]
+            ax.vlines(x, part["low"], part["high"], color=colour, linewidth=1.8)
+            ax.plot([], [], color=colour, marker=marker, label=options["label"])
+            mark_claims(ax, x, part["mean"], part, marker)
+        ax.set_xticks(range(len(ticks)), [f"{value:g}" for value in ticks])
+        ax.set_xlim(-0.5, len(ticks) - 0.5)
+        ax.set_xlabel(xlabel)
+        ax.set_ylabel("difference of accuracy (points)")
+    explain_claims(shown[0][0])
     return fig
 
 
@@ -256,16 +302,21 @@ def ablations(
 def lines(table: DataFrame, xlabel: str) -> Figure:
     """Draw mean and 95 % interval (%) by value of a setting, the values equally far apart.
 
-    table: its index is (name of the line, value), with data in front of several data sets.
+    table: its index is (name of the line, value), with data in front of several data sets. Values
+    that are words stand in the order of the table.
     """
-    ticks = table.index.unique(level=-1).sort_values()
+    ticks = table.index.unique(level=-1)
+    in_words = ticks.map(lambda value: isinstance(value, str)).all()
+    if not in_words:
+        ticks = ticks.sort_values()
     fig, shown = stacked(table, 6.8, 3.8)
     for ax, of in shown:
         for k, (part, options) in enumerate(kinds_of(of)):
-            part = part.sort_index()
+            part = part.iloc[np.argsort(ticks.get_indexer(part.index))]
             x = ticks.get_indexer(part.index) + 0.06 * k
             ax.errorbar(x, part["mean"], reach(part), markersize=5, **options)
-        ax.set_xticks(range(len(ticks)), [f"{value:g}" for value in ticks])
+        names = [textwrap.fill(str(v), 14) if in_words else f"{v:g}" for v in ticks]
+        ax.set_xticks(range(len(ticks)), names)
         ax.set_xlabel(xlabel)
         ax.set_ylabel("accuracy (%)")
     legend(shown[0][0], "outside right center", columns=1)
@@ -273,24 +324,42 @@ def lines(table: DataFrame, xlabel: str) -> Figure:
 
 
 @in_our_style
-def cost(table: DataFrame) -> Figure:
-    """Draw accuracy (%) with its 95 % interval against what a participant receives in a round.
+def traffic(table: DataFrame, kind: str) -> Figure:
+    """Draw accuracy (%) by round against what a client has sent and received until then.
 
-    table: as `tables.with_bytes`; the first level of its index names the kind of a point.
+    table: as `tables.traffic`, its index (row, variant, round): rows differ in colour and marker,
+    variants in the line. kind: what the variants are. The last round has a marker and its interval.
+    A row that sends nothing is a level line at its last round.
     """
-    fig, shown = stacked(table, 6.8, 3.8)
+    lines = ("-", "--", ":", "-.")
+    variants = [*table.index.unique(level=-2).sort_values()]
+    fig, shown = stacked(table, 7.2, 4.2)
     for ax, of in shown:
-        for part, options in kinds_of(of):
-            kilobytes = part["down, bytes"] / 1000
-            ax.errorbar(kilobytes, part["mean"], reach(part), linestyle="none", **options)
+        rows = [*of.index.unique(level=0)]
+        for (row, variant), part in of.groupby(level=[0, 1], sort=False):
+            line = lines[variants.index(variant) % len(lines)]
+            draw_traffic(ax, part, line, **look(rows.index(row)))
+        for k, row in enumerate(rows):
+            ax.plot([], [], label=row, **look(k))
+        for variant, line in zip(variants, lines):
+            ax.plot([], [], color="black", linestyle=line, label=f"{kind} {variant:g}")
         ax.set_xscale("log")
-        ax.set_xticks(of["down, bytes"].unique() / 1000)
-        ax.xaxis.set_major_formatter("{x:.3g}")
-        ax.minorticks_off()
-        ax.set_xlabel("kB received by a client in a round")
-        ax.set_ylabel("accuracy (%)")
-        ax.legend()
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("")
+        ax.set_xlabel("kB sent and received by a client, all rounds so far")
+        ax.set_ylabel("accuracy (%), mean over clients")
+    legend(shown[0][0], "outside right center", columns=1)
     return fig
+
+
+def draw_traffic(ax: Axes, part: DataFrame, line: str, color: str, marker: str) -> None:
+    """Draw a line of `traffic`."""
+    if part["kB"].max() == 0:
+        ax.axhline(part["mean"].iloc[-1], linewidth=1, linestyle=line, color=color)
+        return
+    ax.plot(part["kB"], part["mean"], linewidth=1.6, linestyle=line, color=color)
+    last = part.iloc[-1:]
+    ax.errorbar(last["kB"], last["mean"], reach(last), color=color, marker=marker, elinewidth=1)
 
 
 @in_our_style

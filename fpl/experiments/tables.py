@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from pandas import DataFrame, Series
 
@@ -18,7 +19,18 @@ from fpl.data.datasets import DATASETS
 from fpl.data.files import ROOT, atomic_write
 from fpl.data.text import cell, markdown
 from fpl.experiments.notebook import TABLES
-from fpl.experiments.stats import by_seed, last_round, over_seeds, paired, reporting_rule, spread
+from fpl.experiments.stats import (
+    by_seed,
+    holm,
+    last_round,
+    minus,
+    over_seeds,
+    paired,
+    reporting_rule,
+    sentence,
+    spread,
+    verdict,
+)
 
 Make = Callable[..., DataFrame]
 Keys = str | Sequence[str]  # a column, or several
@@ -33,7 +45,7 @@ DECIMALS = {  # columns that Markdown shows with two decimals
     *POINTS,
     *GENERALISATION,
     *(f"{name} std" for name in GENERALISATION),
-    *("difference", "t_low", "t_high", "noise", "paper", BESIDE),
+    *("difference", "noise", "paper", "l2 norm", BESIDE),
     *("worst", "10th percentile", "std over clients"),
     *SPELT.values(),
 }
@@ -59,8 +71,16 @@ NOTE_TABLE1 = (
 )
 NOTE_PAIRED = (
     "Differences in points of percent between two rows, each client compared with itself under the "
-    "same seed. `low` and `high` are the ends of a 95 % interval from a bootstrap over seeds and "
-    "clients, `t_low` and `t_high` those of the t-interval over seeds, which is the safer one."
+    "same seed, over the seeds that both rows have. `low` and `high` are the ends of the interval "
+    "that covers both the 95 % interval of a bootstrap over seeds and clients and the 95 % "
+    "t-interval over seeds. The verdict is above or below only where both leave out 0. `holm` is "
+    "the larger p-value of the two after Holm's adjustment for all comparisons of the table: a "
+    "verdict with more than 0.05 there may be one of the false ones that many comparisons bring."
+)
+NOTE_TRAFFIC = (
+    "Accuracy in %, the mean over clients, after each round, with the 95 % t-interval over seeds. "
+    "`kB` is what a client has sent and received until then, in single precision, the mean over "
+    "all clients, whether they took part or not."
 )
 NOTE_CLIENTS = (
     "How unequal clients are: accuracy in % of the worst client of a run, the 10th percentile and "
@@ -167,6 +187,14 @@ def titled(runs: DataFrame, key: Keys = "method") -> DataFrame:
     return table
 
 
+def marked(table: DataFrame) -> DataFrame:
+    """Return a table whose column `row` says where a row has fewer seeds than others."""
+    seeds = table["seeds"]
+    number = seeds.astype(str) + np.where(seeds == 1, " seed", " seeds")
+    few = table["row"] + " (" + number + ")"
+    return table.assign(row=table["row"].where(seeds == seeds.max(), few))
+
+
 def add_paper(table: DataFrame, runs: DataFrame, other: Series, label: str) -> None:
     """Add the paper's means on the same data set to a table of methods, as column `paper`.
 
@@ -190,7 +218,7 @@ def table1(runs: DataFrame) -> DataFrame:
     theirs = main_results().query("table == 'Table 1'")
     table = titled(runs)
     add_paper(table, runs, theirs.groupby("method")["mean"].mean(), BESIDE)
-    table = table.join(moved(runs, ["method"])).round(2)
+    table = marked(table.join(moved(runs, ["method"])).round(2))
     return with_bytes(table, runs)
 
 
@@ -207,34 +235,52 @@ def beside(runs: DataFrame, dataset: str) -> DataFrame:
     add_paper(table, runs, theirs, f"paper, {dataset}")
     for domain, part in runs[runs["domain"] != ""].groupby("domain"):
         table[SPELT.get(domain, domain)] = summary(part)["mean"]
-    return table.round(2)
+    return marked(table.round(2))
+
+
+def with_uploads(runs: DataFrame) -> DataFrame:
+    """Return runs with a column `uploads`: what is done to what clients send, in words."""
+    clipped = runs["mechanism"] == "clipping"
+    noisy = "clipped, epsilon " + runs["epsilon"].map("{:g}".format)
+    plain = clipped.map({True: "clipped", False: "untouched"})
+    return runs.assign(uploads=plain.where(runs["epsilon"] == 0, noisy))
 
 
 @several
 def table6(runs: DataFrame) -> DataFrame:
-    """Return Table 6: methods by epsilon (0: no noise), the noise multiplier, the paper's numbers.
+    """Return Table 6: methods by what is done to uploads, the noise, the paper's numbers.
 
-    A drawn world stands beside the mean of the paper's data sets.
+    noise: the multiplier, its standard deviation over the clipping norm; rows of a method stand in
+    its order. A drawn world stands beside the mean of the paper's data sets.
     """
-    from fpl.privacy import noise_multiplier  # it loads torch, which no other table needs
-
     theirs = published().query("paper == @PAPER and table == 'Table 6'")
     same = same_data(theirs, runs)
     label = BESIDE if same.empty else "paper"
     lines = theirs if same.empty else same
     means = lines.groupby(["method", "variant"])["mean"].mean()
-    releases = runs["rounds"].iloc[0]
+    table = titled(with_uploads(runs), ["method", "uploads", "epsilon"]).reset_index("epsilon")
+    table.insert(2, "noise", [multiplier(runs, epsilon) for epsilon in table["epsilon"]])
     delta = runs["delta"].iloc[0]
-    table = titled(runs, ["method", "epsilon"])
-    noise = []
     paper = []
-    for (_, epsilon), row in table["row"].items():
+    for (_, uploads), row, epsilon in zip(table.index, table["row"], table["epsilon"]):
         name = row.replace("Prompt+", "PromptFL+")
-        variant = f"eps={epsilon:g}, delta={delta:g}" if epsilon else "no DP"
+        variant = "no DP" if uploads == "untouched" else f"eps={epsilon:g}, delta={delta:g}"
         paper.append(means.get((name, variant)))
-        noise.append(noise_multiplier(epsilon, delta, releases) if epsilon else 0.0)
-    table.insert(1, "noise", noise)
-    return table.assign(**{label: paper}).round(2)
+    table[label] = paper
+    table["order"] = table.index.get_level_values("method").factorize()[0]
+    table["clipped"] = table.index.get_level_values("uploads") != "untouched"
+    order = ["order", "clipped", "noise"]
+    return table.sort_values(order).drop(columns=order[:2]).round(2)
+
+
+def multiplier(runs: DataFrame, epsilon: float) -> float:
+    """Return the noise multiplier of these runs at some epsilon, 0 of epsilon 0."""
+    from fpl.privacy import noise_multiplier  # it loads torch, which few tables need
+
+    if not epsilon:
+        return 0.0
+    delta = float(runs["delta"].iloc[0])
+    return noise_multiplier(float(epsilon), delta, int(runs["rounds"].iloc[0]))
 
 
 @several
@@ -250,7 +296,7 @@ def grid(runs: DataFrame, keys: Keys, value: str = "accuracy") -> DataFrame:
 def labelled(runs: DataFrame) -> DataFrame:
     """Return a line per label of a table's rows."""
     table = grid(runs, "row")
-    return table.assign(row=table.index).rename_axis("label")
+    return marked(table.assign(row=table.index).rename_axis("label"))
 
 
 @several
@@ -281,30 +327,92 @@ def levels(runs: DataFrame, methods: Sequence[str]) -> dict[str, dict[str, float
 
 
 def named(table: DataFrame, levels: Sequence[str]) -> DataFrame:
-    """Return a table with some levels of its index joined to one, called `row`.
-
-    Words stand for themselves and numbers have their level's name; what a row lacks is left out.
-    """
+    """Return a table with some levels of its index joined to one, called `row`, as `in_words`."""
     flat = table.reset_index()
-    rows = []
-    for line in flat[[*levels]].to_dict("records"):
-        there = {level: value for level, value in line.items() if pd.notna(value)}
-        words = [v if isinstance(v, str) else f"{level} {v:g}" for level, v in there.items()]
-        rows.append(", ".join(words))
     others = [level for level in table.index.names if level not in levels]
-    return flat.assign(row=rows).set_index(["row", *others])[[*table.columns]]
+    return flat.assign(row=in_words(flat, levels)).set_index(["row", *others])[[*table.columns]]
+
+
+def in_words(frame: DataFrame, columns: Sequence[str]) -> list[str]:
+    """Return some columns of each line as one text.
+
+    Words stand for themselves and numbers have their column's name; what a line lacks is left out.
+    """
+    rows = []
+    for line in frame[[*columns]].to_dict("records"):
+        there = {name: value for name, value in line.items() if pd.notna(value)}
+        words = [v if isinstance(v, str) else f"{name} {v:g}" for name, v in there.items()]
+        rows.append(", ".join(words))
+    return rows
+
+
+def by_settings(runs: DataFrame, columns: Sequence[str]) -> DataFrame:
+    """Return runs whose rows are told apart by these columns, for `differences`."""
+    return runs.assign(row=in_words(runs, columns))
+
+
+def by_measures(runs: DataFrame, measures: Mapping[str, str]) -> DataFrame:
+    """Return runs with a row "label, measure" for each measure, for `differences`.
+
+    measures: of each name the column that is compared as the accuracy; rows that lack it are left
+    out.
+    """
+    frames = []
+    for name, column in measures.items():
+        there = runs[last_round(runs)[column].notna().reindex(runs.index, fill_value=False)]
+        frames.append(there.assign(row=there["row"] + f", {name}", accuracy=there[column]))
+    return pd.concat(frames, ignore_index=True)
+
+
+def pairs_of(runs: DataFrame, asked: Sequence[tuple[str, str]]) -> dict[str, tuple[str, str]]:
+    """Return those of the pairs of rows of which both were run, named "a - b" for `differences`."""
+    there = {*runs["row"]}
+    return {f"{a} - {b}": (a, b) for a, b in asked if {a, b} <= there}
 
 
 @several
 def differences(runs: DataFrame, pairs: Mapping[str, Sequence[str]]) -> DataFrame:
     """Return what `fpl.experiments.stats.paired` says of pairs of rows, in points of percent.
 
-    pairs: for each line's name the labels of two rows; the second is subtracted from the first.
+    pairs: for each line's name the labels of two rows; the second is subtracted from the first. Of
+    four rows a, b, c, d it is (a - b) - (c - d). A name may have two parts, a pair and where it is
+    compared. holm: the p of all lines on a data set, adjusted by `stats.holm`.
     """
-    found = DataFrame({name: paired(runs, a, b) for name, (a, b) in pairs.items()}).T
-    points = 100 * found[["mean", "low", "high", "t_low", "t_high"]]
+    found = DataFrame({name: compared(runs, labels) for name, labels in pairs.items()}).T
+    table = (100 * found[["mean", "low", "high"]]).round(2) + 0.0  # no -0.0
+    table["p"] = found["p"].round(4)
+    table["holm"] = holm(found["p"].tolist())
+    table["holm"] = table["holm"].round(4)
+    table["verdict"] = [verdict(*ends) for ends in found[["low", "high"]].to_numpy()]
     numbers = found[["seeds", "clients"]].astype(int)
-    return points.round(2).join(numbers).rename_axis("pair")
+    return table.join(numbers).rename_axis(["pair", "at"][: table.index.nlevels])
+
+
+def compared(runs: DataFrame, labels: Sequence[str]) -> Series:
+    """Return `stats.paired` of two rows, or of the differences of two and two."""
+    a, b, *two = labels
+    if not two:
+        return paired(runs, a, b)
+    c, d = two
+    both = pd.concat([minus(runs, a, b, "first"), minus(runs, c, d, "second")])
+    return paired(both, "first", "second")
+
+
+def sentences(table: DataFrame, names: Sequence[str] = ()) -> str:
+    """Return lines of `differences` as a list of sentences in Markdown.
+
+    So prose says no number that is not the table's. names: of the pairs that are said; without
+    any, all.
+    """
+    flat = table.reset_index()
+    if names:
+        flat = flat[flat["pair"].isin(names)]
+    wholes = in_words(flat, [name for name in ("data", "pair", "at") if name in flat])
+    said = []
+    for whole, line in zip(wholes, flat.to_dict("records")):
+        name = cell(whole.replace(" - ", " minus "))
+        said.append(f"* {sentence(f'*{name}*', line)}")
+    return "\n".join(said)
 
 
 @several
@@ -314,7 +422,8 @@ def clients(runs: DataFrame) -> DataFrame:
     table = 100 * pd.concat([mean, spread(runs)], axis=1)
     table.insert(0, "row", table.index.map(titles(runs)))
     columns = {"tenth": "10th percentile", "std": "std over clients"}
-    return table.round(2).rename(columns=columns)
+    table["seeds"] = by_seed(runs).groupby(level="method", sort=False).size()
+    return marked(table.round(2).rename(columns=columns))
 
 
 def with_bytes(table: DataFrame, runs: DataFrame) -> DataFrame:
@@ -330,6 +439,25 @@ def moved(runs: DataFrame, keys: list[str]) -> DataFrame:
     """Return how many numbers a participant sends (up) and receives (down) in the last round."""
     groups = last_round(runs).groupby(keys, sort=False, dropna=False)
     return groups[["up", "down"]].mean().round().astype(int)
+
+
+@several
+def traffic(runs: DataFrame, keys: Sequence[str]) -> DataFrame:
+    """Return accuracy in percent by round beside what has travelled until then.
+
+    A line per combination of the keys' values and round; kB: sent and received by a client in all
+    rounds so far, in single precision, the mean over all clients and seeds.
+    """
+    numbers = runs["up"].fillna(0) + runs["down"].fillna(0)
+    kept = [*keys, "seed", "round"]
+    lines = runs.assign(kB=4 * numbers / 1000).groupby(kept, sort=False, dropna=False)
+    means = lines[["kB", "accuracy"]].mean()
+    of_run = means.groupby(level=kept[:-1], sort=False, dropna=False)
+    means["kB"] = of_run["kB"].cumsum()
+    of_round = means.groupby(level=[*keys, "round"], sort=False, dropna=False)
+    table = 100 * of_round["accuracy"].apply(lambda seeds: over_seeds(list(seeds))).unstack()
+    table.insert(0, "kB", of_round["kB"].mean())
+    return table[["kB", "mean", "low", "high"]].round(3).assign(seeds=of_round.size())
 
 
 @several
