@@ -1,10 +1,12 @@
 """The paper profile has the published protocols, says what it needs, and runs to its end."""
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -12,16 +14,31 @@ from helpers import standing_in, store_clip
 from prove_paper import few_shot, fpl, paper_profile, project, smaller
 
 from fpl import cli
+from fpl.audit import published
 from fpl.bench import plan
 from fpl.bench.plan import Rates, Tower
 from fpl.controls import CONTROLS
-from fpl.data import datasets
-from fpl.experiments import records, settings, tables
-from fpl.methods import METHODS, PFedMoAP
+from fpl.data import datasets, partitions
+from fpl.experiments import notebook, records, settings, tables, values
+from fpl.methods import METHODS, FedOTP, FedPGP, PFedMoAP
+from fpl.released import splits
 
 FILE = Path(__file__).parents[1] / "paper" / "profile.yaml"
 PAPER = settings.read(FILE)
 FIVE = {"flowers102", "oxfordpets", "food101", "caltech101", "dtd"}
+CROPS = {f"{name}_crops" for name in FIVE}
+SCRIPTS = {  # of methods whose own scripts differ from pFedMoAP's protocol
+    "fedotp": {"eps": 0.01, "lr": 0.001},  # the few-shot script's
+    "fedpgp": {"lr": 0.001},
+    "fedpgp_released": {"lr": 0.001},
+}
+# What is compared with print, by the tables that hold it.
+COMPARED = {
+    "table1": {"table1_released", "table1_fedotp"},
+    "table2": {"table2_released"},
+    "table7": {"table7_released"},
+    "d_gate": {"d_gate_released"},
+}
 RN50, VIT = "RN50-quickgelu", "ViT-B-16-quickgelu"
 FEW = {
     "kind": "pathological",
@@ -31,18 +48,21 @@ FEW = {
     "local_epochs": 5,
     "n_ctx": 16,
 }
-MANY = {
-    "kind": "dirichlet",
-    "clients": 100,
-    "concentration": 0.5,
-    "rounds": 120,
-    "participation": 0.1,
-    "shots": 0,
-}
+MANY = {"clients": 100, "concentration": 0.5, "rounds": 120, "participation": 0.1, "shots": 0}
+LABELS = {"kind": "dirichlet", "min_size": 10}
 DOMAIN = {"kind": "domain", "concentration": 0.3, "rounds": 25, "local_epochs": 5, "shots": 0}
 PUBLISHED = {  # of pFedMoAP's tables: data sets, encoder, and what the paper states of the protocol
     "table1": (FIVE, RN50, FEW),
-    "table2": ({"cifar10", "cifar100"}, RN50, MANY | {"local_epochs": 5}),
+    "table1_released": (CROPS, RN50, FEW | {"form": "released", "shots": 16}),
+    "table1_fedotp": (FIVE, RN50, FEW | {"form": "released", "gamma": 0.8}),
+    "table2": ({"cifar10"}, RN50, MANY | LABELS | {"local_epochs": 5}),
+    "table2 ": ({"cifar100"}, RN50, MANY | {"kind": "pachinko", "local_epochs": 5}),
+    "table2_released": ({"cifar10_released"}, RN50, MANY | LABELS | {"form": "released"}),
+    "table2_released ": (
+        {"cifar100_released"},
+        RN50,
+        MANY | {"kind": "pachinko", "form": "released"},
+    ),
     "table3": ({"domainnet10"}, VIT, DOMAIN | {"clients": 30, "participation": 0.25}),
     "table3 ": ({"office_caltech10"}, VIT, DOMAIN | {"clients": 20, "participation": 0.5}),
     "table3_released": (
@@ -51,9 +71,11 @@ PUBLISHED = {  # of pFedMoAP's tables: data sets, encoder, and what the paper st
         DOMAIN | {"clients": 30, "form": "released", "loader": "mismatched"},
     ),
     "table7": (FIVE, RN50, FEW),
+    "table7_released": (CROPS, RN50, FEW | {"form": "released"}),
     "table8": ({"domainnet10"}, VIT, DOMAIN | {"clients": 30, "participation": 0.25}),
     "d_gate": (FIVE, RN50, FEW),
-    "figure5": ({"cifar10"}, RN50, MANY),
+    "d_gate_released": (CROPS, RN50, FEW | {"form": "released"}),
+    "figure5": ({"cifar10"}, RN50, MANY | LABELS),
     "shots": (FIVE, RN50, FEW),
     "base_to_novel": (
         {f"{name}_vit" for name in FIVE},
@@ -67,6 +89,7 @@ PUBLISHED = {  # of pFedMoAP's tables: data sets, encoder, and what the paper st
 def test_protocols_are_the_published_ones(table):
     names, encoder, protocol = PUBLISHED[table]
     found = [e for _, e in PAPER.runs(table.strip()) if e.source.name in names]
+    found = [e for e in found if not e.method.is_control]  # which no paper has
     assert {e.source.name for e in found} == names and {e.source.backbone.name for e in found} == {
         encoder
     }
@@ -81,7 +104,7 @@ def test_protocols_are_the_published_ones(table):
         assert {key: settings[key] for key in wanted if key != other} == {
             k: v for k, v in wanted.items() if k != other
         }
-        assert e.run.lr == 0.002 and (
+        assert e.run.lr == SCRIPTS.get(e.row, {}).get("lr", 0.002) and (
             e.row != "coop" or (e.run.rounds, e.run.local_epochs) == (1, 25)
         )
 
@@ -96,6 +119,7 @@ def test_protocols_are_the_published_ones(table):
         ("table3", "pfedmoap", "n_experts", {19}),
         ("table8", "pfedmoap", "n_experts", {0, 4, 9, 14, 19, 24, 29}),
         ("d_gate", "pfedmoap", "d_gate", {32, 64, 128, 256, 512, 1024}),
+        ("d_gate_released", "pfedmoap", "d_gate", {32, 64, 128, 256, 512, 1024}),
         ("shots", "promptfl", "shots", {1, 2, 4, 8, 16}),
         ("figure5", "pfedmoap", "n_experts", {0, 4, 9, 14, 19, 24, 29, 34, 39}),
     ],
@@ -106,13 +130,133 @@ def test_hyperparameters_are_the_published_ones(table, row, key, values):
 
 def test_the_profiles_have_the_same_tables_and_methods():
     demo = settings.read(Path(__file__).parents[1] / "params.yaml")
-    assert [*PAPER.tables] == [*demo.tables] and PAPER.methods == demo.methods
+    more = {name for released in COMPARED.values() for name in released}
+    assert [name for name in PAPER.tables if name not in more] == [*demo.tables]
+    assert more < {*PAPER.tables} and PAPER.methods == values.merge(demo.methods, SCRIPTS)
     assert {e.row for _, e in PAPER.runs("table1")} >= {*METHODS, *CONTROLS}
     assert (
         {PAPER.source(name).data.name for name in PAPER.contents()}
         == {*datasets.DATASETS}
         == {*tables.PRINTED}
     )
+
+
+def test_fedotp_and_fedpgp_run_as_their_own_scripts_say():
+    """In every table and as every released variant, so that pairs still differ by one thing."""
+    found = [e for name in PAPER.tables for _, e in PAPER.runs(name)]
+    pgp = [e for e in found if isinstance(e.method, FedPGP)]
+    otp = [e for e in found if isinstance(e.method, FedOTP)]
+    assert len({e.row for e in pgp}) > 3 and {e.run.lr for e in pgp + otp} == {0.001}
+    for e in otp:
+        assert e.method.eps == (0.1 if e.source.data.name.startswith("cifar") else 0.01)
+
+
+# --- what is compared with print
+
+
+def judged(name):
+    """The runs of the paper profile that stand beside print for a table of `published.PLACES`."""
+    return [e for table in COMPARED[name] for _, e in PAPER.runs(table)]
+
+
+def test_every_table_that_can_be_judged_has_its_rows_in_the_released_form():
+    """Table 6 without noise prints rows of Table 1 again."""
+    found = published.candidates().query("paper == @tables.PAPER")
+    never = pd.Series([bool(why) for why in published.reasons(found, published.NEVER)])
+    of_tables = {published.PLACES[name].table for name in COMPARED}
+    assert {*found["table"][~never]} == of_tables | {"Table 6"}
+    for name in ("table1", "table2"):
+        shown = {*found["method"][found["table"] == published.PLACES[name].table]}
+        assert {published.published_name(e.method.title) for e in judged(name)} == shown
+
+
+@pytest.mark.parametrize("name", ["table1", "table7", "d_gate"])
+def test_it_has_one_split_for_all_seeds_where_our_own_form_has_one_each(name):
+    """As in the released code (D18), whose spreads are those of print."""
+    labels, split = np.tile(np.arange(20), 25), np.repeat(["train", "test"], [400, 100])
+    for form, different in ((judged(name), 1), ([e for _, e in PAPER.runs(name)], 3)):
+        dealt = set()
+        for e in form:
+            whole = splits if e.partition.form == "released" else partitions
+            parts = whole.make(e.partition, labels, split, e.seed)
+            dealt.add(str([index.tolist() for part in parts for index in part]))
+        assert len(dealt) == different and {e.seed for e in form} == {1, 2, 3}
+
+
+@pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100)])
+def test_cifar_is_dealt_with_enough_images_for_every_client(name, classes):
+    """Ten at least; the released Pachinko split has the same clients for all seeds, in any order,
+    the other one follows the seed."""
+    labels = np.tile(np.arange(classes), 60_000 // classes)
+    split = np.repeat(["train", "test"], [50_000, 10_000])
+    clients = []
+    for seed in (1, 2):
+        for make, source in ((partitions.make, name), (splits.make, f"{name}_released")):
+            partition = PAPER.source(source).partition
+            train, test = make(partition, labels, split, seed)
+            assert len(train) == 100 and min(map(len, train + test)) >= 10
+        clients.append({frozenset(index.tolist()) for index in train})
+    assert (clients[0] == clients[1]) == (name == "cifar100")
+
+
+def test_it_has_images_as_the_released_code_prepares_them():
+    """A crop for each epoch where there is room, and CIFAR in its own colours."""
+    for e in (e for name in COMPARED for e in judged(name)):
+        data, backbone = e.source.data, e.source.backbone
+        is_cifar = data.name.startswith("cifar")
+        assert backbone.preprocessing == (data.name if is_cifar else "")
+        if is_cifar or e.row == "fedotp":  # which reads patches
+            assert data.views == 0
+        else:
+            epochs = e.run.rounds * e.run.local_epochs
+            assert data.views == 10 if data.name == "food101" else data.views >= epochs
+
+
+def test_two_data_sets_with_the_same_file_of_crops_have_as_many():
+    sources = [PAPER.source(name).data for name in PAPER.contents()]
+    crops = {(data.views_file, data.views) for data in sources if data.views}
+    assert len(crops) == len({path for path, _ in crops}) > 5
+
+
+BOOK = Path(__file__).parents[1] / "notebooks" / "22_against_paper.ipynb"
+
+
+def made_up(table):
+    """Runs of two methods at 50 %, and in the released form at 90 %."""
+    released = table in {name for names in COMPARED.values() for name in names}
+    on = "cifar10" if table.startswith("table2") else "flowers102"
+    heads = {"pfedmoap": "pFedMoAP", "promptfl": "PromptFL"}
+    if table == "table1_fedotp":
+        heads = {"fedotp": "FedOTP"}
+    lines = []
+    for (method, title), seed in itertools.product(heads.items(), (1, 2, 3)):
+        head = {"method": method, "title": title, "row": "linear, 3 experts", "seed": seed}
+        head |= {"run": f"{method}-{seed}", "round": 0, "client": 0, "domain": "", "images": on}
+        head |= {"data": f"{on}_crops" if released else on, "n_experts": 4, "d_gate": 64}
+        lines.append(head | {"accuracy": (0.9 if released else 0.5) + seed / 1000})
+    return pd.DataFrame(lines)
+
+
+@pytest.mark.parametrize("form", ["released", "own"])
+def test_the_notebook_compares_the_released_form_where_there_is_one(form, monkeypatch, tmp_path):
+    there = [*PAPER.tables] if form == "released" else [*published.PLACES]
+    profile = dataclasses.replace(PAPER, tables={name: PAPER.tables[name] for name in there})
+    monkeypatch.setattr(settings, "read", lambda: profile)
+    monkeypatch.setattr(records, "of_table", made_up)
+    monkeypatch.setattr(tables, "TABLES", tmp_path)
+    space = {"notebook": notebook}
+    cells = [cell for cell in nbformat.read(BOOK, 4).cells if cell.cell_type == "code"]
+    for cell in cells[1:]:  # after the one that goes to a profile
+        exec(cell.source, space)
+    saved = pd.read_csv(tmp_path / "22_against_paper" / "against_paper.csv")
+    # of Figure 5 there is no other form
+    ours = saved[saved["ours_mean"].notna() & (saved["table"] != "Figure 5")]
+    assert {*ours["table"]} == {f"Table {n}" for n in (1, 2, 6, 7, 9)}
+    is_released = form == "released"
+    assert (ours["form"] == form).all() and ours["ours_mean"].gt(89).eq(is_released).all()
+    assert ours["own_mean"].dropna().between(50, 51).all()
+    assert ("FedOTP" in {*ours["method"]}) == is_released
+    assert ("hold the draw" in space["said"]) != is_released
 
 
 def test_the_proof_in_small_has_all_tables_with_runs_that_its_clients_can_make(tmp_path):
@@ -150,6 +294,8 @@ SMALL = {
     },
 }
 
+SMALL_ROWS = len(SMALL["methods"]) + len(CONTROLS)
+
 
 @pytest.fixture
 def small(tmp_path):
@@ -185,6 +331,12 @@ def test_weights_that_are_not_there_are_named(small):
     assert "../none.pt" in todo
 
 
+def test_weights_are_named_once_whatever_images_are_prepared_as():
+    with standing_in(Path(__file__).parents[1] / "paper"):
+        needed = plan.needs(PAPER).query("need == 'weights'")
+    assert needed["of"].tolist() == [f"{RN50} openai", f"{VIT} openai"]
+
+
 def test_an_image_that_is_listed_and_gone_is_named(small):
     Path("../data/images/oxford_flowers/jpg/kind_0/train_0.png").unlink()
     assert "kind_0/train_0.png" in plan.needs(small).set_index("of").loc["flowers102", "todo"]
@@ -205,15 +357,25 @@ def test_sizes_are_those_of_the_files(small):
     )  # as published, since it is not there
 
 
+def test_a_file_that_two_data_sets_share_is_counted_once(small):
+    crops = {"data": {"name": "flowers102", "views": 5}}
+    more = {"datasets": SMALL["datasets"] | {"crops": crops}}
+    more["tables"] = {"10_table1": {"table1": {"data": ["flowers102", "crops"]}}}
+    Path("params.yaml").write_text(yaml.safe_dump(SMALL | more, sort_keys=False))
+    asked = settings.read()
+    sizes = plan.disk(asked).set_index("files")["GB"] * 1e9
+    assert sizes.index.is_unique
+    assert sizes["data/features/flowers102_views.h5"] == pytest.approx(5 * 18 * 32 * 2)
+    made = plan.stages(asked, Rates({CLIP: 1e12}, {CLIP: 10.0})).set_index("stage")
+    assert made["number"].tolist()[:2] == [1, 1]
+    assert made.loc["features crops", "hours"] == pytest.approx(5 * 18 / 10 / 3600)
+
+
 def test_runs_and_steps_are_counted(small):
     stages = plan.stages(small, Rates({CLIP: 1e12}, {CLIP: 10.0}))
     stages = stages.set_index("stage")
-    assert stages["number"].tolist() == [
-        1,
-        1,
-        2 * 2 * 8,
-        2,
-    ]  # 4 methods and 4 controls; of lam only 0 is new
+    # of lam only 0 is new
+    assert stages["number"].tolist() == [1, 1, 2 * 2 * SMALL_ROWS, 2]
     assert (stages["there"] == 0).all()
     assert stages.loc["features flowers102", "hours"] == pytest.approx(30 / 10 / 3600)
     assert stages["hours"].iloc[2:].tolist() == pytest.approx(
@@ -263,6 +425,7 @@ PER_STEP = {
     "fedpgp": 2,
     "pfedmoap": 1,
     "fedpgp_released": 4,
+    "pooled": 5,  # everybody's images, where others have those of a client
 }
 READ = {
     "zeroshot": 1,
@@ -298,7 +461,7 @@ def test_the_chain_runs_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     done = fpl(paper, "repro", "results@10_table1", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     made = pd.read_csv("results/tables/10_table1/table1.csv")
-    assert made.groupby("data").size().to_dict() == {"flowers102": 8, "dtd": 8}
+    assert made.groupby("data").size().to_dict() == {"flowers102": SMALL_ROWS, "dtd": SMALL_ROWS}
     assert made["mean"].between(0, 100).all()
     shown = made.set_index(["data", "method"])["paper"]
     assert shown["flowers102", "promptfl"] == 72.80 and math.isnan(shown["dtd", "majority"])
@@ -307,7 +470,7 @@ def test_the_chain_runs_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     assert str(tmp_path) not in nbformat.writes(executed)
     assert not (tmp_path / "results").exists()
     kept = {path: path.stat().st_mtime_ns for path in records.RECORDS.iterdir()}
-    assert len(kept) == 2 * 2 * 8
+    assert len(kept) == 2 * 2 * SMALL_ROWS
     gone = next(iter(kept))
     gone.unlink()  # as after a kill
     cli.main(["sweep"])

@@ -70,6 +70,15 @@ class Images(NamedTuple):
     todo: str = ""
 
 
+class File(NamedTuple):
+    """A features file: the data set that makes it, what it holds, and of how many images."""
+
+    path: Path
+    maker: str
+    content: str
+    images: int
+
+
 @dataclass(frozen=True)
 class Rates:
     """What this device does in a second, by the name of the model.
@@ -96,7 +105,8 @@ def needs(settings: Settings, fetch: bool = False) -> pd.DataFrame:
         if not found.todo:
             state = f"{found.train + found.test} images, {found.classes} classes"
         table.append(("data set", data.name, state, found.todo))
-    for backbone in dict.fromkeys(source.backbone for source in sources):
+    models = [replace(source.backbone, preprocessing="") for source in sources]
+    for backbone in dict.fromkeys(models):
         name = f"{backbone.name} {backbone.weights}".strip()
         table.append(("weights", name, *weights_of(backbone, fetch)))
     sizes = disk(settings)
@@ -204,17 +214,25 @@ def encoded(source: Source, wanted: set[str]) -> dict[str, int]:
     return numbers
 
 
+def features_files(settings: Settings) -> list[File]:
+    """Return all features files; one that two data sets share is made by the first."""
+    found: dict[Path, File] = {}
+    for name, wanted in settings.contents().items():
+        source = settings.source(name)
+        for content, images in encoded(source, wanted).items():
+            path = features.file_of(source.data.features, content)
+            found.setdefault(path, File(path, name, content, images))
+    return [*found.values()]
+
+
 def disk(settings: Settings) -> pd.DataFrame:
     """Return GB (of 10^9 bytes) of every features file and of the records, and what is there."""
     table = []
-    for name, wanted in settings.contents().items():
-        source = settings.source(name)
-        tower = tower_of(source.backbone)
-        for content, number in encoded(source, wanted).items():
-            path = features.file_of(source.data.features, content)
-            there = path.stat().st_size if path.exists() else 0
-            vectors = number * (tower.patches if content == "patches" else 1)
-            table.append((str(path), vectors * tower.dim * BYTES / GB, there / GB))
+    for file in features_files(settings):
+        tower = tower_of(settings.source(file.maker).backbone)
+        there = file.path.stat().st_size if file.path.exists() else 0
+        vectors = file.images * (tower.patches if file.content == "patches" else 1)
+        table.append((str(file.path), vectors * tower.dim * BYTES / GB, there / GB))
     size = 0
     for experiments in distinct(settings).values():
         for e in experiments:
@@ -300,18 +318,17 @@ def stages(settings: Settings, rates: Rates | None = None) -> pd.DataFrame:
     of two tables counts in the first; operations and hours are of what is not there.
     """
     table: list[tuple[str, str, int, int, float, float]] = []
-    for name, wanted in settings.contents().items():
+    by_maker: dict[str, list[File]] = {}
+    for file in features_files(settings):
+        by_maker.setdefault(file.maker, []).append(file)
+    for name, files in by_maker.items():
         source = settings.source(name)
         model = source.backbone.name
-        numbers = encoded(source, wanted)
-        left = []
-        for content, number in numbers.items():
-            if not features.file_of(source.data.features, content).exists():
-                left.append(number)
+        left = [file.images for file in files if not file.path.exists()]
         hours = sum(left) / rates.images[model] / HOUR if rates else math.nan
         inputs = f"{source.data.name}, {model}"
-        there = len(numbers) - len(left)
-        table.append((f"features {name}", inputs, len(numbers), there, math.nan, hours))
+        there = len(files) - len(left)
+        table.append((f"features {name}", inputs, len(files), there, math.nan, hours))
     for name, experiments in distinct(settings).items():
         todo = [e for e in experiments if not recorded(e)]
         costs = [cost(e) for e in todo]
