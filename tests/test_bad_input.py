@@ -125,20 +125,20 @@ CASES = {  # what is wrong -> who notices, and what the sentence must contain
         "did you mean 'n_ctx'?",
     ),
     "parameter of another method": (run(d_gate=16), "unknown parameter of promptfl 'd_gate'"),
-    "more clients than classes": (run(clients=49), "49 clients", "48 classes", "use 48"),
+    "more clients than classes": (run(clients=31), "31 clients", "30 classes", "use 30"),
     "a client without a class": (
         run(clients=27),
         "27 clients",
-        "48 classes",
+        "30 classes",
         "pathological",
-        "use 24",
+        "use 15",
     ),
     "more clients than classes, even": (
         run(clients=50, kind="even"),
         "50 clients",
-        "48 classes",
+        "30 classes",
         "even",
-        "use 48",
+        "use 30",
     ),
     "no client": (run(clients=0), "clients must be greater than 0, not 0"),
     "a negative number of shots": (run(shots=-1), "shots must be", "equal to 0, not -1"),
@@ -148,9 +148,9 @@ CASES = {  # what is wrong -> who notices, and what the sentence must contain
         "pathological, even, dirichlet, domain, iid, pachinko, column",
     ),
     "a client without test images": (
-        with_features(without_tests_of_class_3, clients=48),
+        with_features(without_tests_of_class_3, clients=30),
         "client ",
-        " of 48 ",
+        " of 30 ",
         "no test images",
     ),
     "heads do not divide the gate": (run("pfedmoap", heads=3), "heads 3", "d_gate 16"),
@@ -369,7 +369,7 @@ def test_the_settings_that_the_cases_change_are_good(here):
     """Without the mistake, each kind of run above goes through."""
     for row in ("promptfl", "pfedmoap"):
         assert run(row)(here).accuracy.isfinite().all()
-    assert with_features(lambda feats: feats, clients=48)(here).accuracy.isfinite().all()
+    assert with_features(lambda feats: feats, clients=30)(here).accuracy.isfinite().all()
 
 
 COMMANDS = {
@@ -418,7 +418,7 @@ COMMANDS = {
         "fpl sweep: nowhere is no file of settings",
     ),
     "experts": (["run", "pfedmoap", "n_experts=4"], "fpl run: n_experts 4"),
-    "partition": (["run", "promptfl", "clients=49"], "fpl run: 49 clients cannot share 48 classes"),
+    "partition": (["run", "promptfl", "clients=31"], "fpl run: 31 clients cannot share 30 classes"),
     "no settings file": (
         ["sweep", "table1", "--params", "nowhere.yaml"],
         "fpl sweep: ",

@@ -43,8 +43,8 @@ def test_the_same_seed_gives_the_same_bytes_whatever_was_drawn_first(part, drawn
     world.make(tmp_path, seed=1, **SIZE)
     images = sorted((tmp_path / "images").rglob("*.png"), key=lambda path: path.name)
     keep = {
-        "first half": images[:48],
-        "last half": images[48:],
+        "first half": images[:30],
+        "last half": images[30:],
         "every third": images[::3],
         "nothing": [],
     }[part]
@@ -59,12 +59,14 @@ def test_the_same_seed_gives_the_same_bytes_whatever_was_drawn_first(part, drawn
 
 
 def test_one_image_needs_none_of_the_others(drawn):
-    numbers = list(range(96))
+    classes = world.WORLDS["shapes"].classes
+    numbers = list(range(60))
     random.Random(0).shuffle(numbers)
     stored = {int(name[-9:-4]): raw for name, raw in drawn.items() if name.endswith(".png")}
     for number in numbers[:24]:
         rng = world.rng_of(1, number)
-        pixels = world.render(world.Attributes.draw(rng, number // 2), rng)
+        label = world.CLASSES.index(classes[number // 2])
+        pixels = world.seen("shapes", world.Attributes.draw(rng, label), rng)
         assert pixels.shape == (64, 64, 3)
         with PIL.Image.open(io.BytesIO(stored[number])) as image:
             assert np.array_equal(np.asarray(image), pixels)
@@ -119,7 +121,7 @@ world.make(pathlib.Path("."), seed=1, train_per_class=1, test_per_class=1)
 """
 
 
-@pytest.mark.parametrize("files", [0, 1, 2, 50, 97])
+@pytest.mark.parametrize("files", [0, 1, 2, 30, 61])
 def test_a_killed_drawing_goes_on(files, drawn, tmp_path):
     process = python(tmp_path, "-c", KILLER, str(files))
     process.communicate()
@@ -133,9 +135,10 @@ def test_a_killed_drawing_goes_on(files, drawn, tmp_path):
 
 def test_manifest(tmp_path):
     manifest = read_manifest(world.make(tmp_path, seed=1, train_per_class=3, test_per_class=2))
-    assert manifest.classes == world.CLASSES and len(set(world.CLASSES)) == 48
+    assert manifest.classes == world.WORLDS["shapes"].classes and len(manifest.classes) == 30
+    assert set(manifest.classes) < set(world.CLASSES), "the demo CLIP knows all of them"
     assert {row["domain"] for row in manifest.rows} == set(world.STYLES) and len(world.STYLES) == 6
-    counts = {(label, split): 0 for label in range(48) for split in ("train", "test")}
+    counts = {(label, split): 0 for label in range(30) for split in ("train", "test")}
     for row in manifest.rows:
         counts[int(row["label"]), row["split"]] += 1
         with PIL.Image.open(tmp_path / row["path"]) as image:
@@ -169,7 +172,7 @@ def cached(data, loaded, monkeypatch, tmp_path):
     """Whether the repository's features file is that of `data` and of today's drawing code, without
     drawing everything."""
     with monkeypatch.context() as patch:
-        patch.setattr(world, "render", lambda what, rng: np.zeros((1, 1, 3), np.uint8))
+        patch.setattr(world, "seen", lambda *_: np.zeros((1, 1, 3), np.uint8))
         manifest = read_manifest(
             world.make(tmp_path / "blank", data.seed, data.train_per_class, data.test_per_class)
         )
@@ -183,13 +186,9 @@ def cached(data, loaded, monkeypatch, tmp_path):
     numbers = range(0, len(manifest.rows), len(manifest.rows) // 40)
     for number in numbers:
         rng = world.rng_of(data.seed, number)
-        pixels.append(
-            loaded.transform(
-                PIL.Image.fromarray(
-                    world.render(world.Attributes.draw(rng, number // per_class), rng)
-                )
-            )
-        )
+        label = world.CLASSES.index(manifest.classes[number // per_class])
+        image = world.seen(data.name, world.Attributes.draw(rng, label), rng)
+        pixels.append(loaded.transform(PIL.Image.fromarray(image)))
     return torch.allclose(
         loaded.model.encode_image(torch.stack(pixels), normalize=True),
         stored.feats[list(numbers)],
@@ -223,24 +222,29 @@ def quality(tmp_path_factory):
             row: [
                 r for seed in params.seeds for r in assemble.rounds_of(params.experiment(row, seed))
             ]
-            for row in ("zeroshot", "ridge_own")
+            for row in ("zeroshot", "zeroshot_own", "ridge_own")
         }
 
 
 def test_zero_shot_has_something_to_gain(quality):
-    """Over all 48 classes and all test images."""
+    """Over all 30 classes and all test images."""
     (accuracy,) = {
         torch.cat(r.correct).float().mean().item() for r in quality["zeroshot"]
     }  # no seed matters
-    assert 0.50 <= accuracy <= 0.85
+    assert 0.35 <= accuracy <= 0.65
 
 
-def test_features_suffice_for_a_clients_own_classes(quality):
-    """Ridge regression on the client's own 16 shots, mean over clients and seeds."""
-    assert (
-        all(len(r.accuracy) == 10 for r in quality["ridge_own"]) and len(quality["ridge_own"]) == 3
-    )
-    assert statistics.mean(a for r in quality["ridge_own"] for a in r.accuracy.tolist()) >= 0.90
+def mean_of(runs):
+    """Return the mean over ten seeds and ten clients."""
+    assert [len(r.accuracy) for r in runs] == [10] * 10
+    return statistics.mean(a for r in runs for a in r.accuracy.tolist())
+
+
+def test_features_suffice_for_a_clients_own_classes_and_names_do_not(quality):
+    """Ridge regression on the client's own 16 shots against zero-shot among the same classes."""
+    ridge = mean_of(quality["ridge_own"])
+    assert 0.90 <= ridge <= 0.97
+    assert mean_of(quality["zeroshot_own"]) <= ridge - 0.05
 
 
 def test_the_quality_is_measured_with_the_published_partition():

@@ -307,11 +307,11 @@ def test_zero_shot_accuracies_are_those_of_the_images_and_names(here):
     _, feats = cache.load_cached(DATA, BACKBONE, "cpu")
     labels = feats.labels.numpy()
     test = feats.split == "test"
-    base = right(feats, (labels < 24) & test, 0, 24)
-    novel = right(feats, (labels >= 24) & test, 24, 48)
+    base = right(feats, (labels < 15) & test, 0, 15)
+    novel = right(feats, (labels >= 15) & test, 15, 30)
     found = found_elsewhere(classes="base")
     assert found == {"base": pytest.approx([base] * 4), "novel": pytest.approx([novel] * 4)}
-    target = right(feats, feats.domain == "sketch", 0, 48)
+    target = right(feats, feats.domain == "sketch", 0, 30)
     found = found_elsewhere(kind="domain", clients=5, held_out="sketch")
     assert found == {"target": pytest.approx([target] * 5)}
 
@@ -319,9 +319,9 @@ def test_zero_shot_accuracies_are_those_of_the_images_and_names(here):
 def test_clients_of_a_base_run_have_base_classes_only(here):
     experiment = PARAMS.experiment("promptfl", 1, classes="base")
     clients = assemble.make_clients(experiment, "cpu")
-    assert clients.n_cls == 24
-    assert all(clients.labels[i].max() < 24 for i in (*clients.train, *clients.test))
-    assert sum(clients.counts(i) for i in range(4)).tolist() == [2] * 24
+    assert clients.n_cls == 15
+    assert all(clients.labels[i].max() < 15 for i in (*clients.train, *clients.test))
+    assert sum(clients.counts(i) for i in range(4)).tolist() == [2] * 15
 
 
 def test_records_and_frames_have_what_was_found_elsewhere(here):

@@ -131,16 +131,14 @@ def test_the_command_says_what_is_in_it(here, tmp_path, capsys):
     said = {what: value.strip() for what, value in said.items()}
     pooled = features.load(DATA.features)
     assert (said["data set"], said["model"]) == ("shapes", BACKBONE.name)
-    assert (said["images"], said["classes"], said["clients"]) == ("48 test, 96 train", "48", "3")
+    assert (said["images"], said["classes"], said["clients"]) == ("30 test, 60 train", "30", "3")
     assert (
         "photo" in said["domains"]
         and said["skipped"] == "none"
         and said["weights"] == pooled.provenance["weights"]
     )
-    assert said["feats"] == f"144 x 32, sha256 {pooled.sha256}"
-    assert said["patches"].startswith("144 x 4 x 32, ") and said["views"].startswith(
-        "96 x 2 x 32, "
-    )
+    assert said["feats"] == f"90 x 32, sha256 {pooled.sha256}"
+    assert said["patches"].startswith("90 x 4 x 32, ") and said["views"].startswith("60 x 2 x 32, ")
 
 
 def test_a_flipped_byte_is_noticed(world, tmp_path, monkeypatch):
@@ -211,7 +209,7 @@ FOREIGN = {  # a pack with good checksums that is none: what makes it so, and wh
     "bytes of another file": (
         lambda f: (
             f["feats"].__delitem__("labels"),
-            f["feats"].create_dataset("labels", (144,), "i8", external=[("secret", 0, 1152)]),
+            f["feats"].create_dataset("labels", (90,), "i8", external=[("secret", 0, 720)]),
         ),
         "something else in the place of feats/labels",
     ),
@@ -221,19 +219,19 @@ FOREIGN = {  # a pack with good checksums that is none: what makes it so, and wh
     ),
     "pooled features of three dimensions": (
         replaced("feats/feats", lambda f: f["patches/patches"][:]),
-        "of shape (144, 4, 32)",
+        "of shape (90, 4, 32)",
     ),
     "labels that are too few": (
         replaced("feats/labels", np.zeros(7, "i8")),
-        "has 7 feats/labels for 144 images",
+        "has 7 feats/labels for 90 images",
     ),
     "labels beyond the classes": (
-        replaced("feats/labels", np.full(144, 48)),
-        "labels beyond its 48 classes",
+        replaced("feats/labels", np.full(90, 30)),
+        "labels beyond its 30 classes",
     ),
-    "negative labels": (replaced("feats/labels", np.full(144, -1)), "labels beyond its 48 classes"),
+    "negative labels": (replaced("feats/labels", np.full(90, -1)), "labels beyond its 30 classes"),
     "a class name twice": (
-        replaced("feats/classes", lambda f: ["cat"] * 48),
+        replaced("feats/classes", lambda f: ["cat"] * 30),
         "has a class name twice",
     ),
     "values that are not finite": (infinite, "has patches of 1 images that are not finite"),
@@ -246,7 +244,7 @@ FOREIGN = {  # a pack with good checksums that is none: what makes it so, and wh
         "names /srv/clip, a path of one machine",
     ),
     "a path of an image": (
-        replaced("feats/image_id", lambda f: [r"C:\images\x.png"] * 144),
+        replaced("feats/image_id", lambda f: [r"C:\images\x.png"] * 90),
         r"names C:\images\x.png, a path of one machine",
     ),
     "patches of other weights": (
@@ -258,11 +256,11 @@ FOREIGN = {  # a pack with good checksums that is none: what makes it so, and wh
         "has views made with skipped '1 images, x'",
     ),
     "views of other images": (
-        replaced("views/rows", np.arange(96) + 48),
+        replaced("views/rows", np.arange(60) + 30),
         "has views of other images",
     ),
     "views of images beyond": (
-        replaced("views/rows", np.arange(96) + 96),
+        replaced("views/rows", np.arange(60) + 60),
         "has views of other images",
     ),
     "patches in another order": (

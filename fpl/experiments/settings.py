@@ -17,7 +17,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from fpl.ablations import ABLATIONS
 from fpl.controls import CONTROLS
 from fpl.data.partitions import Partition
-from fpl.data.world import WORLDS
+from fpl.data.world import VERSION, WORLDS
 from fpl.experiments import places, values
 from fpl.experiments.values import build, check_choice, load, of_type, plain
 from fpl.methods import METHODS, PromptFL
@@ -35,7 +35,7 @@ SEEDS = "seeds"  # how many, said by a table, a row or a method
 class Data:
     """The data set: one of fpl.data.datasets, "own" images, or a drawn demo world.
 
-    name: the worlds are those of fpl.data.world: "shapes" with 48 classes, and "styles" with 12,
+    name: the worlds are those of fpl.data.world: "shapes" with 30 classes, and "styles" with 12,
     for settings with domains; seed, train_per_class and test_per_class are of them.
     root: the folder of data sets, where `fpl data fetch` puts them; of own data, file or folder.
     layout: of a data set's lists, such as coop or torchvision; by default the first that is there.
@@ -66,7 +66,8 @@ class Data:
         """What the images are drawn or listed from, as `source.json` beside them says."""
         drawn = self.name in WORLDS
         names = ["seed", "train_per_class", "test_per_class"] if drawn else ["root", "layout"]
-        return {name: getattr(self, name) for name in names}
+        version = {"drawn_as": VERSION} if drawn else {}
+        return version | {name: getattr(self, name) for name in names}
 
     @property
     def features(self) -> Path:
@@ -142,8 +143,8 @@ class Table:
     data: tuple[str, ...] = ()
     set: Mapping[str, Any] = field(default_factory=dict)
     vary: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    notebook: str = ""
     seeds: int = 0
+    notebook: str = ""
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ class Settings:
         or a setting that nothing has, naming the nearest one, and for values that cannot be.
         """
         kind = row_class(row)
-        wanted = {**self.methods.get(row, {}), **changes}
+        wanted = {**self.said(row), **changes}
         valid = sorted(parameter_names(row))
         for key in wanted:
             check_choice(key, valid, f"parameter of {row}")
@@ -233,7 +234,6 @@ class Settings:
                 found += [(label, replace(first, seed=seed)) for seed in seeds]
         return found
 
-    def settings_of(self, asked: Table, row: str, own: Mapping[str, Any]) -> list[dict[str, Any]]:
     def said(self, row: str) -> dict[str, Any]:
         """Return what section methods says of a row's settings."""
         return {k: v for k, v in self.methods.get(row, {}).items() if k != SEEDS}
@@ -243,6 +243,7 @@ class Settings:
         most = own.get(SEEDS) or self.methods.get(row, {}).get(SEEDS) or asked.seeds
         return self.seeds[: most or None]
 
+    def settings_of(self, asked: Table, row: str, own: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return what each run of a table's row changes, seeds aside."""
         valid = parameter_names(row)
         fixed = {*self.said(row), *row_class(row).training}
@@ -337,9 +338,9 @@ def read(path: Path | None = None, changes: Sequence[str] = ()) -> Settings:
         row: of_type(own or {}, dict, f"methods.{row}")
         for row, own in mapping(content, "methods").items()
     }
-    made["tables"] = tables(mapping(content, "tables"))
     for row, own in made["methods"].items():
         number_of_seeds(own, f"methods.{row}")
+    made["tables"] = tables(mapping(content, "tables"))
     settings = Settings(**made)
     if content.get("data") != of_file and "results" not in changed:
         folder = f"{settings.results}/{settings.data.store or settings.data.name}"
@@ -375,7 +376,6 @@ def mapping(content: Mapping[str, Any], section: str) -> dict[str, Any]:
     return of_type(content.get(section, {}), dict, section)
 
 
-def seeds(listed: Any) -> tuple[int, ...]:
 def number_of_seeds(content: Mapping[str, Any], where: str) -> int:
     """Return how many seeds a table, row or method asks for, 0 for all."""
     number = of_type(content.get(SEEDS, 1), int, f"{where}.{SEEDS}")
@@ -384,6 +384,7 @@ def number_of_seeds(content: Mapping[str, Any], where: str) -> int:
     return number if SEEDS in content else 0
 
 
+def seeds(listed: Any) -> tuple[int, ...]:
     """Return the seeds of the section of that name. Raises ValueError unless there is one."""
     found = tuple(values.seed(seed, "seeds") for seed in of_type(listed, list, "seeds"))
     if not found:
@@ -447,14 +448,14 @@ def table(content: Any, where: str, notebook: str = "") -> Table:
     for label, own in of_type(rows, dict, f"{where}.rows").items():
         own = of_type(own or {}, dict, f"{where}.rows.{label}")
         of_type(own.get("method", ""), str, f"{where}.rows.{label}.method")
-    data = of_type(content.get("data", []), list, f"{where}.data")
         number_of_seeds(own, f"{where}.rows.{label}")
+    data = of_type(content.get("data", []), list, f"{where}.data")
     vary = of_type(content.get("vary", {}), dict, f"{where}.vary")
     return Table(
         rows={label: own or {} for label, own in rows.items()},
         data=tuple(of_type(on, str, f"{where}.data") for on in data),
         set=of_type(content.get("set", {}), dict, f"{where}.set"),
         vary={k: of_type(listed, list, f"{where}.vary.{k}") for k, listed in vary.items()},
-        notebook=notebook,
         seeds=number_of_seeds(content, where),
+        notebook=notebook,
     )
