@@ -11,7 +11,7 @@ import yaml
 from helpers import BACKBONE, DATA, PARAMS, ROOT, Here, build, python, standing_in, store_clip
 
 from fpl import cli
-from fpl.cli import repro
+from fpl.cli import repro, stage
 from fpl.data import encoders as clips
 from fpl.data import features
 from fpl.data.manifest import read_manifest
@@ -372,6 +372,15 @@ def test_the_settings_that_the_cases_change_are_good(here):
     assert with_features(lambda feats: feats, clients=30)(here).accuracy.isfinite().all()
 
 
+WRONG_NOTEBOOKS = [
+    b"\xff",
+    b"null",
+    b"[1]",
+    b'{"cells": [1]}',
+    b'{"cells": [], "nbformat": 4}',
+    b'{"cells": [], "metadata": {}, "nbformat": 3, "nbformat_minor": 0}',
+    b'{"cells": [], "metadata": {}, "nbformat": 9, "nbformat_minor": 0}',
+]
 COMMANDS = {
     "unknown method": (
         ["run", "pfedmoapp"],
@@ -391,6 +400,37 @@ COMMANDS = {
         "fpl run: promptfl.n_ctx must be of type int, not 'some'",
     ),
     "seed of the wrong type": (["run", "promptfl", "seed=one"], "fpl run: ", "seed"),
+    "an option of another action": (
+        ["features", "verify", "x.pack", "--workers", "2", "--set", "run.lr=1"],
+        "fpl features: `fpl features verify` does not read --set, --workers: leave it out",
+    ),
+    "one data set of all": (
+        ["features", "--all", "--data", "x"],
+        "fpl features: --all makes what all data sets need",
+    ),
+    "a name for tables": (["sweep", "--name", "x"], "fpl sweep: ", "--name x is for a method"),
+    "a name that is a path": (
+        ["sweep", "promptfl", "--name", "../x"],
+        "fpl sweep: --name '../x' cannot be the name of a file",
+    ),
+    "a name for the list": (["data", "list", "dtd"], "fpl data: `fpl data list` lists all"),
+    "a pack in place of a folder": (
+        ["features", "export", "nowhere"],
+        "fpl features: nowhere is a folder: give the name of a file in it",
+    ),
+    "no notebook": (["notebook", "x.ipynb"], "fpl notebook: there is no notebook x.ipynb"),
+    "a folder as notebook": (["notebook", "nowhere"], "fpl notebook: there is no notebook nowhere"),
+    "settings as notebook": (
+        ["notebook", "params.yaml"],
+        "fpl notebook: params.yaml is no notebook that Jupyter reads: ",
+    ),
+    **{
+        f"a notebook of {text!r}": (
+            ["notebook", f"wrong{number}.ipynb"],
+            f"fpl notebook: wrong{number}.ipynb is no notebook that Jupyter reads: ",
+        )
+        for number, text in enumerate(WRONG_NOTEBOOKS)
+    },
     "several seeds": (["run", "promptfl", "seed=1:3"], "fpl run: seed must be", "`fpl sweep`"),
     "several values": (
         ["run", "promptfl", "rounds=1,5", "lam=1"],
@@ -458,6 +498,8 @@ COMMANDS = {
 def commands(here):
     """Where the commands above find their bad files."""
     Path("broken.yaml").write_text("run: {rounds: 1")
+    for number, content in enumerate(WRONG_NOTEBOOKS):
+        Path(f"wrong{number}.ipynb").write_bytes(content)
     Path("other.yaml").write_text(yaml.safe_dump({**FILE, "backbone": {"name": "local-dir:other"}}))
     Path("food.yaml").write_text(yaml.safe_dump({**FILE, "data": {"name": "food"}}))
     Path("nowhere").mkdir(exist_ok=True)
@@ -501,12 +543,30 @@ def test_stages_of_other_data_sets_are_refused_before_anything_is_removed(tmp_pa
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "dvc.yaml", "dvc.yaml")
     Path("params.yaml").write_text("data: {name: own, root: photos}\n")
-    monkeypatch.setattr(repro.subprocess, "run", lambda *args, **named: pytest.fail("DVC ran"))
+    monkeypatch.setattr(repro.subprocess, "Popen", lambda *args, **named: pytest.fail("DVC ran"))
     with pytest.raises(SystemExit) as end:
         cli.main(["repro"])
-    is_one_sentence(end.value.code, ["demo's", "shapes", "data.name", "`fpl features`"])
+    refused = ["demo's", "shapes", "data.name", "`fpl features`"]
+    is_one_sentence(end.value.code, refused)
+    monkeypatch.setenv("DVC_STAGE", "features")  # as plain `dvc repro` does
+    for line in ("features --all", "sweep"):
+        with pytest.raises(SystemExit) as end:
+            cli.main(line.split())
+        is_one_sentence(end.value.code, refused)
+    assert {path.name for path in tmp_path.iterdir()} == {"dvc.yaml", "params.yaml"}
     shutil.copy(ROOT / "params.yaml", "params.yaml")
-    repro.check_data()
+    stage.check_data()
+
+
+@pytest.mark.parametrize(
+    "outs", ["", "outs: x", "outs: [data/features, {a: {cache: false}}]", "outs: [1, [2]]"]
+)
+def test_stages_that_make_no_data_set_are_of_no_concern(outs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text("data: {name: own, root: photos}\n")
+    for text in (f"stages: {{features: {{cmd: 'true', {outs}}}}}", "stages:", "vars: []", "{}"):
+        Path("dvc.yaml").write_text(text)
+        stage.check_data()
 
 
 OWN = """

@@ -3,6 +3,7 @@
 A damaged or foreign one is refused.
 """
 
+import importlib
 import json
 import shutil
 import time
@@ -15,8 +16,9 @@ import yaml
 from helpers import BACKBONE, DATA, PARAMS, build, refuses, standing_in, store_clip
 
 from fpl import cli
+from fpl.cli import features as command
 from fpl.data import encoders as clips
-from fpl.data import features, pack
+from fpl.data import features, pack, processes
 from fpl.data.extraction import extract
 from fpl.data.manifest import read_manifest
 from fpl.data.views import Views
@@ -64,6 +66,16 @@ def elsewhere(world, tmp_path):
     shutil.copy(world / "params.yaml", tmp_path)
     with standing_in(tmp_path):
         yield tmp_path
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Reading packs in this process, where it is not the other one that counts."""
+
+    def call(seconds, module, function, *arguments):
+        return getattr(importlib.import_module(module), function)(*arguments)
+
+    monkeypatch.setattr(processes, "apart", call)
 
 
 def unpack(path, **settings):
@@ -120,7 +132,7 @@ def test_pooled_features_alone_are_a_pack_too(here, tmp_path):
     assert "patches" not in said and list(h5py.File(tmp_path / "pack")) == ["feats"]
 
 
-def test_the_command_says_what_is_in_it(here, tmp_path, capsys):
+def test_the_command_says_what_is_in_it(here, at_once, tmp_path, capsys):
     cli.main(["features", "export", str(tmp_path / "pack")])
     exported = capsys.readouterr().out
     (tmp_path / "elsewhere").mkdir()
@@ -305,6 +317,38 @@ def test_a_foreign_pack_is_refused(case, world, tmp_path):
     assert [other.name for other in tmp_path.iterdir()] == ["foreign"]
 
 
+HANGS = (2**64 - 16).to_bytes(8, "little")  # with the header's 16 bytes HDF5 goes on by 0
+
+
+def resealed(world, path, change):
+    """A pack with other bytes behind a checksum that is right."""
+    path.write_bytes(change((world / "shapes.pack").read_bytes()))
+    features.seal(path)
+    return path
+
+
+def test_a_pack_that_makes_hdf5_hang_or_crash_is_refused(world, elsewhere, tmp_path, monkeypatch):
+    sized = (5).to_bytes(8, "little") + b"train"  # a text with its size in front
+    path = resealed(world, tmp_path / "bad", lambda raw: raw.replace(sized, HANGS + b"train"))
+    monkeypatch.setattr(command, "PATIENCE", 1.0)
+    told = "no pack that can be read: its reader {} (it is damaged, or memory ran out)"
+    with pytest.raises(SystemExit) as end:
+        cli.main(["features", "import", str(path)])
+    how = told.format("gives no answer in 1 seconds")
+    assert end.value.code == f"fpl features: {path} is {how}"
+    assert not DATA.features.exists()
+    apart = processes.apart
+    monkeypatch.setattr(processes, "apart", lambda seconds, *call: apart(seconds, "os", "abort"))
+    with pytest.raises(SystemExit) as end:
+        cli.main(["features", "verify", str(path)])
+    assert end.value.code == f"fpl features: {path} is {told.format('dies of SIGABRT')}"
+
+
+def test_a_pack_that_hdf5_does_not_open_is_named(world, tmp_path):
+    path = resealed(world, tmp_path / "bad", lambda raw: raw.replace(b"\x89HDF", b"\x89XXX"))
+    refuses(lambda: pack.verify(path), [f"{path} cannot be read ("])
+
+
 @pytest.mark.parametrize("content", features.CONTENT)
 def test_a_features_file_is_no_pack(content, here):
     with pytest.raises(ValueError, match="is not one of `fpl features export`"):
@@ -339,7 +383,7 @@ def test_other_features_are_not_replaced_unless_by_force(world, elsewhere):
     ("setting", "value"), [("data", {"name": "food101"}), ("backbone", {"name": "RN50"})]
 )
 def test_a_pack_of_something_else_than_the_settings_say_is_refused(
-    setting, value, world, elsewhere
+    setting, value, world, elsewhere, at_once
 ):
     (elsewhere / "params.yaml").write_text(yaml.safe_dump(SETTINGS | {setting: value}))
     with pytest.raises(SystemExit) as end:
@@ -389,6 +433,15 @@ def test_a_wrong_command_is_one_sentence(case, here):
     with pytest.raises(SystemExit) as end:
         cli.main(["features", *arguments])
     assert end.value.code.startswith(f"fpl features: {said}") and "\n" not in end.value.code
+
+
+@pytest.mark.parametrize("action", ["export", "import"])
+def test_a_pack_is_of_the_data_set_that_is_asked_for(action, world, elsewhere, at_once):
+    others = {"datasets": {"food": {"data": {"name": "food101"}}}}
+    (elsewhere / "params.yaml").write_text(yaml.safe_dump(SETTINGS | others))
+    path = world / "shapes.pack" if action == "import" else elsewhere / "x.pack"
+    with pytest.raises(SystemExit, match="food101"):
+        cli.main(["features", action, str(path), "--data", "food"])
 
 
 def test_there_is_no_pack_without_features(elsewhere):

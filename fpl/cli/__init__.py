@@ -7,11 +7,13 @@ libraries are imported where they are used, so that help comes at once.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
+from fpl.cli import stage
 from fpl.cli.ending import one_sentence
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ COMMANDS = (
 )
 # These run one at a time: an orphan of a killed pipeline may still be at one.
 STAGES = ("features", "sweep", "notebook", "report")
+MAKING = ("features", "sweep")  # those that make features and runs, of the data in the settings
 
 
 def parser() -> Parser:
@@ -60,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     named = [argument for argument in arguments if argument in COMMANDS]
     with one_sentence(" ".join(["fpl", *named[:1]]), arguments):
         options = parser().parse_args(arguments)
+        stage.end_with_pipeline()
+        if stage.DVC in os.environ and options.command in MAKING:
+            stage.check_data()
         with at_work(options) if options.command in STAGES else nullcontext():
             options.run(options)
 

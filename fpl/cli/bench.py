@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from fpl.cli.options import Options, Parser, positive
+from fpl.cli.options import Options, Parser, check_read, check_target, natural, positive
 from fpl.cli.show import say
 from fpl.data.files import ROOT, atomic_write
 
@@ -16,9 +16,21 @@ if TYPE_CHECKING:
     import pandas as pd
 
 T = TypeVar("T")
-WHAT = ("step", "profile", "scaling", "evaluation", "extraction", "reading", "sizes")
+WHAT = {  # what is measured, with the options that it reads
+    "step": {"model", "classes", "batch", "steps", "measure_round", "repeats"},
+    "profile": {"model", "classes", "batch"},
+    "scaling": {"model", "classes", "batch", "steps", "clients", "experts"},
+    "evaluation": {"model", "classes", "experts", "images"},
+    "extraction": {"model", "weights", "batch", "workers", "repeats", "images"},
+    "reading": {"images", "repeats"},
+    "sizes": {"views"},
+}
 MODEL = "ViT-B-16-quickgelu"
-SEVERAL = ("model", "classes", "batch", "steps")  # options of which `step` takes several values
+LISTS = ("model", "classes", "batch", "steps", "clients", "experts")
+SEVERAL = {  # those of which several values are measured
+    "step": {"model", "classes", "batch"},
+    "scaling": {"classes", "steps", "clients", "experts"},
+}
 
 
 def add(parser: Parser) -> None:
@@ -27,7 +39,7 @@ def add(parser: Parser) -> None:
         "what",
         nargs="?",
         default="step",
-        choices=WHAT,
+        choices=[*WHAT],
         help="a local step and a round of pFedMoAP, from the released code's shape to ours (the "
         "default); where its time goes; its growth with clients, classes, steps and experts; an "
         "evaluation of one client; the extraction of features beside the bare model; a features "
@@ -65,7 +77,7 @@ def add(parser: Parser) -> None:
         "--repeats", type=positive, default=3, help="times that each way is taken (3)"
     )
     parser.add_argument(
-        "--workers", type=int, default=0, help="extraction: processes that decode images"
+        "--workers", type=natural, default=0, help="extraction: processes that decode images"
     )
     parser.add_argument(
         "--save", type=Path, help="also write the table to this name with .json and .md"
@@ -74,9 +86,15 @@ def add(parser: Parser) -> None:
 
 def run(options: Options) -> None:
     """Time a local step and a round of pFedMoAP in six ways, or other things, on this machine."""
-    several = any(len(getattr(options, name) or []) > 1 for name in SEVERAL)
-    if several and options.what not in ("step", "scaling"):
-        raise ValueError(f"`fpl bench {options.what}` takes one value of each option")
+    check_read(options, {*WHAT[options.what], "save"}, f"fpl bench {options.what}")
+    lists = {name for name in LISTS if len(getattr(options, name) or []) > 1}
+    wrong = sorted(lists - SEVERAL.get(options.what, set()))
+    if wrong:
+        raise ValueError(f"`fpl bench {options.what}` takes one value of --{', --'.join(wrong)}")
+    if 1 in (options.classes or []):
+        raise ValueError("--classes takes two and more: one class leaves nothing to tell apart")
+    if options.save:
+        check_target(options.save)
     tables = steps(options) if options.what == "step" else [measure(options)]
     for table in tables:
         pages = markdown(table, options.what)
@@ -143,7 +161,7 @@ def measure(options: Options) -> pd.DataFrame:
         images = options.images or 256
         return features.extract(clip, images, batch, options.workers, options.repeats)
     if options.what == "scaling":
-        (model,) = options.model or [f"local-dir:{ROOT / 'data' / 'demo_clip'}"]
+        model = first(options.model, f"local-dir:{ROOT / 'data' / 'demo_clip'}")
         usual = scaling.GROWTH
         growth = {what: getattr(options, what) or usual[what] for what in usual}
         clip = step.load_model(model)

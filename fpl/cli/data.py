@@ -20,6 +20,8 @@ def run(options: Options) -> None:
     from fpl.data import datasets, fetch
 
     if options.what == "list":
+        if options.name:
+            raise ValueError(f"`fpl data list` lists all: leave {options.name!r}, or call check")
         table(datasets.overview(options.root))
         return
     left = []

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from fpl.cli.show import notice
+from fpl.cli.stage import belongs_to_pipeline
 from fpl.data.text import one_line
 
 STOPPED = "stopped; call the same command again to go on"
@@ -49,7 +50,7 @@ def one_sentence(name: str, arguments: Sequence[str]) -> Iterator[None]:
             unread = isinstance(error, BrokenPipeError) and nobody_reads()
             give_up_output()
             if asked or isinstance(error, KeyboardInterrupt):
-                sys.exit(STOPPED)
+                sys.exit(1 if belongs_to_pipeline() else STOPPED)  # which says it for all
             if unread:
                 sys.exit(NOBODY_READS)
             sys.exit(f"{name}: {sentence(error, arguments)}")
@@ -60,7 +61,8 @@ def interruptible(asked: list[float]) -> Iterator[None]:
     """Let Ctrl-C, or a request to terminate, raise KeyboardInterrupt in the block, but once.
 
     asked: takes the times at which it was asked for. When it is again long after the first time,
-    this process ends at once. A child that is forked in the block leaves Ctrl-C to this process.
+    this process ends at once. A child that is forked in the block leaves Ctrl-C to this process,
+    and a stage of the pipeline to `fpl repro`, which then asks it to terminate.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main one hears signals
@@ -78,7 +80,8 @@ def interruptible(asked: list[float]) -> Iterator[None]:
         if asked[-1] - asked[0] > PATIENCE:
             os._exit(128 + number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [signal.SIGTERM] if belongs_to_pipeline() else [signal.SIGINT, signal.SIGTERM]
+    before = {number: signal.signal(number, stop) for number in heard}
     try:
         yield
     finally:
@@ -119,9 +122,17 @@ def sentence(error: BaseException, arguments: Sequence[str]) -> str:
         return f"{own}: {kind}: {told}"
     if isinstance(error, MemoryError):
         return f"memory ran out ({told or kind}): ask for less at a time, or free some"
+    if isinstance(error, FileExistsError | NotADirectoryError) and error.filename:
+        return f"{told}: move away the file that stands where a folder must be"
     if isinstance(error, SENTENCES) and not isinstance(error, OURS) and told:
         return told
+    files = own_files()
     path = written(f"fpl {' '.join(arguments)}\nPython {sys.version}\n\n{details}")
+    if files:
+        return (
+            f"{', '.join(files)} may give back what a method must not ({kind}: {told}): "
+            f"`fpl check` says which promise it breaks, the file {path} where that was noticed"
+        )
     return (
         f"this is an error of ours ({kind}: {told}): please report it on the issue page of the "
         f"repository that you have fpl from, with the file {path}"
@@ -130,13 +141,18 @@ def sentence(error: BaseException, arguments: Sequence[str]) -> str:
 
 def place_in_own(details: str) -> str:
     """Return where in a file of the user's own methods a traceback ends, "" if it has none."""
-    begin = getattr(sys.modules.get("fpl.experiments.settings"), "OWN", "")
-    loaded = [module for name, module in sys.modules.items() if begin and name.startswith(begin)]
-    files = {module.__file__ for module in loaded}
+    files = own_files()
     for file, line, function in re.findall(r'File "(.+?)", line (\d+), in (.+)', details)[::-1]:
         if file in files:
             return f"{file}, line {line}, in {function}"
     return ""
+
+
+def own_files() -> list[str]:
+    """Return the files of the user's own methods that are loaded."""
+    begin = getattr(sys.modules.get("fpl.experiments.settings"), "OWN", "")
+    loaded = [module for name, module in sys.modules.items() if begin and name.startswith(begin)]
+    return sorted(module.__file__ or "" for module in loaded)
 
 
 def written(details: str) -> Path:

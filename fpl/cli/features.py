@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fpl.cli.options import Options, Parser, add_settings, read_settings
+from fpl.cli.options import (
+    Options,
+    Parser,
+    add_data,
+    add_settings,
+    check_read,
+    check_target,
+    natural,
+    positive,
+    read_settings,
+)
 from fpl.cli.show import say
 
 if TYPE_CHECKING:
     from fpl.experiments.settings import Data
 
+SETTINGS = {"params", "set", "on"}
+READ = {  # options by what reads them
+    "extract": {*SETTINGS, "workers", "views", "patches", "all", "skip_bad", "fresh", "rehash"},
+    "export": SETTINGS,
+    "import": {*SETTINGS, "force"},
+    "verify": set(),
+}
+# How long a pack may be read before it counts as one on which HDF5 hangs.
+PATIENCE = 60.0  # seconds
+SLOWEST = 2**20  # bytes a second
+
 
 def add(parser: Parser) -> None:
     """Add the options."""
     add_settings(parser)
+    add_data(parser)
     actions = ("extract", "export", "import", "verify")
     parser.add_argument(
         "action", nargs="?", choices=actions, default="extract", help="what to do (extract)"
@@ -22,12 +44,12 @@ def add(parser: Parser) -> None:
     parser.add_argument("file", nargs="?", type=Path, help="the pack to write or read")
     parser.add_argument(
         "--workers",
-        type=int,
+        type=natural,
         help="processes that decode images (with a GPU a core each, up to 8; else fewer)",
     )
     parser.add_argument(
         "--views",
-        type=int,
+        type=positive,
         metavar="V",
         help="also write V random crops and flips of each training image",
     )
@@ -50,6 +72,9 @@ def run(options: Options) -> None:
     and provenance. Whoever imports it needs no images, but the weights of the text tower, which are
     not in it.
     """
+    check_read(options, READ[options.action], f"fpl features {options.action}")
+    if options.all and (options.on or options.patches):
+        raise ValueError("--all makes what all data sets need: leave it, or --data and --patches")
     command = f"`fpl features {options.action}`"
     if options.action == "extract":
         if options.file:
@@ -94,24 +119,40 @@ def files_of(data: Data) -> dict[str, Path]:
 
 def unpack(options: Options) -> None:
     """Put what is in a pack where the settings look for it."""
-    from fpl.data import pack
-
-    settings = read_settings(options)
-    data = settings.data
-    model = settings.backbone.name
-    written = pack.unpack(options.file, files_of(data), data.name, model, options.force)
+    source = read_settings(options).source(options.on)
+    data = source.data
+    model = source.backbone.name
+    written = of_pack("unpack", options.file, files_of(data), data.name, model, options.force)
     for path, is_new in written.items():
         say(f"features: {path}{'' if is_new else ', which was there already'}")
 
 
 def describe_pack(options: Options) -> None:
     """Verify a pack, which export makes first, and say what is in it."""
-    from fpl.data import pack
-
     if options.action == "export":
-        data = read_settings(options).data
+        from fpl.data import pack
+
+        data = read_settings(options).source(options.on).data
+        check_target(options.file)
         described = pack.export(files_of(data), data.name, options.file)
     else:
-        described = pack.verify(options.file)
+        described = of_pack("verify", options.file)
     for what, value in described.items():
         say(f"{what + ':':10}{value}")
+
+
+def of_pack(function: str, path: Path, *arguments: Any) -> Any:
+    """Call what `fpl.data.pack` has for a pack in a process that this one survives.
+
+    Its maker may have sealed what makes HDF5 crash or hang.
+    """
+    from fpl.data import processes
+
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    seconds = PATIENCE + path.stat().st_size / SLOWEST
+    try:
+        return processes.apart(seconds, "fpl.data.pack", function, path, *arguments)
+    except (ChildProcessError, TimeoutError) as e:
+        why = "(it is damaged, or memory ran out)"
+        raise ValueError(f"{path} is no pack that can be read: its reader {e} {why}") from None

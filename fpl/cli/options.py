@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from fpl.experiments.settings import Settings
 
 Options: TypeAlias = argparse.Namespace
+FLAGS = {"on": "--data"}  # options whose names are not those of their values
+POSITIONAL = {"what", "name", "action", "file"}
 
 
 class Once(argparse.Action):
@@ -42,7 +44,8 @@ class Parser(argparse.ArgumentParser):
         self.is_inner = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if self._subparsers or self.is_inner:
+        # what stands behind -- is no option, which the other way of reading forgets
+        if self._subparsers or self.is_inner or "--" in (args or ()):
             return super().parse_known_args(args, namespace)
         self.is_inner = True  # the next line calls this function again
         try:
@@ -58,6 +61,10 @@ def add_settings(parser: Parser) -> None:
     """Add the options that say which settings hold."""
     parser.add_argument("--params", type=Path, help="settings file (params.yaml)")
     add_set(parser)
+
+
+def add_data(parser: Parser) -> None:
+    """Add the option to choose among the data sets of the settings."""
     parser.add_argument(
         "--data",
         dest="on",
@@ -84,6 +91,20 @@ def add_fresh(parser: Parser) -> None:
     parser.add_argument("--fresh", action="store_true", help=what)
 
 
+def check_read(options: Options, read: Collection[str], command: str) -> None:
+    """Raise ValueError for an option on the command line that a command does not read.
+
+    read: the names of those that it reads, as attributes of `options`
+    """
+    given = {
+        name for name, value in vars(options).items() if value is True or name == "set" and value
+    }
+    unread = (given | vars(options).get("given", set())) - {*read}
+    flags = sorted(FLAGS.get(name, f"--{name.replace('_', '-')}") for name in unread - POSITIONAL)
+    if flags:
+        raise ValueError(f"`{command}` does not read {', '.join(flags)}: leave it out")
+
+
 def read_settings(options: Options) -> Settings:
     """Return the settings that --params and --set name."""
     from fpl.experiments import settings
@@ -104,6 +125,22 @@ def results_of(options: Options) -> Iterator[Path]:
     folder = settings.read(None, options.set).results
     with places.handed_on(folder, options.set) as results:
         yield results
+
+
+def check_target(path: Path) -> None:
+    """Raise ValueError for a name that no file can have, and OSError where none can be written."""
+    from fpl.data.files import check_writable
+
+    if not path.name or path.is_dir():
+        raise ValueError(f"{path} is a folder: give the name of a file in it")
+    check_writable(path.parent)
+
+
+def natural(text: str) -> int:
+    """Return a whole number of at least 0."""
+    if int(text) < 0:
+        raise ValueError
+    return int(text)
 
 
 def positive(text: str) -> int:

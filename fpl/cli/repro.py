@@ -1,11 +1,16 @@
 """fpl repro: the whole pipeline."""
 
+from __future__ import annotations
+
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fpl.cli import compare
+from fpl.cli import compare, stage
+from fpl.cli.ending import PATIENCE
 from fpl.cli.options import Options, Parser
 from fpl.cli.show import notice
 from fpl.data.files import ROOT, file_lock
@@ -19,40 +24,42 @@ def add(parser: Parser) -> None:
 def run(options: Options) -> None:
     """Run the DVC pipeline, then `fpl compare` where results are expected, which is in the demo.
 
-    One at a time in a folder; what a killed one left half written is removed.
+    One at a time in a folder; what a killed one left half written is removed. Stages end with it.
     """
-    check_data()
+    stage.check_data()
     with file_lock("results/.repro.lock", waiting) as lock:
         for path in (Path(".dvc/tmp/rwlock"), Path("dvc.lock")):
             if path.exists() and not readable(path):  # DVC empties them before it writes
                 path.unlink()
         here = str(Path(sys.executable).parent)  # the stages call python
         places = os.pathsep.join([here, os.environ.get("PATH", "")])
-        environment = {**os.environ, "PATH": places, "DVC_NO_ANALYTICS": "1"}
+        own = {"PATH": places, "DVC_NO_ANALYTICS": "1", **stage.handed_on()}
         command = [sys.executable, "-m", "dvc", "repro", *options.dvc]
-        code = subprocess.run(command, env=environment, pass_fds=[lock]).returncode
+        code = run_dvc(command, {**os.environ, **own}, lock)
     if code:
         sys.exit(code)
     if Path("results/expected").exists() or Path.cwd() == ROOT:
         compare.run(options)
 
 
-def check_data() -> None:
-    """Raise ValueError unless the settings have the data sets that the stages make."""
-    from fpl.experiments import settings, values
+def run_dvc(command: Sequence[str], environment: Mapping[str, str], lock: int) -> int:
+    """Run DVC, which holds the lock too, and return its exit status; an interruption ends it all.
 
-    read = settings.read()
-    pipeline = Path("dvc.yaml")
-    outs = values.load(pipeline)["stages"]["features"]["outs"] if pipeline.exists() else []
-    paths = [Path(path) for out in outs for path in out]
-    made = {path.parent.name for path in paths if path.name == "manifest.csv"}
-    missing = made - {read.source(name).data.name for name in ("", *read.datasets)}
-    if missing:
-        raise ValueError(
-            f"the stages of {pipeline} are the demo's and make {', '.join(sorted(missing))}, which "
-            f"{values.profile()} no longer has: call `fpl features`, `fpl run` and `fpl sweep` for "
-            "other data, or correct its data.name"
-        )
+    DVC and its stages leave Ctrl-C to this process, so that one of them answers it.
+    """
+    with subprocess.Popen(
+        command, env=environment, pass_fds=[lock], preexec_fn=leave_ctrl_c
+    ) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            stage.end_all(process.pid, PATIENCE)
+            raise
+
+
+def leave_ctrl_c() -> None:
+    """Ignore Ctrl-C, as do the processes that this one starts."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def waiting() -> None:
@@ -66,5 +73,5 @@ def readable(path: Path) -> bool:
 
     try:
         return isinstance(yaml.safe_load(path.read_text()), dict)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, UnicodeDecodeError):
         return False

@@ -2,7 +2,7 @@
 
 import re
 
-from fpl.cli.options import Options, Parser, add_fresh, add_settings, read_settings
+from fpl.cli.options import Options, Parser, add_data, add_fresh, add_settings, read_settings
 from fpl.cli.show import say
 
 # What `fpl sweep` would take for several values.
@@ -12,6 +12,7 @@ SEVERAL = re.compile(r"[-+.\w]+([:,][-+.\w]+)+")
 def add(parser: Parser) -> None:
     """Add the options."""
     add_settings(parser)
+    add_data(parser)
     add_fresh(parser)
     which = "a row of the table, such as promptfl, or a class of your own: my_method.py:MyMethod"
     parser.add_argument("method", help=which)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fpl.cli import show
-from fpl.cli.options import Options, Parser, add_fresh, add_settings, read_settings
+from fpl.cli.options import (
+    Options,
+    Parser,
+    add_data,
+    add_fresh,
+    add_settings,
+    positive,
+    read_settings,
+)
 
 if TYPE_CHECKING:
     from fpl.experiments.settings import Settings
@@ -14,6 +23,7 @@ if TYPE_CHECKING:
 def add(parser: Parser) -> None:
     """Add the options."""
     add_settings(parser)
+    add_data(parser)
     add_fresh(parser)
     parser.add_argument(
         "what",
@@ -25,7 +35,7 @@ def add(parser: Parser) -> None:
     )
     kept = "of a method's runs: keep them under this name, for notebooks/05_sweep.ipynb"
     parser.add_argument("--name", default="", help=kept)
-    parser.add_argument("--jobs", type=int, help="runs at a time (the number of cores)")
+    parser.add_argument("--jobs", type=positive, help="runs at a time (the number of cores)")
 
 
 def run(options: Options) -> None:
@@ -42,6 +52,8 @@ def run(options: Options) -> None:
         raise ValueError(
             f"tables name their data sets in the settings file: --data {options.on} is for a method"
         )
+    if options.name:
+        raise ValueError(f"tables have names of their own: --name {options.name} is for a method")
     names: dict[str, None] = {}  # in the order in which they are asked for, each once
     for name in options.what or settings.tables:
         names |= dict.fromkeys(settings.tables_of(name))
@@ -52,6 +64,8 @@ def sweep_method(settings: Settings, options: Options) -> None:
     """Run a method with every combination of the values, and print a line for each."""
     from fpl.experiments import records, runner, tables, values
 
+    if options.name and (options.name[0] == "." or Path(options.name).name != options.name):
+        raise ValueError(f"--name {options.name!r} cannot be the name of a file: use letters")
     method, *changes = options.what
     given = values.assignments(changes, "name=values")
     lists = {name: values.several(text, name) for name, text in given.items()}

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path, PureWindowsPath
 
 import h5py
@@ -75,8 +76,21 @@ def verify(path: Path) -> dict[str, str]:
     do not fit, values that are not finite, and paths of the machine that it comes from. Takes
     little memory.
     """
-    with opened(path) as pack:
+    with opened_pack(path) as pack:
         return check(pack)
+
+
+@contextmanager
+def opened_pack(path: Path) -> Iterator[h5py.File]:
+    """Open a pack to read it. Raises as `opened`, and ValueError for what HDF5 does not open."""
+    with ExitStack() as stack:
+        try:
+            pack = stack.enter_context(opened(path))
+        except OSError as e:
+            if str(path) in str(e):
+                raise
+            raise ValueError(f"{path} cannot be read ({e})") from None
+        yield pack
 
 
 def check(pack: h5py.File) -> dict[str, str]:
@@ -107,7 +121,7 @@ def unpack(
     refuses, for one of another data set or model, and before any is written for other features that
     are there already.
     """
-    with opened(path) as pack:
+    with opened_pack(path) as pack:
         check(pack)
         made = json.loads(pack["feats"].attrs["provenance"])
         fits(path, "data set", pack.attrs["name"], name)
