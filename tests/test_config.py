@@ -43,9 +43,11 @@ def test_params_yaml_reads():
     table = params.runs("table1")
     rows = [*CONTENT["methods"], *CONTROLS]
     found = {(label, e.row, e.seed) for label, e in table}
-    assert found == {(row, row, seed) for row in rows for seed in CONTENT["seeds"]}
+    said = {row: dict(CONTENT["methods"].get(row, {})) for row in rows}
+    seeds = {row: CONTENT["seeds"][: own.pop("seeds", None)] for row, own in said.items()}
+    assert found == {(row, row, seed) for row in rows for seed in seeds[row]}
     for _, e in table:
-        assert e.settings().items() >= CONTENT["methods"].get(e.row, {}).items()
+        assert e.settings().items() >= said[e.row].items()
 
 
 WORLDS = """
@@ -86,6 +88,27 @@ def test_a_table_is_a_grid_of_rows_data_sets_values_and_seeds(tmp_path):
     found = {tuple(s.get(name) for name in names) for s in runs}
     near = ("pfedmoap", 9, 4, 3)
     assert found == {("promptfl", 9, None, None), ("coop", 1, None, None), near}
+
+
+def test_a_value_that_no_row_takes_is_refused(tmp_path):
+    (tmp_path / "params.yaml").write_text(
+        "methods: {pfedmoap: {n_experts: 9}}\n"
+        "tables: {a: {t: {set: {n_experts: 4}, rows: [pfedmoap, promptfl]}}}\n"
+    )
+    with pytest.raises(ValueError, match=r"tables.t.set.n_experts does nothing: .* in rows"):
+        settings.read(tmp_path / "params.yaml")
+
+
+def test_the_nearest_word_on_how_many_seeds_holds(tmp_path):
+    """A row's, then the method's, then the table's; never more than there are."""
+    (tmp_path / "params.yaml").write_text(
+        "seeds: [5, 6, 7, 8]\nmethods: {coop: {seeds: 2}, promptfl: {}}\n"
+        "tables: {a: {t: {seeds: 3, rows: {coop: {}, promptfl: {}, fedprox: {seeds: 9}}}}}\n"
+    )
+    found = {}
+    for label, experiment in settings.read(tmp_path / "params.yaml").runs("t"):
+        found.setdefault(label, []).append(experiment.seed)
+    assert found == {"coop": [5, 6], "promptfl": [5, 6, 7], "fedprox": [5, 6, 7, 8]}
 
 
 def test_a_table_belongs_to_its_notebook_and_to_no_other(tmp_path):
@@ -217,6 +240,9 @@ WRONG_TYPE = [
     (["tables", "11_ablations", "n_experts", "vary", "n_experts"], [0, 1.5], "pfedmoap.n_experts"),
     (["tables", "11_ablations", "lam", "vary", "lam"], 2, "lam"),
     (["tables", "11_ablations", "lam"], [1], "tables.11_ablations.lam"),
+    (["tables", "11_ablations", "lam", "seeds"], 0, "tables.11_ablations.lam.seeds"),
+    (["tables", "11_ablations", "lam", "seeds"], [1], "tables.11_ablations.lam.seeds"),
+    (["methods", "coop", "seeds"], True, "methods.coop.seeds"),
     (["datasets"], {"a": 3}, "datasets.a"),
     (["run"], 5, "run"),
     (["methods"], ["promptfl"], "methods"),
@@ -423,6 +449,7 @@ def test_settings_may_stand_anywhere_on_the_line(line):
         ("notebook -p a 1 x.ipynb -p b 2 y.ipynb", "source", [Path("x.ipynb"), Path("y.ipynb")]),
         ("bench --batch 2 -- scaling", "what", "scaling"),
         ("repro features -- -f", "dvc", ["features", "-f"]),
+        ("repro -- -f --dry", "dvc", ["-f", "--dry"]),
     ],
 )
 def test_so_may_the_arguments_of_every_command(line, name, value):

@@ -225,6 +225,10 @@ class Settings:
         possible = parameter_names(*ROWS, *methods)
         for key in [*asked.set, *asked.vary]:
             check_choice(key, sorted(possible), f"setting in tables.{table}")
+        for key in asked.set:
+            if not any(key in self.open_to(row) for row in methods):
+                fixed = "of its rows, each has none or has it from section methods"
+                raise ValueError(f"tables.{table}.set.{key} does nothing: {fixed}: set it in rows")
         found = []
         for on, (label, own) in itertools.product(asked.data or [self.data.name], rows.items()):
             row = own.get("method", label)
@@ -243,11 +247,14 @@ class Settings:
         most = own.get(SEEDS) or self.methods.get(row, {}).get(SEEDS) or asked.seeds
         return self.seeds[: most or None]
 
+    def open_to(self, row: str) -> set[str]:
+        """Return the settings of a row that neither section methods nor the method itself fixes."""
+        return parameter_names(row) - {*self.said(row), *row_class(row).training}
+
     def settings_of(self, asked: Table, row: str, own: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return what each run of a table's row changes, seeds aside."""
         valid = parameter_names(row)
-        fixed = {*self.said(row), *row_class(row).training}
-        common = {k: v for k, v in asked.set.items() if k in valid - fixed}
+        common = {k: v for k, v in asked.set.items() if k in self.open_to(row)}
         changes = {k: v for k, v in own.items() if k not in ("method", SEEDS)}
         varied = {k: listed for k, listed in asked.vary.items() if k in valid}
         every = values.combinations(varied, f"the table's row {row}")
@@ -378,7 +385,7 @@ def mapping(content: Mapping[str, Any], section: str) -> dict[str, Any]:
 
 def number_of_seeds(content: Mapping[str, Any], where: str) -> int:
     """Return how many seeds a table, row or method asks for, 0 for all."""
-    number = of_type(content.get(SEEDS, 1), int, f"{where}.{SEEDS}")
+    number = int(values.number(content.get(SEEDS, 1), "int", f"{where}.{SEEDS}"))
     if number < 1:
         raise ValueError(f"{where}.{SEEDS} is {number}: give how many of the seeds, at least 1")
     return number if SEEDS in content else 0

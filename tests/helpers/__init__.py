@@ -66,6 +66,7 @@ OTHER = {  # of every setting to which 1 cannot be added, a value that is not th
     "gate_kept": "aggregated",
     "pooling": "mean",
     "tested": "after",
+    "mechanism": "clipping",
 }
 
 
