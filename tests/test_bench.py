@@ -8,13 +8,14 @@ import open_clip
 import pandas as pd
 import pytest
 import torch
-from helpers import BACKBONE, standing_in, store_clip
+from helpers import BACKBONE, ROOT, standing_in, store_clip
 
 from fpl import cli
 from fpl.bench import features as bench_features
+from fpl.bench import plan, ways
 from fpl.bench import step as bench
-from fpl.bench import ways
 from fpl.data import encoders, extraction, features, pictures
+from fpl.experiments import settings
 from fpl.prompts import Clip
 
 RATES = ["way", "images", "seconds", "images/s"]
@@ -247,3 +248,12 @@ def test_an_unknown_model_is_one_sentence():
     with pytest.raises(SystemExit) as end:
         cli.main(["bench", "extraction", "--model", "ViT-B16"])
     assert end.value.code == "fpl bench: unknown model 'ViT-B16': did you mean 'ViT-B-16'?"
+
+
+def test_the_plan_of_the_demo_counts_its_drawings():
+    """Every class has as many pictures as the settings ask for."""
+    demo = settings.read(ROOT / "params.yaml")
+    with standing_in(ROOT):
+        disk = plan.disk(demo).set_index("files")["GB"] * 1e9
+    images = 30 * (demo.data.train_per_class + demo.data.test_per_class)
+    assert disk["data/features/shapes.h5"] >= images * 256 * 4

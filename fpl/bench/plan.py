@@ -132,7 +132,7 @@ def images_of(data: Data) -> Images:
 def count_images(data: Data, here: Path) -> Images:
     """Count what is there of a data set, seen from `here`."""
     if data.name in world.WORLDS:
-        classes = len(world.WORLDS[data.name])
+        classes = len(world.WORLDS[data.name].classes)
         return Images(classes * data.train_per_class, classes * data.test_per_class, classes)
     root = Path(data.root)
     published = Images(0, 0, 0)

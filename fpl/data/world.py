@@ -274,7 +274,7 @@ def make(
     manifest = folder / "manifest.csv"
     drawn = folder / SOURCE
     request = drawing(seed, train_per_class, test_per_class)
-    if not drawn.exists() or drawn.read_text() != request:
+    if not drawn.exists() or drawn.read_bytes() != request.encode():
         manifest.unlink(missing_ok=True)
         shutil.rmtree(folder / "images", ignore_errors=True)
         with atomic_write(drawn) as temporary:

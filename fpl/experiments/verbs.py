@@ -132,7 +132,7 @@ def data_of(images: str, clip: Clip) -> Data:
         data = Data(name=images, store="" if is_demo else f"{images}_{model}")
         drawn = data.folder / SOURCE  # a world that is there stays as it was drawn
         there = drawn.exists() and images in world.WORLDS
-        return replace(data, **json.loads(drawn.read_text())) if there else data
+        return replace(data, **part_of(json.loads(drawn.read_text()), Data)) if there else data
     path = Path(images)
     if not path.exists():
         check_choice(images, known, "data set, and no path of images of your own:")
