@@ -9,6 +9,7 @@ import statistics
 
 import numpy as np
 import open_clip
+import pandas as pd
 import PIL.Image
 import pytest
 import safetensors
@@ -92,6 +93,14 @@ def test_the_images_of_another_request_do_not_stay(before, finished, drawn, tmp_
     manifest = world.make(tmp_path, **before)
     if not finished:
         manifest.unlink()
+    world.make(tmp_path, seed=1, **SIZE)
+    assert content(tmp_path) == drawn
+
+
+@pytest.mark.parametrize("said", [b"\xff\xfe", b"", b"[]"])
+def test_what_does_not_say_of_what_it_was_drawn_is_drawn_again(said, drawn, tmp_path):
+    world.make(tmp_path, seed=2, **SIZE)
+    (tmp_path / "source.json").write_bytes(said)
     world.make(tmp_path, seed=1, **SIZE)
     assert content(tmp_path) == drawn
 
@@ -250,3 +259,30 @@ def test_features_suffice_for_a_clients_own_classes_and_names_do_not(quality):
 def test_the_quality_is_measured_with_the_published_partition():
     params = settings.read(ROOT / "params.yaml")
     assert params.partition == settings.Partition("pathological", clients=10, shots=16)
+
+
+def means(path):
+    """Return the accuracies of a table of expected results, by the name in its first column."""
+    table = pd.read_csv(ROOT / "results/expected" / path)
+    return table.set_index(table.columns[0])["mean"]
+
+
+def test_a_shared_prompt_has_something_to_learn():
+    """Between the floor and the ceiling of prompt learning is room, and where clients are alike
+    PromptFL comes near the ceiling."""
+    shared = means("10_table1/table1_shared.csv")
+    assert shared["pooled"] >= shared["zeroshot"] + 5
+    assert shared["untrained"] <= shared["pooled"] - 5
+    assert shared["promptfl, clients alike"] >= shared["pooled"] - 3
+
+
+def test_the_methods_of_table_1_come_apart():
+    table = means("10_table1/table1.csv")
+    apart = sorted(table[["coop", "promptfl", "fedpgp", "pfedmoap"]])
+    assert min(np.diff(apart)) > 3 and table.max() <= 97
+
+
+def test_the_domains_come_apart():
+    table = means("13_domains/table3.csv")
+    assert table["ridge_own"] > table["majority"] + 30
+    assert min(np.diff(sorted(table[["promptfl", "coop", "pfedmoap"]]))) > 2

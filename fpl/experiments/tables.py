@@ -223,6 +223,22 @@ def table1(runs: DataFrame) -> DataFrame:
 
 
 @several
+def orders(runs: DataFrame) -> DataFrame:
+    """Return of how many pairs of methods Table 1 has the paper's order: pairs, same, share in %.
+
+    A pair counts by its means, however near they are.
+    """
+    table = table1(runs)
+    theirs = table["paper" if "paper" in table else BESIDE]
+    both = table[theirs.notna()]
+    ours, theirs = both["mean"].to_numpy(), theirs.dropna().to_numpy()
+    first, second = np.triu_indices(len(both), 1)
+    same = np.sign(ours[first] - ours[second]) == np.sign(theirs[first] - theirs[second])
+    line = {"pairs": len(same), "same": int(same.sum()), "share": 100 * same.mean()}
+    return DataFrame([line], index=pd.Index(["orders"], name="what")).round(1)
+
+
+@several
 def beside(runs: DataFrame, dataset: str) -> DataFrame:
     """Return methods and controls beside the paper's numbers, then the means over domains.
 
