@@ -127,8 +127,8 @@ CASES = {  # what is wrong -> who notices, and what the sentence must contain
     "parameter of another method": (run(d_gate=16), "unknown parameter of promptfl 'd_gate'"),
     "more clients than classes": (run(clients=31), "31 clients", "30 classes", "use 30"),
     "a client without a class": (
-        run(clients=27),
-        "27 clients",
+        run(clients=20),
+        "20 clients",
         "30 classes",
         "pathological",
         "use 15",

@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import yaml
@@ -153,6 +154,9 @@ def test_own_data_leave_the_results_of_the_file_alone(here, monkeypatch):
         records.of_table("table1", "results/others")["run"]
     )
     told = {}
+    book = nbformat.v4.new_notebook()
+    (here / "notebooks").mkdir()
+    nbformat.write(book, here / "notebooks/10_table1.ipynb")
 
     def execute(source, target, given):
         found = settings.read()

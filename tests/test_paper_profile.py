@@ -449,7 +449,9 @@ def test_prompts_of_a_step_are_counted_from_the_method(row):
 
 def test_the_chain_runs_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     """`make paper` on two small data sets: check, features, runs, a notebook; and a second time."""
-    settings = SMALL | {"tables": {"10_table1": {"table1": {"data": ["flowers102", "dtd"]}}}}
+    both = {"data": ["flowers102", "dtd"]}
+    alike = both | {"rows": ["promptfl"], "set": {"kind": "iid"}}
+    settings = SMALL | {"tables": {"10_table1": {"table1": both, "table1_iid": alike}}}
     paper = project(tmp_path, settings)
     store_clip(tmp_path / "clip")
     for name in ("flowers102", "dtd"):
@@ -470,7 +472,7 @@ def test_the_chain_runs_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     assert str(tmp_path) not in nbformat.writes(executed)
     assert not (tmp_path / "results").exists()
     kept = {path: path.stat().st_mtime_ns for path in records.RECORDS.iterdir()}
-    assert len(kept) == 2 * 2 * SMALL_ROWS
+    assert len(kept) == 2 * 2 * (SMALL_ROWS + 1)
     gone = next(iter(kept))
     gone.unlink()  # as after a kill
     cli.main(["sweep"])

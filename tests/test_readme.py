@@ -18,7 +18,7 @@ CODE = re.compile(r"`[^`\n]+`|\$[^$\n]+\$")  # and formulas
 RESULT = re.compile(r"\d+\.\d+|\d+ ?%|\d+(?:\.\d+)? points")
 # decimals and percentages that are no results
 NO_RESULTS = re.compile(
-    r"YAML 1\.2|3\.11 to 3\.13|arXiv \d{4}\.\d{5}|95 % interval|licen[cs]es?/\S+"
+    r"Dir\(0\.\d\)|YAML 1\.2|3\.11 to 3\.13|arXiv \d{4}\.\d{5}|95 % interval|licen[cs]es?/\S+"
 )
 
 

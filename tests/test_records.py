@@ -15,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -332,8 +333,8 @@ def test_a_record_of_other_images_or_another_model_is_not_taken(here):
 
 @pytest.mark.parametrize("held_out", ["", "sketch"])
 def test_clients_of_domains_have_their_names(here, held_out):
-    n = 5 if held_out else 12
-    experiment = PARAMS.experiment("majority", 1, kind="domain", clients=n, held_out=held_out)
+    changes = {"kind": "domain", "clients": 5 if held_out else 6}
+    experiment = PARAMS.experiment("majority", 1, held_out=held_out, **changes)
     frame = records.frame(runner.sweep([experiment]))
     _, feats = cache.load_cached(DATA, BACKBONE, cache.device())
     train = assemble.make_clients(experiment, "cpu").train
@@ -347,11 +348,13 @@ def test_clients_of_domains_have_their_names(here, held_out):
 
 
 def test_the_table_against_the_paper_has_a_line_for_each_domain(here):
-    domains = {"kind": "domain", "clients": 12}
+    domains = {"kind": "domain", "clients": 6}
     zero_shot = [PARAMS.experiment("zeroshot", seed, **domains) for seed in (1, 2)]
     frame = records.frame(runner.sweep(zero_shot))
     printed = {"painting": "amazon", "photo": "caltech", "quickdraw": "dslr", "sketch": "webcam"}
-    office = frame.assign(data="office_caltech10", domain=frame["domain"].map(printed))
+    accuracy = np.linspace(0.4, 0.9, len(frame))  # a random CLIP has none that could be seen
+    domain = frame["domain"].map(printed)
+    office = frame.assign(data="office_caltech10", domain=domain, accuracy=accuracy)
     made = published.of_tables({"table3": office.dropna(subset="domain")})
     assert made["domain"].tolist() == ["Average", "Amazon", "Caltech", "DSLR", "Webcam"]
     assert (made["table"] == "Table 4").all()

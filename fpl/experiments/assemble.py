@@ -16,7 +16,6 @@ from fpl.experiments.cache import device, load_cached, patches_of, text_of, view
 from fpl.experiments.settings import Experiment
 from fpl.prompts import PromptTree
 from fpl.released import splits
-from fpl.released.methods import InTurn
 from fpl.rounds import Round, Seeds, run_rounds
 from fpl.state import Clients
 
@@ -49,14 +48,15 @@ def turns_of(experiment: Experiment, feats: Features) -> list[Tensor] | None:
     The release draws them by NumPy's global state, as the split has left it.
     """
     asked, run = experiment.partition, experiment.run
-    if asked.form != "released" or not isinstance(experiment.method, InTurn):
+    turns = getattr(experiment.method, "turns", None)  # of fpl.released.methods.InTurn
+    if asked.form != "released" or turns is None:
         return None
     rng = np.random.RandomState(experiment.seed)
     labels = feats.labels.cpu().numpy()
     split_seed = asked.split_seed or experiment.seed
     splits.make(asked, labels, feats.split, split_seed, feats.domain, rng)
     picks = splits.participants(asked.clients, run.participation, run.rounds, rng)
-    return type(experiment.method).turns(torch.from_numpy(picks), asked.clients)
+    return turns(torch.from_numpy(picks), asked.clients)
 
 
 def deal(whole: Clients, feats: Features, asked: Partition, seed: int) -> Clients:

@@ -7,7 +7,7 @@ import torchvision
 from fpl.data import extraction
 from fpl.data.views import Views
 
-CHUNK = 32
+CHUNK = 20
 VIEWS = Views(2)
 PER_IMAGE = {"feats": 1, "patches": 1, "views": 2}
 
