@@ -21,7 +21,8 @@ TOLERANCE = {
     "fedper": 1.5,
     "finetuned": 3.0,
     "fedpgp_released": 3.0,
-    "fedotp": 3.0,
+    "fedotp": 5.0,  # three seeds, of which one moves by several points
+    "pFedMoAP - FedOTP": 5.0,
     "promptfl_released": 2.0,
     "fedprox_released": 2.0,
 }
