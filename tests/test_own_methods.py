@@ -113,6 +113,7 @@ BROKEN = {
     "syntax": ("def loss(:\n", "SyntaxError"),
     "import": ("import no_such_module_at_all\n", "ModuleNotFoundError: No module named"),
     "error": ("x = 1 / 0\n", "ZeroDivisionError: division by zero"),
+    "an exit": ("import sys\n\nsys.exit(5)\n", "SystemExit: 5"),
     "error of two lines": ('raise ValueError("a\\nb")\n', "ValueError: a b"),
 }
 

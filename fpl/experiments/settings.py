@@ -308,7 +308,7 @@ def own_module(path: Path) -> Any:
     sys.modules[name] = module  # before it runs: dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         said = " ".join(str(error).split())
         raise ValueError(f"{path} does not run: {type(error).__name__}: {said}") from error
