@@ -60,6 +60,8 @@ def parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. What a user can mend ends in one sentence and exit status 1."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    # beside another busy process, threads that spin while they wait take ten times as long
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     named = [argument for argument in arguments if argument in COMMANDS]
     with one_sentence(" ".join(["fpl", *named[:1]]), arguments):
         options = parser().parse_args(arguments)
