@@ -225,8 +225,9 @@ class Settings:
         possible = parameter_names(*ROWS, *methods)
         for key in [*asked.set, *asked.vary]:
             check_choice(key, sorted(possible), f"setting in tables.{table}")
+        taken = set().union(*map(self.open_to, methods))
         for key in asked.set:
-            if not any(key in self.open_to(row) for row in methods):
+            if key not in taken:
                 fixed = "of its rows, each has none or has it from section methods"
                 raise ValueError(f"tables.{table}.set.{key} does nothing: {fixed}: set it in rows")
         found = []
@@ -254,7 +255,8 @@ class Settings:
     def settings_of(self, asked: Table, row: str, own: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return what each run of a table's row changes, seeds aside."""
         valid = parameter_names(row)
-        common = {k: v for k, v in asked.set.items() if k in self.open_to(row)}
+        taken = self.open_to(row)
+        common = {k: v for k, v in asked.set.items() if k in taken}
         changes = {k: v for k, v in own.items() if k not in ("method", SEEDS)}
         varied = {k: listed for k, listed in asked.vary.items() if k in valid}
         every = values.combinations(varied, f"the table's row {row}")
