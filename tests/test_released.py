@@ -2,7 +2,9 @@
 
 import dataclasses
 import random
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT
@@ -320,11 +322,17 @@ def test_under_a_released_split_all_seeds_draw_the_same_clients():
     """By domain the split ends with the same state of NumPy, whatever the seed (D18)."""
     params = settings.read(ROOT / "params.yaml")
     asked = {"form": "released", "shots": 0, "participation": 0.25}
+    names = ("clipart", "infograph", "painting", "photo", "quickdraw", "sketch")
+    images = SimpleNamespace(
+        labels=torch.arange(12).repeat(60),
+        split=np.repeat([*["train"] * 6, *["test"] * 6], 60),
+        domain=np.tile(np.repeat(names, 60), 2),
+    )
     drawn = {}
     for row in ("promptfl_released", "fedpgp_released", "promptfl"):
         for seed in (1, 2):
             experiment = params.experiment(row, seed, "styles", **asked)
-            drawn[row, seed] = assemble.make_clients(experiment, "cpu").turns
+            drawn[row, seed] = assemble.turns_of(experiment, images)
     one, first = drawn["promptfl_released", 1], drawn["fedpgp_released", 1]
     assert [len(t) for t in one] == [7] * 15 and len({*map(str, one)}) == 15
     assert [len(t) for t in first] == [30, *[7] * 14]
