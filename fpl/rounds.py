@@ -8,14 +8,15 @@ shared between clients; in rows of `fpl.released` clients leave each other thing
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
@@ -120,6 +121,18 @@ class Optimiser:
 
 
 @dataclass(frozen=True)
+class State:
+    """Where a run stands between two rounds; what comes next follows from it.
+
+    local: everybody's tensors. optimiser: where one is shared, else None.
+    """
+
+    local: Tensors
+    server: Server
+    optimiser: Optimiser | None = None
+
+
+@dataclass(frozen=True)
 class Cohort:
     """Clients that are treated alike in a round: what they received and what they read."""
 
@@ -129,42 +142,49 @@ class Cohort:
     positions: Int[Tensor, " trained"]  # where in client_ids those stand who train
 
 
+class Answers(NamedTuple):
+    """What a client says of its test images, with its share in the softmax, and if it is right."""
+
+    predicted: Int[Tensor, " images"]
+    confidence: Float[Tensor, " images"]
+    right: Bool[Tensor, " images"]
+
+
 @dataclass(frozen=True)
 class Round:
     """What a round gave.
 
-    number: from 0. accuracy: in [0, 1], of every client. participants: who trained.
-    loss: the mean of the participants' last epochs. up, down: how many numbers each participant
-    sent and received. correct: for each client, whether each of its test images is right.
-    elsewhere: accuracy of every client on other images, by name, after the last round only.
-    evaluated: the tensors that every client was evaluated with. server: what the round left behind;
-    what clients read in the next round follows from it (`download`, `context`).
+    number: from 0. participants: who trained. loss: the mean of their last epochs. up, down: how
+    many numbers each of them sent and received. answers: every client's, on its test images.
+    evaluated: the tensors that gave them. state: what the round left behind. After the last round
+    only, elsewhere: accuracy of every client on other images, by name; cohorts: what clients have
+    received and read.
     """
 
     number: int
-    accuracy: PerClient
     participants: Int[Tensor, " picked"]
     loss: float
     up: Int[Tensor, " picked"]
     down: Int[Tensor, " picked"]
-    correct: list[Tensor] = field(repr=False, default_factory=list)
+    answers: list[Answers] = field(repr=False)
+    evaluated: Tensors = field(repr=False)
+    state: State = field(repr=False)
     elsewhere: dict[str, PerClient] = field(default_factory=dict)
-    evaluated: Tensors = field(repr=False, default_factory=dict)
-    server: Server | None = field(repr=False, default=None)
+    cohorts: list[Cohort] = field(repr=False, default_factory=list)
+
+    @property
+    def accuracy(self) -> PerClient:
+        """Of every client, in [0, 1]."""
+        return mean_right(self.answers)
 
 
 Elsewhere = Mapping[str, tuple[PromptTree, Clients]]  # clients with other test images, by name
 
 
 def run_rounds(
-    method: PromptFL,
-    text: PromptTree,
-    clients: Clients,
-    training: Training,
-    seeds: Seeds,
-    elsewhere: Elsewhere | None = None,
+    setup: Setup, elsewhere: Elsewhere | None = None, begin: State | None = None
 ) -> Iterator[Round]:
-    """Yield the result of every round.
+    """Yield the result of every round, or of those that come after `begin`.
 
     What is evaluated is what each client would use, all clients included. After the last round this
     is evaluated `elsewhere` too: by name, a text and the same clients with other test images,
@@ -178,34 +198,33 @@ def run_rounds(
 
     Raises FloatingPointError for a loss that is not finite, ValueError for settings that cannot be.
     """
+    method, text, clients, training = setup.method, setup.text, setup.clients, setup.training
     method.check(text, clients)
-    setup = Setup(method, text, method.clients(clients), training, seeds)
+    setup = replace(setup, clients=method.clients(clients))
     noise = noise_of(method, training)
-    local, server = begin_run(setup)
-    optimiser = Optimiser() if training.optimiser == "shared" else None
+    state = begin or begin_run(setup)
     places = (elsewhere or {}).items()
     elsewhere = {k: place for k, place in places if method.transfers or place[0] is text}
-    rounds = training.rounds if local else 1  # nothing to learn: one round says it all
-    for number in range(rounds):
-        drawn = select(clients, training, seeds.order, number).to(clients.feats.device)
-        server = server.begin(number, drawn)
-        trained = train_round(setup, server, local, drawn, optimiser)
+    rounds = training.rounds if state.local else 1  # nothing to learn: one round says it all
+    for number in range(begin.server.round + 1 if begin else 0, rounds):
+        drawn = select(clients, training, setup.seeds.order, number).to(clients.feats.device)
+        server = state.server.begin(number, drawn)
+        trained = train_round(setup, replace(state, server=server), drawn)
         local, cohorts = trained.local, trained.cohorts
         picked = drawn.sort().values
         server = aggregate(setup, trained.server, local, picked, noise)
-        tune = partial(fine_tune, setup, cohorts, number)
-        evaluated = method.evaluated(server, local, tune)
+        state = State(local, server, trained.optimiser)
+        evaluated = method.evaluated(server, local, partial(fine_tune, setup, cohorts, number))
         test = partial(evaluate_cohorts, setup, cohorts, evaluated)
-        correct = test(text, clients)
-        away = {}
-        if number == rounds - 1:
-            away = {name: mean_correct(test(*place)) for name, place in elsewhere.items()}
         who = picked.cpu()
         loss = trained.losses.nanmean().item()
         sent = trained.up[who], trained.down[who]
-        accuracy = mean_correct(correct)
-        yield Round(number, accuracy, who, loss, *sent, correct, away, evaluated, server)
-        del trained, cohorts, tune, test  # the round's experts are let go before the next are made
+        found = Round(number, who, loss, *sent, test(text, clients), evaluated, state)
+        if number == rounds - 1:
+            away = {name: mean_right(test(*place)) for name, place in elsewhere.items()}
+            found = replace(found, elsewhere=away, cohorts=cohorts)
+        del trained, cohorts, test  # the round's experts are let go before the next are made
+        yield found
 
 
 def noise_of(method: PromptFL, training: Training) -> float:
@@ -224,8 +243,8 @@ def noise_of(method: PromptFL, training: Training) -> float:
     return privacy.noise_multiplier(training.epsilon, training.delta, training.rounds)
 
 
-def begin_run(setup: Setup) -> tuple[Tensors, Server]:
-    """Return everybody's tensors and the server before the first round."""
+def begin_run(setup: Setup) -> State:
+    """Return what there is before the first round; all clients have the same tensors."""
     n = len(setup.clients)
     device = setup.clients.feats.device
     drawn = setup.method.init(setup.text, generator(setup.seeds.init, "init"))
@@ -240,7 +259,7 @@ def begin_run(setup: Setup) -> tuple[Tensors, Server]:
         returned=nobody,
         draw=partial(generator, setup.seeds.order),
     )
-    return local, server
+    return State(local, server, Optimiser() if setup.training.optimiser == "shared" else None)
 
 
 def select(clients: Clients, training: Training, seed: int, number: int) -> Int[Tensor, " picked"]:
@@ -257,26 +276,23 @@ class Trained:
 
     local: Tensors
     server: Server
+    optimiser: Optimiser | None
     cohorts: list[Cohort]
     losses: PerClient  # nan for clients that did not train
     up: Ids  # numbers sent
     down: Ids
 
 
-def train_round(
-    setup: Setup,
-    server: Server,
-    local: Tensors,
-    drawn: Int[Tensor, " picked"],
-    optimiser: Optimiser | None,
-) -> Trained:
+def train_round(setup: Setup, state: State, drawn: Int[Tensor, " picked"]) -> Trained:
     """Let the clients that were drawn train on their own images, one cohort after the other."""
     method = setup.method
     n = len(setup.clients)
     losses = torch.full((n,), torch.nan, device=drawn.device)
     up = torch.zeros(n, dtype=torch.long)
     down = torch.zeros(n, dtype=torch.long)
-    made = Trained(local, server, [], losses, up, down)
+    server = state.server
+    optimiser = copy.deepcopy(state.optimiser)  # a state stays as it is
+    made = Trained(state.local, server, optimiser, [], losses, up, down)
     for client_ids in filter(len, method.cohorts(server, drawn)):
         received = method.download(made.server, client_ids, setup.clients)
         context = method.context(setup.text, received, client_ids, setup.clients)
@@ -334,8 +350,7 @@ def group_by_batch_size(
     """Return groups that train at once, most steps first: positions in client_ids, batches."""
     groups: dict[int, list[tuple[int, Tensor]]] = {}
     for position, i in enumerate(client_ids.tolist()):
-        own = setup.clients.train[i]
-        order = batches(own, setup.training, setup.seeds.order, number, i, stream)
+        order = batches(setup, i, number, stream)
         groups.setdefault(order.shape[1], []).append((position, order))
     parts = []
     for group in groups.values():
@@ -348,22 +363,18 @@ def group_by_batch_size(
 
 
 def batches(
-    index: Int[Tensor, " own"],
-    training: Training,
-    seed: int,
-    number: int,
-    client: int,
-    stream: str = "order",
+    setup: Setup, client: int, number: int, stream: str = "order"
 ) -> Int[Tensor, "steps b"]:
     """Return the image numbers of each local step of a client in a round.
 
     The last incomplete batch of an epoch is dropped unless it is the only one.
     """
-    gen = generator(seed, stream, number, client)
-    b = min(training.batch_size, len(index))
+    index = setup.clients.train[client]
+    gen = generator(setup.seeds.order, stream, number, client)
+    b = min(setup.training.batch_size, len(index))
     steps = len(index) // b
     epochs = []
-    for _ in range(training.local_epochs):
+    for _ in range(setup.training.local_epochs):
         order = torch.randperm(len(index), generator=gen)[: steps * b]
         epochs.append(index[order.to(index.device)].view(steps, b))
     return torch.cat(epochs)
@@ -389,7 +400,10 @@ def train_locally(
     kept = optimiser or Optimiser()
     method, training = setup.method, setup.training
     leaves = {k: [own.clone().requires_grad_() for own in v] for k, v in begin.items()}
-    sgd = optimiser_of(leaves, training, kept)
+    groups = [{"params": own} for own in leaves.values()]
+    sgd = torch.optim.SGD(groups, 0.0, training.momentum, weight_decay=training.weight_decay)
+    for name in leaves.keys() & kept.velocity.keys():
+        sgd.state[leaves[name][0]]["momentum_buffer"] = kept.velocity[name]
     steps = [len(own) // training.local_epochs for own in order]  # of an epoch
     for epoch in range(training.local_epochs):
         losses = torch.zeros(len(order), device=setup.clients.feats.device)
@@ -413,17 +427,6 @@ def train_locally(
     kept.epochs += training.local_epochs
     ended = {name: torch.stack(own).detach() for name, own in leaves.items()}
     return ended, losses / torch.tensor(steps, device=losses.device)
-
-
-def optimiser_of(
-    leaves: Mapping[str, list[Tensor]], training: Training, kept: Optimiser
-) -> torch.optim.SGD:
-    """Return SGD with a group for each name of a tensor, and the velocities that were kept."""
-    groups = [{"params": own} for own in leaves.values()]
-    sgd = torch.optim.SGD(groups, 0.0, training.momentum, weight_decay=training.weight_decay)
-    for name in leaves.keys() & kept.velocity.keys():
-        sgd.state[leaves[name][0]]["momentum_buffer"] = kept.velocity[name]
-    return sgd
 
 
 def fine_tune(
@@ -454,18 +457,17 @@ def aggregate(
 
 def evaluate_cohorts(
     setup: Setup, cohorts: Sequence[Cohort], p: Tensors, text: PromptTree, clients: Clients
-) -> list[Tensor]:
-    """Return for every client whether each of its test images is classified correctly."""
-    correct = [torch.empty(0)] * len(clients)
+) -> list[Answers]:
+    """Return every client's answers on its test images."""
+    answers: dict[int, Answers] = {}
     for cohort in cohorts:
         ids = cohort.client_ids
         context = cohort.context
         if text is not setup.text:
             context = setup.method.context(text, cohort.received, ids, clients)
         found = evaluate(setup.method, text, take(p, ids), context, clients, ids.tolist())
-        for i, right in zip(ids.tolist(), found, strict=True):
-            correct[i] = right
-    return correct
+        answers |= zip(ids.tolist(), found, strict=True)
+    return [answers[i] for i in range(len(clients))]
 
 
 @torch.no_grad()
@@ -476,10 +478,10 @@ def evaluate(
     context: Context,
     clients: Clients,
     client_ids: Sequence[int],
-) -> list[Tensor]:
-    """Return for each of these clients which of its test images are right; p, context: theirs."""
+) -> list[Answers]:
+    """Return the answers of these clients on their test images; p, context: theirs."""
     images = getattr(clients, method.inputs)
-    correct = []
+    answers = []
     for first in range(0, len(client_ids), text.at_once):  # all text features would be too much
         chunk = slice(first, first + text.at_once)
         p_chunk = take(p, chunk)
@@ -489,13 +491,13 @@ def evaluate(
             one = slice(n, n + 1)
             t = None if encoded is None else encoded[one]
             classify = partial(method.logits, text, t, take(p_chunk, one), take(reads, one))
-            found = []
-            for part in clients.test[i].split(TEST_ROWS):
-                found.append(classify(images[part].unsqueeze(0))[0].argmax(-1))
-            correct.append(torch.cat(found) == clients.labels[clients.test[i]])
-    return correct
+            parts = clients.test[i].split(TEST_ROWS)
+            z = torch.cat([classify(images[part].unsqueeze(0))[0] for part in parts])
+            right = z.argmax(-1) == clients.labels[clients.test[i]]
+            answers.append(Answers(z.argmax(-1), z.softmax(-1).amax(-1), right))
+    return answers
 
 
-def mean_correct(correct: list[Tensor]) -> PerClient:
+def mean_right(answers: Sequence[Answers]) -> PerClient:
     """Return each client's accuracy."""
-    return torch.stack([right.float().mean() for right in correct]).cpu()
+    return torch.stack([found.right.float().mean() for found in answers]).cpu()

@@ -7,7 +7,7 @@ from helpers.tiny import SMALL
 
 from fpl.controls import CONTROLS, Majority, RidgeAll, RidgeOwn, ZeroShotOwn
 from fpl.methods import METHODS
-from fpl.rounds import Seeds, Training, run_rounds
+from fpl.rounds import Setup, Training, run_rounds
 from fpl.state import Clients
 
 EVERYBODY = torch.arange(6)
@@ -15,8 +15,8 @@ EVERYBODY = torch.arange(6)
 
 def correct(method, text, clients):
     """Which test images of each client are classified correctly, through the one loop."""
-    (only,) = run_rounds(method, text, clients, Training(rounds=3), Seeds())
-    return only.correct
+    (only,) = run_rounds(Setup(method, text, clients, Training(rounds=3)))
+    return [found.right for found in only.answers]
 
 
 def same(found, predictions, clients):

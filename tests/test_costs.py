@@ -16,7 +16,7 @@ from fpl.controls import CONTROLS
 from fpl.methods import METHODS, FedOTP, FedPGP, PFedMoAP
 from fpl.prompts import PromptTree
 from fpl.released.methods import RELEASED, ReleasedFedPGP
-from fpl.rounds import Seeds, Training
+from fpl.rounds import Training
 from fpl.state import Clients
 
 P = 16 * 512
@@ -71,7 +71,7 @@ def measured(method, n=20):
     feats = F.normalize(patches[:, 0], dim=-1)
     clients = Clients(feats, torch.arange(2 * n) % 2, parts, parts, 2, patches)
     training = Training(rounds=2, local_epochs=1, **method.training)
-    results = list(rounds.run_rounds(method, Tower(), clients, training, Seeds()))
+    results = list(rounds.run_rounds(rounds.Setup(method, Tower(), clients, training)))
     init = method.init(Tower(), torch.Generator())
     kept = sum(v.numel() for k, v in init.items() if k not in method.shared)
     for r in results:

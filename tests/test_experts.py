@@ -208,7 +208,7 @@ def test_the_last_rounds_features_are_let_go_before_the_next_are_made(text, clie
             made.extend(weakref.ref(v) for v in found.values())
             return found
 
-    for _ in rounds.run_rounds(make(Watched), text, clients, RUN, SEEDS):
+    for _ in rounds.run_rounds(rounds.Setup(make(Watched), text, clients, RUN, SEEDS)):
         pass
     assert len(made) == RUN.rounds - 1 and not any(held)
 

@@ -21,6 +21,7 @@ from helpers.runs import (
     near,
     play,
     read,
+    rights,
 )
 from helpers.tiny import NAMES, SMALL, error, make, tiny_model
 
@@ -200,7 +201,7 @@ def test_degenerate_cases_are_equal_to_the_bit(text, clients, kind, changes, sam
         assert all(torch.equal(method.ctx(a), b["ctx"]) for a, b in pairs)
     assert [r.loss for r in one.rounds] == [r.loss for r in other.rounds]
     for a, b in zip(one.rounds, other.rounds, strict=True):
-        assert torch.equal(torch.cat(a.correct), torch.cat(b.correct))
+        assert torch.equal(torch.cat(rights(a)), torch.cat(rights(b)))
 
 
 @pytest.mark.parametrize("training", [RUN, HALF], ids=["all", "half"])
@@ -214,7 +215,7 @@ def test_the_ordinary_case_is_not_the_degenerate_one(text, clients, kind, same_a
         assert not all(torch.equal(method.ctx(a), b["ctx"]) for a, b in pairs)
         return
     # it differs in what is made of the prompts
-    assert one.rounds[-1].correct and always(equal, one.evaluated, other.evaluated)
+    assert one.rounds[-1].answers and always(equal, one.evaluated, other.evaluated)
     found = []
     for log, row in ((one, method), (other, plain)):
         _, _, p, t, context, x = log.logits[-1]
@@ -379,19 +380,19 @@ def test_fine_tuning_is_for_evaluation_only(text, clients):
 def test_fine_tuning_is_of_everybody_from_the_new_average_in_an_order_of_its_own(text, clients):
     log = play(make(FineTuned), text, clients, HALF)
     training = dataclasses.replace(HALF, local_epochs=SMALL["tune_epochs"])
-    setup = Setup(PromptFL(4), text, clients, training)
+    setup = Setup(PromptFL(4), text, clients, training, SEEDS)
     steps = by_client(clients, log.tuned)
     for t, (server, found, r) in enumerate(
         zip(log.servers, log.evaluated, log.rounds, strict=True)
     ):
         for i in range(len(clients)):
-            order = rounds.batches(clients.train[i], training, SEEDS.order, t, i, "tune")
+            order = rounds.batches(setup, i, t, "tune")
             assert [batch for at, batch, _ in steps[i] if at == t] == order.tolist()
             begin = {"ctx": server.params["ctx"][None]}
             want, _ = rounds.train_locally(setup, begin, {}, [order])
             assert error(found["ctx"][i], want["ctx"][0]) < 1e-4
-            assert torch.equal(r.correct[i], right(text, found["ctx"][i], clients, i))
-    assert order.tolist() != rounds.batches(clients.train[i], training, SEEDS.order, t, i).tolist()
+            assert torch.equal(rights(r)[i], right(text, found["ctx"][i], clients, i))
+    assert order.tolist() != rounds.batches(setup, i, t).tolist()
 
 
 def test_stacked_clients_train_as_they_would_alone(learning, text, clients, monkeypatch):
@@ -436,8 +437,8 @@ def test_a_round_carries_what_was_evaluated_and_what_the_server_holds(learning, 
     log = play(learning, text, clients, HALF)
     for r, evaluated, server in zip(log.rounds, log.evaluated, log.servers, strict=True):
         assert equal(r.evaluated, evaluated)
-        assert equal(r.server.params, server.params)
-        assert equal(r.server.uploads, server.uploads)
+        assert equal(r.state.server.params, server.params)
+        assert equal(r.state.server.uploads, server.uploads)
 
 
 def test_methods_with_one_seed_see_the_same_clients_and_batches(learning, text, clients):
@@ -464,7 +465,11 @@ def test_order_is_drawn_anew_for_every_epoch_round_client_and_seed():
     named = [(seed, number, client) for seed in (1, 2) for number in (0, 1) for client in (0, 1)]
     epochs = []
     for name in named:
-        order = rounds.batches(torch.arange(40), RUN, *name)
+        seed, number, client = name
+        own = [torch.arange(40)] * 2
+        clients = Clients(torch.zeros(40, 1), torch.zeros(40).long(), own, own, 1)
+        setup = Setup(PromptFL(), None, clients, RUN, Seeds(order=seed))
+        order = rounds.batches(setup, client, number)
         epochs += order.view(RUN.local_epochs, -1).tolist()
     assert len({tuple(epoch) for epoch in epochs}) == len(named) * RUN.local_epochs
 
@@ -480,8 +485,8 @@ def test_every_row_runs_with_partial_participation(row, text, clients, participa
     for r in log.rounds:
         who = r.participants.tolist()
         assert len(who) == picked and who == sorted(set(who)) and set(who) <= set(range(6))
-        assert [len(c) for c in r.correct] == [len(test) for test in clients.test]
-        assert r.accuracy.tolist() == pytest.approx([c.float().mean().item() for c in r.correct])
+        assert [len(c) for c in rights(r)] == [len(test) for test in clients.test]
+        assert r.accuracy.tolist() == pytest.approx([c.float().mean().item() for c in rights(r)])
     assert len({tuple(who) for who in log.who}) > 1 or len(log.who) == 1 or picked == 6
 
 
@@ -500,7 +505,7 @@ def test_evaluation_is_with_ones_own_prompt_or_with_the_new_average(text, client
         prompts = local["ctx"]
         if kind.shared:
             prompts = server.params["ctx"].expand_as(prompts)
-        for i, found in enumerate(r.correct):
+        for i, found in enumerate(rights(r)):
             assert torch.equal(found, right(text, prompts[i], clients, i))
 
 
@@ -587,7 +592,7 @@ def test_never_selected_clients_are_classified_by_the_average_alone(moap, text, 
         average = moap.servers[r.number].params["ctx"]
         for i in set(range(len(clients))) - moap.last[r.number + 1].keys():
             found.add(r.number)
-            assert torch.equal(r.correct[i], right(text, average, clients, i))
+            assert torch.equal(rights(r)[i], right(text, average, clients, i))
     assert found >= {0, 1}
 
 
@@ -611,7 +616,7 @@ WRONG = {
     "methods": lambda text, x: PromptFL().logits(text, x, {}, {}, x[0]),
     "transport": lambda text, x: transport.plan(x[0]),
     "released": lambda text, x: InTurn().cohorts(None, x),
-    "rounds": lambda text, x: rounds.batches(x, RUN, 1, 0, 0),
+    "rounds": lambda text, x: rounds.mean_right([x]),
     "controls": lambda text, x: controls.restrict(x, x),
     "state": lambda text, x: Clients(x, x, [], [], 1),
 }

@@ -33,8 +33,8 @@ SEEDS = rounds.Seeds(init=3, order=4)
 def learnt(text, clients):
     """The end of a run whose gates prefer some experts, and in which a client trained only once."""
     method = make(PFedMoAP)
-    *_, before, last = rounds.run_rounds(method, text, clients, MANY, SEEDS)
-    server = before.server.begin(last.number, last.participants)
+    *_, before, last = rounds.run_rounds(rounds.Setup(method, text, clients, MANY, SEEDS))
+    server = before.state.server.begin(last.number, last.participants)
     gen = torch.Generator().manual_seed(1)
     evaluated = {
         k: v + torch.randn(v.shape, generator=gen) * k.startswith("gate_")
@@ -128,12 +128,12 @@ def test_learn_keeps_the_round_before_the_last_and_when_each_prompt_came(here):
     last = {int(i): r.number for r in played[:2] for i in r.participants}
     assert run.uploaded.tolist() == [last.get(i, -1) for i in range(4)]
     assert run.client_ids.tolist() == sorted(last) and run.server.round == 2
-    assert torch.equal(run.server.uploads["ctx"], played[1].server.uploads["ctx"])
+    assert torch.equal(run.server.uploads["ctx"], played[1].state.server.uploads["ctx"])
     assert torch.equal(run.evaluated["ctx"], played[2].evaluated["ctx"])
     first = next(
         iter(assemble.rounds_of(PARAMS.experiment("pfedmoap", 1, lr=1e-12, weight_decay=0.0)))
     )
-    assert torch.allclose(first.server.params["ctx"], run.init["ctx"], atol=1e-6)
+    assert torch.allclose(first.state.server.params["ctx"], run.init["ctx"], atol=1e-6)
     refuses(lambda: inspect.learn(PARAMS.experiment("pfedmoap", 1, rounds=1)), ["rounds 1", "2"])
 
 
@@ -142,9 +142,9 @@ def test_norms_are_those_of_the_prompts_and_changes_of_a_run(here):
     found = measures.norms(experiment)
     first, last = assemble.rounds_of(experiment)
     assert len(found) == 2 * 4 and found["round"].tolist() == [0] * 4 + [1] * 4
-    received = first.server.params["ctx"]
+    received = first.state.server.params["ctx"]
     for line in found.query("round == 1").itertuples():
-        change = last.server.uploads["ctx"][line.client] - received
+        change = last.state.server.uploads["ctx"][line.client] - received
         assert line.update == pytest.approx(change.norm().item(), rel=1e-4)
         assert line.prompt == pytest.approx(received.norm().item(), rel=1e-5)
         assert line.numbers == received.numel()
@@ -157,10 +157,9 @@ def test_norms_are_those_of_the_prompts_and_changes_of_a_run(here):
 
 def test_steps_are_those_that_the_loop_takes(here):
     experiment = PARAMS.experiment("promptfl", 1, batch_size=4)
-    clients = assemble.make_clients(experiment, "cpu")
-    run = experiment.run
-    orders = [rounds.batches(index, run, 1, 0, i) for i, index in enumerate(clients.train)]
-    assert measures.steps(experiment) == run.rounds * sum(map(len, orders)) > 8
+    setup = assemble.setup_of(experiment)
+    orders = [rounds.batches(setup, i, 0) for i in range(len(setup.clients))]
+    assert measures.steps(experiment) == experiment.run.rounds * sum(map(len, orders)) > 8
 
 
 def test_label_distance_is_0_for_equal_shares_and_1_for_disjoint_ones():

@@ -256,7 +256,7 @@ def test_who_uploads_nothing_has_nothing_to_hide(text, clients):
 def test_a_row_whose_clients_leave_each_other_more_than_uploads_is_refused(name, text, clients):
     kind = RELEASED[name]
     training = dataclasses.replace(RUN, **kind.training, **PRIVATE)
-    run = rounds.run_rounds(make(kind), text, clients, training, SEEDS)
+    run = rounds.run_rounds(rounds.Setup(make(kind), text, clients, training, SEEDS))
     if name not in UNCOVERED:
         next(run)
         return

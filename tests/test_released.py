@@ -18,7 +18,7 @@ from fpl.prompts import PromptTree
 from fpl.released import methods as released
 from fpl.released import splits
 from fpl.released.methods import RELEASED
-from fpl.rounds import Seeds, Training
+from fpl.rounds import Training
 from fpl.state import Clients, Server, take
 
 
@@ -177,7 +177,7 @@ def marked(z, monkeypatch):
     labels = torch.zeros(sum(sizes), dtype=torch.long)
     clients = Clients(torch.randn(sum(sizes), 2), labels, parts, parts, 1)
     training = Training(rounds=int(z["rounds"]), **method.training)
-    list(rounds.run_rounds(method, Marks(), clients, training, Seeds()))
+    list(rounds.run_rounds(rounds.Setup(method, Marks(), clients, training)))
     return log, method.init(Marks(), rounds.generator(1, "init"))
 
 
@@ -242,7 +242,7 @@ def test_d8_the_velocity_goes_from_client_to_client(text, clients):
 def test_a_shared_optimiser_needs_clients_in_turn(text, clients):
     training = dataclasses.replace(RUN, optimiser="shared")
     with pytest.raises(ValueError, match="train one after the other"):
-        list(rounds.run_rounds(make(PromptFL), text, clients, training, SEEDS))
+        list(rounds.run_rounds(rounds.Setup(make(PromptFL), text, clients, training, SEEDS)))
 
 
 @pytest.mark.parametrize("name", ["lr_e2", "lr_e5", "lr_e25_coop"])

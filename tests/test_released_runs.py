@@ -14,7 +14,7 @@ from helpers.tiny import error, golden, stored_clip
 from fpl import methods, rounds
 from fpl.prompts import PromptTree
 from fpl.released import methods as released
-from fpl.rounds import Seeds, Training
+from fpl.rounds import Training
 from fpl.state import Clients
 
 LIMIT = 1e-4
@@ -129,10 +129,12 @@ def as_stored(z, monkeypatch):
         ends = z["order_offsets"].tolist()
         orders = [z["order"][a:b] for a, b in pairwise(ends)]
 
-    def stored_batches(index, training, seed, number, client, stream):
+    def stored_batches(setup, client, number, stream):
         first = visits[client] * epochs
         visits[client] += 1
-        return index[z[f"client{client}.batches"][first : first + epochs].flatten(0, 1)]
+        return setup.clients.train[client][
+            z[f"client{client}.batches"][first : first + epochs].flatten(0, 1)
+        ]
 
     monkeypatch.setattr(rounds, "select", lambda n, training, seed, number: orders[number])
     monkeypatch.setattr(rounds, "batches", stored_batches)
@@ -155,7 +157,7 @@ def play(z, monkeypatch):
     training = Training(int(z["rounds"]), epochs, int(z["batch"]), lr, **method.training)
     before = 0
     found = {"lr_start": [], "test_accuracy": [], "test_macro_f1": []}
-    run = rounds.run_rounds(watched, text, clients, training, Seeds())
+    run = rounds.run_rounds(rounds.Setup(watched, text, clients, training))
     for result, order in zip(run, orders, strict=True):
         assert result.participants.tolist() == sorted(order.tolist())
         for _ in order:

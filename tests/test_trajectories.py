@@ -10,7 +10,7 @@ from helpers.tiny import error, golden, stored_clip
 
 from fpl.methods import PFedMoAP, PromptFL
 from fpl.prompts import PromptTree
-from fpl.rounds import Seeds, Setup, Training, evaluate, run_rounds, train_locally
+from fpl.rounds import Setup, Training, evaluate, run_rounds, train_locally
 from fpl.state import Clients, Server
 
 # golden/README.md; the gradient of b_k, b_v, b_o is rounding noise
@@ -105,8 +105,10 @@ def test_what_was_trained_classifies_as_the_released_code_does(name, at, key, li
     t = method.encode(text, p, ran.context)
     logits = method.logits(text, t, p, ran.context, clients.feats[None])[0]
     assert error(logits, stored) < limit
-    right = evaluate(method, text, p, ran.context, clients, [0])[0]
-    assert torch.equal(right, stored.argmax(-1) == ran.z["labels"])
+    found = evaluate(method, text, p, ran.context, clients, [0])[0]
+    assert torch.equal(found.right, stored.argmax(-1) == ran.z["labels"])
+    assert torch.equal(found.predicted, stored.argmax(-1))
+    assert error(found.confidence, stored.softmax(-1).amax(-1)) < limit
 
 
 @pytest.mark.parametrize("name", ["moap_k3", "moap_decay"])
@@ -171,7 +173,7 @@ def test_views_of_an_image_come_one_after_the_other_epoch_by_epoch():
             return None
 
     training = Training(rounds=2, local_epochs=3, batch_size=2)
-    list(run_rounds(Watched(), SimpleNamespace(at_once=2), clients, training, Seeds()))
+    list(run_rounds(Setup(Watched(), SimpleNamespace(at_once=2), clients, training)))
     assert len(seen) == 6
     for epoch, x in enumerate(seen):
         for i in (0, 1):

@@ -61,18 +61,17 @@ def second_round(setup: Setup, steps: int) -> tuple[Tensors, Tensors]:
     A client's images come in the order of the round, as if that had as many local epochs as needed.
     """
     method, clients, training = setup.method, setup.clients, setup.training
-    first = next(run_rounds(method, setup.text, clients, training, setup.seeds))
+    first = next(run_rounds(setup))
     everybody = torch.arange(len(clients), device=clients.feats.device)
-    assert first.server is not None  # a round that was just made has it
-    server = first.server.begin(1, everybody)
-    longer = replace(training, local_epochs=steps)  # an epoch has one step or more
+    server = first.state.server.begin(1, everybody)
+    longer = replace(setup, training=replace(training, local_epochs=steps))  # an epoch has a step
     at_once = replace(setup, training=replace(training, local_epochs=1))
     begins, ends = [], []
     for i, one in enumerate(everybody.split(1)):
         down = method.download(server, one, clients)
         context = method.context(setup.text, down, one, clients)
         begin = method.start(take(first.evaluated, one), down)
-        order = batches(clients.train[i], longer, setup.seeds.order, 1, i)[:steps]
+        order = batches(longer, i, 1)[:steps]
         ended, _ = train_locally(at_once, begin, take(context, slice(None)), [order])
         begins.append(begin)
         ends.append(ended)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fpl.methods import PromptFL
-from fpl.rounds import Seeds, Training, run_rounds
+from fpl.rounds import Setup, Training, run_rounds
 from fpl.state import Clients
 
 
@@ -69,7 +69,7 @@ def count_round(
 ) -> tuple[int, int]:
     """Return how many prompts the last round of a run encodes, with a gradient and without."""
     counts = (0, 0)
-    for _ in run_rounds(method, text, clients, training, Seeds()):
+    for _ in run_rounds(Setup(method, text, clients, training)):
         counts = (text.trained, text.read)
         text.trained = text.read = 0
     return counts

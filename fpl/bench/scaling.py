@@ -17,7 +17,7 @@ from fpl.bench.ways import SequentialPFedMoAP, names
 from fpl.experiments.cache import device
 from fpl.methods import PFedMoAP
 from fpl.prompts import Clip, PromptTree
-from fpl.rounds import Seeds, Training, evaluate, run_rounds
+from fpl.rounds import Setup, Training, evaluate, run_rounds
 
 GROWTH = {  # of each, the first is what it stays at while another one grows
     "clients": (10, 30, 100, 300, 1000),
@@ -101,7 +101,7 @@ def cost(
     clients = replace(clients, train=train)
     method = PFedMoAP(n_experts=k, **settings)
     training = Training(rounds=2, local_epochs=1, batch_size=batch)
-    rounds = run_rounds(method, text, clients, training, Seeds())
+    rounds = run_rounds(Setup(method, text, clients, training))
     seconds = []
 
     def both() -> None:

@@ -19,7 +19,7 @@ from fpl.bench.ways import COMPILED, WAYS, load_model, names
 from fpl.experiments.cache import device
 from fpl.methods import PFedMoAP
 from fpl.prompts import Clip
-from fpl.rounds import Seeds, Training, run_rounds
+from fpl.rounds import Training, run_rounds
 from fpl.state import Tensors, take
 
 COLUMNS = (
@@ -204,9 +204,7 @@ def times(ways: Mapping[str, Counted], seconds: pd.DataFrame) -> pd.DataFrame:
 
 def whole_round(parts: Parts) -> float:
     """Return the seconds of the second round of a run, in which everybody has experts."""
-    setup = parts.setup
-    clients = setup.clients
-    made = run_rounds(setup.method, setup.text, clients, setup.training, Seeds())
+    made = run_rounds(parts.setup)
     next(made)
     return timed(lambda: next(made))
 

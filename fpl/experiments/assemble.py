@@ -16,7 +16,7 @@ from fpl.experiments.cache import device, load_cached, patches_of, text_of, view
 from fpl.experiments.settings import Experiment
 from fpl.prompts import PromptTree
 from fpl.released import splits
-from fpl.rounds import Round, Seeds, run_rounds
+from fpl.rounds import Round, Seeds, Setup, State, run_rounds
 from fpl.state import Clients
 
 
@@ -92,13 +92,14 @@ def elsewhere_of(
 ) -> dict[str, tuple[PromptTree, Clients]]:
     """Return what every client is tested on besides its own images, by name.
 
-    Novel classes have a text and labels of their own.
+    "global" are the test images of all clients. Novel classes have a text and labels of their own.
     """
     source = experiment.source
     _, feats = load_cached(source.data, source.backbone, device())
     labels = feats.labels.cpu().numpy()
     found = partitions.elsewhere(experiment.partition, labels, feats.split, feats.domain)
-    made = {}
+    everything = torch.cat(list(clients.test)).unique()
+    made = {"global": (text, replace(clients, test=[everything] * len(clients)))}
     for name, index in found.items():
         tested = [on(str(clients.labels.device), index)] * len(clients)
         there = replace(clients, test=tested)
@@ -140,11 +141,27 @@ def clients_of(experiment: Experiment) -> list[str]:
     return partitions.client_names(experiment.partition, labels, feats.domain, feats.client)
 
 
-def rounds_of(experiment: Experiment) -> Iterator[Round]:
-    """Yield the rounds of an experiment as they finish; in a notebook, a way to watch one."""
+def setup_of(experiment: Experiment) -> Setup:
+    """Return what stays the same during a run: method, text, clients, training and seeds."""
     clients = make_clients(experiment, device())
     text = text_for(experiment, (0, clients.n_cls))
+    return Setup(experiment.method, text, clients, experiment.run, seeds_of(experiment))
+
+
+def seeds_of(experiment: Experiment) -> Seeds:
+    """Return the seeds of what the run draws: those of its training, or else its own."""
     run = experiment.run
-    seeds = Seeds(run.init_seed or experiment.seed, run.order_seed or experiment.seed)
-    elsewhere = elsewhere_of(experiment, text, clients)
-    yield from run_rounds(experiment.method, text, clients, run, seeds, elsewhere)
+    return Seeds(run.init_seed or experiment.seed, run.order_seed or experiment.seed)
+
+
+def rounds_of(
+    experiment: Experiment, setup: Setup | None = None, begin: State | None = None
+) -> Iterator[Round]:
+    """Yield the rounds of an experiment as they finish; in a notebook, a way to watch one.
+
+    setup: that of the experiment, where it is known. begin: the state that an earlier round of the
+    same run left, from which it goes on.
+    """
+    setup = setup or setup_of(experiment)
+    elsewhere = elsewhere_of(experiment, setup.text, setup.clients)
+    yield from run_rounds(setup, elsewhere, begin)

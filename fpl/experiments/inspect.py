@@ -20,11 +20,12 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from fpl import gate
-from fpl.experiments import assemble, cache
+from fpl.experiments import assemble
 from fpl.experiments.settings import Experiment
 from fpl.methods import PFedMoAP, PromptFL, knn, l2_distance
 from fpl.prompts import Clip, PromptTree, text_tower
-from fpl.state import Clients, Ids, Server, Tensors, generator, take
+from fpl.rounds import begin_run
+from fpl.state import Clients, Ids, Server, Tensors, take
 
 # Between all clients; 0 on the diagonal, and the same in both directions.
 Distance = Float[ndarray, "n n"]
@@ -69,19 +70,17 @@ def learn(experiment: Experiment) -> Learnt:
     if rounds < 2:
         raise ValueError(f"rounds {rounds} leaves no experts to look at: use at least 2")
     method = experiment.method
-    clients = assemble.make_clients(experiment, cache.device())
-    text = assemble.text_for(experiment, (0, clients.n_cls))
-    drawn = method.init(text, generator(experiment.run.init_seed or experiment.seed, "init"))
-    init = {name: value.to(clients.feats.device) for name, value in drawn.items()}
-    uploaded = torch.full((len(clients),), -1)
+    setup = assemble.setup_of(experiment)
+    init = {name: value[0] for name, value in begin_run(setup).local.items()}
+    uploaded = torch.full((len(setup.clients),), -1)
     before = None
     for last in assemble.rounds_of(experiment):
         if last.number < rounds - 1:
             uploaded[last.participants] = last.number
-            before = last.server
+            before = last.state.server
     assert before is not None  # every round of a run has one
     server = before.begin(last.number, last.participants.to(before.has_upload.device))
-    return Learnt(method, text, clients, init, last.evaluated, server, uploaded)
+    return Learnt(method, setup.text, setup.clients, init, last.evaluated, server, uploaded)
 
 
 def with_gate_as_drawn(learnt: Learnt) -> Learnt:

@@ -13,7 +13,8 @@ from fpl.experiments import assemble
 from fpl.experiments.cache import device
 from fpl.experiments.settings import Experiment
 from fpl.privacy import noise_multiplier
-from fpl.state import Tensors, generator
+from fpl.rounds import begin_run
+from fpl.state import Tensors
 
 
 def steps(experiment: Experiment) -> int:
@@ -38,13 +39,10 @@ def norms(experiment: Experiment) -> DataFrame:
     method = experiment.method
     if not method.shared:
         raise ValueError(f"{experiment.row} sends nothing: choose another row")
-    seed = experiment.run.init_seed or experiment.seed
-    text = assemble.text_for(experiment, (0, None))
-    begin = method.init(text, generator(seed, "init"))
+    begin = begin_run(assemble.setup_of(experiment)).server.params
     lines = []
     for played in assemble.rounds_of(experiment):
-        server = played.server
-        assert server is not None  # every round of a run has one
+        server = played.state.server
         for client in played.participants.tolist():
             received = flat({name: begin[name] for name in method.shared})
             sent = flat({name: server.uploads[name][client] for name in method.shared})

@@ -15,7 +15,7 @@ from torch import Tensor
 from fpl.experiments.values import build
 from fpl.methods import PromptFL
 from fpl.prompts import Clip, PromptTree
-from fpl.rounds import Round, Setup, Training, aggregate, begin_run, run_rounds, train_round
+from fpl.rounds import Round, Setup, State, Training, aggregate, begin_run, run_rounds, train_round
 from fpl.state import Clients, Context, Lookup, Server, Tensors, generator, take
 
 NAMES = ["red square", "red circle", "blue square", "palette", "cat", "golden retriever"]
@@ -71,15 +71,13 @@ def small_clients() -> Clients:
 
 def run(small: Setup, method: PromptFL | None = None) -> list[Round]:
     """Return the rounds of a run of the setup's method, or of another one in its place."""
-    chosen = method or small.method
-    return [*run_rounds(chosen, small.text, small.clients, small.training, small.seeds)]
+    return [*run_rounds(replace(small, method=method or small.method))]
 
 
 def after_a_round(small: Setup) -> tuple[Tensors, Server]:
     """Return everybody's tensors and the server, as they stand when all have trained once."""
     everybody = torch.arange(len(small.clients))
-    local, server = begin_run(small)
-    trained = train_round(small, server, local, everybody, None)
+    trained = train_round(small, begin_run(small), everybody)
     server = aggregate(small, trained.server, trained.local, everybody, 0.0)
     return trained.local, replace(server, round=1)
 
@@ -116,7 +114,7 @@ def gradients(small: Setup) -> str:
 def leaves(small: Setup) -> str:
     """What leaves a client is what `shared` names, and private tensors reach nobody else."""
     method = small.method
-    local, _ = begin_run(small)
+    local = begin_run(small).local
     unknown = [name for name in method.shared if name not in local]
     if unknown:
         return f"shared names {', '.join(unknown)}, which init does not make"
@@ -128,8 +126,8 @@ def leaves(small: Setup) -> str:
     for name, value in changed.items():
         if name not in method.shared:
             value[0] += 1
-    one = train_round(small, server, local, drawn, None).local
-    other = train_round(small, server, changed, drawn, None).local
+    one = train_round(small, State(local, server), drawn).local
+    other = train_round(small, State(changed, server), drawn).local
     reached = [name for name in one if not torch.equal(one[name][1:], other[name][1:])]
     if not reached:
         return ""
@@ -187,7 +185,7 @@ def degenerate(small: Setup) -> str:
         same = replace(small.method, **settings)
         base: PromptFL = build(kind, {"n_ctx": same.n_ctx}, kind.key)
         for one, other in zip(run(small, same), run(small, base), strict=True):
-            equal = all(map(torch.equal, one.correct, other.correct))
+            equal = all((torch.equal(a.right, b.right) for a, b in zip(one.answers, other.answers)))
             if not equal or abs(one.loss - other.loss) > NEAR * abs(other.loss):
                 return f"with {settings} it is not {kind.title}, from round {one.number} on"
     return ""

@@ -7,7 +7,7 @@ import torch
 
 from fpl import rounds
 from fpl.methods import METHODS
-from fpl.rounds import Seeds, Training
+from fpl.rounds import Seeds, Setup, Training
 from fpl.state import take
 from helpers.tiny import error, make
 
@@ -73,8 +73,13 @@ def watch(method):
 def play(method, text, clients, training=RUN, seeds=SEEDS):
     """Return the log of a whole run; `rounds` are its results."""
     watched, log = watch(method)
-    log.rounds = list(rounds.run_rounds(watched, text, clients, training, seeds))
+    log.rounds = list(rounds.run_rounds(Setup(watched, text, clients, training, seeds)))
     return log
+
+
+def rights(r):
+    """Return for each client whether each of its test images is right after a round."""
+    return [found.right for found in r.answers]
 
 
 def equal(a, b):
