@@ -21,7 +21,7 @@ from fpl.data.partitions import Partition
 from fpl.experiments import assemble, cache, records, runner, stats, tables
 from fpl.experiments.settings import ROWS
 from fpl.prompts import PromptTree
-from fpl.rounds import Seeds, Training
+from fpl.rounds import Training
 from fpl.state import Clients
 
 # to the classes of training
@@ -72,7 +72,8 @@ def base(clip, name):
 
 def play(method, text, clients, **options):
     training = dataclasses.replace(RUN, **method.training)
-    return list(rounds.run_rounds(method, text, clients, training, Seeds(1, 1), **options))
+    setup = rounds.Setup(method, text, clients, training)
+    return list(rounds.run_rounds(setup, **options))
 
 
 def trained(played):
@@ -300,7 +301,7 @@ def right(feats, images, first, end):
 def found_elsewhere(**changes):
     """Return the accuracies on other images of a zero-shot run."""
     (last,) = assemble.rounds_of(PARAMS.experiment("zeroshot", 1, **changes))
-    return {name: accuracy.tolist() for name, accuracy in last.elsewhere.items()}
+    return {k: v.tolist() for k, v in last.elsewhere.items() if k != records.GLOBAL}
 
 
 def test_zero_shot_accuracies_are_those_of_the_images_and_names(here):
@@ -314,6 +315,18 @@ def test_zero_shot_accuracies_are_those_of_the_images_and_names(here):
     target = right(feats, feats.domain == "sketch", 0, 30)
     found = found_elsewhere(kind="domain", clients=5, held_out="sketch")
     assert found == {"target": pytest.approx([target] * 5)}
+
+
+@pytest.mark.parametrize("row", ["majority", "zeroshot_own"])
+def test_global_accuracy_is_that_on_the_test_images_of_all_clients(row, here):
+    """Who never names a class of others is right on its own images, and on no others."""
+    experiment = PARAMS.experiment(row, 1)
+    sizes = [len(own) for own in assemble.make_clients(experiment, "cpu").test]
+    *_, last = assemble.rounds_of(experiment)
+    everywhere = last.elsewhere[records.GLOBAL]
+    assert sum(sizes) == 30 and last.accuracy.max() > 0
+    wanted = [a * own / 30 for a, own in zip(last.accuracy.tolist(), sizes, strict=True)]
+    assert everywhere.tolist() == pytest.approx(wanted)
 
 
 def test_clients_of_a_base_run_have_base_classes_only(here):
@@ -333,13 +346,14 @@ def test_records_and_frames_have_what_was_found_elsewhere(here):
     ]
     paths = runner.sweep(experiments)
     found = [json.loads(path.read_text())["rounds"][-1].get("elsewhere", {}) for path in paths]
-    assert [[*places] for places in found] == [["base", "novel"], ["base"], ["target"], []]
+    kinds = [["base", "global", "novel"], ["base", "global"], ["global", "target"], ["global"]]
+    assert [[*places] for places in found] == kinds
     means = {}
     for path, experiment, places in zip(paths, experiments, found, strict=True):
         frame = records.frame([path])
         last = frame["round"] == frame["round"].max()
         means[experiment.row, 1] = frame["accuracy"][last].mean()
-        for name in partitions.ELSEWHERE:
+        for name in (records.GLOBAL, *partitions.ELSEWHERE):
             assert frame[name][~last].isna().all()
             nothing = pytest.approx([math.nan] * last.sum(), nan_ok=True)
             assert frame[name][last].tolist() == places.get(name, nothing)

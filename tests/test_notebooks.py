@@ -25,6 +25,7 @@ QUICK = {
     "00_tour": {"clients": 4},
     "03_methods": {"rounds": 2, "clients": 4},
     "06_own_method": {"rounds": 1},
+    "07_one_run": {"rounds": 2},
     "20_label_prior": {"null_seeds": 5},
     "23_pictures": {"rounds": 2},
 }

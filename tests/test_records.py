@@ -68,7 +68,7 @@ def test_a_record_is_one_line_with_all_settings(experiment, here):
     for stored, r in zip(record["rounds"], rounds, strict=True):
         assert stored["accuracy"] == pytest.approx(r.accuracy.tolist(), abs=1e-6)
         assert stored["participants"] == r.participants.tolist()
-    assert {"seconds", "backbone", "torch", "device"} <= set(record)
+    assert {"backbone", "torch", "device", "classes", "answers"} <= set(record)
     assert [p.name for p in records.RECORDS.iterdir()] == [path.name]
 
 
@@ -80,7 +80,7 @@ def test_a_run_is_not_made_twice(here, calls):
     paths[0].unlink()
     runner.sweep(FEW[:3])
     assert calls[3:] == [FEW[0]]
-    runner.sweep(FEW[:3], fresh=True)
+    runner.sweep(FEW[:3], asked=runner.Asked(fresh=True))
     assert sorted(calls[4:], key=FEW.index) == FEW[:3]
 
 

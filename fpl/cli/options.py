@@ -148,3 +148,10 @@ def positive(text: str) -> int:
     if int(text) < 1:
         raise ValueError
     return int(text)
+
+
+def seconds(text: str) -> float:
+    """Return a time of at least 0 seconds."""
+    if not 0 <= float(text) < float("inf"):
+        raise ValueError
+    return float(text)

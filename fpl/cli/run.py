@@ -1,8 +1,18 @@
 """fpl run: one run of one method."""
 
 import re
+from contextlib import nullcontext
+from dataclasses import replace
 
-from fpl.cli.options import Options, Parser, add_data, add_fresh, add_settings, read_settings
+from fpl.cli.options import (
+    Options,
+    Parser,
+    add_data,
+    add_fresh,
+    add_settings,
+    read_settings,
+    seconds,
+)
 from fpl.cli.show import say
 
 # What `fpl sweep` would take for several values.
@@ -18,11 +28,20 @@ def add(parser: Parser) -> None:
     parser.add_argument("method", help=which)
     what = "settings to change, such as lam=1 seed=2"
     parser.add_argument("changes", nargs="*", metavar="name=value", help=what)
+    what = "keep what the run learns in a file beside its record, for `fpl predict`"
+    parser.add_argument("--keep", action="store_true", help=what)
+    what = "log every round with DVCLive, in results/live"
+    parser.add_argument("--live", action="store_true", help=what)
+    what = "least time between two checkpoints, from which a killed run goes on (10)"
+    parser.add_argument("--checkpoint", type=seconds, metavar="SECONDS", help=what)
 
 
 def run(options: Options) -> None:
-    """Make one run (or find its record) and print the accuracy after the last round."""
-    from fpl.experiments import records, runner, stats, values
+    """Make one run (or find its record) and print the accuracy after the last round.
+
+    A run that was killed goes on from its last checkpoint when it is called again.
+    """
+    from fpl.experiments import keep, live, records, runner, stats, values
 
     settings = read_settings(options)
     changes = {"seed": settings.seeds[0], **values.assignments(options.changes, "name=value")}
@@ -32,7 +51,14 @@ def run(options: Options) -> None:
         if not any(SEVERAL.fullmatch(value) for value in map(str, changes.values())):
             raise
         raise ValueError(f"{error}; `fpl sweep` takes lists and ranges") from None
-    (path,) = runner.sweep([experiment], fresh=options.fresh)
+    asked = runner.Asked(options.fresh or options.live, options.keep)
+    if options.checkpoint is not None:
+        asked = replace(asked, every=options.checkpoint)
+    with live.followed(experiment, asked) if options.live else nullcontext(asked) as told:
+        (path,) = runner.sweep([experiment], asked=told)
     accuracy = stats.by_seed(records.frame([path])).iloc[0]
     found = f"{100 * accuracy:.2f} % after the last round, mean over clients"
     say(f"{options.method}: {found}; record: {path}")
+    if options.keep:
+        kept = path.with_suffix(keep.SUFFIX)
+        say(f"what it learnt: {kept} ({kept.stat().st_size / 1e6:.1f} MB)")

@@ -72,7 +72,7 @@ def sweep_method(settings: Settings, options: Options) -> None:
     lists["seed"] = lists.pop("seed", [*settings.seeds])  # at the end: seeds change first
     every = values.combinations(lists, method)
     experiments = [settings.experiment(method, on=options.on, **chosen) for chosen in every]
-    paths = runner.sweep(experiments, options.jobs, options.fresh)
+    paths = runner.sweep(experiments, options.jobs, runner.Asked(options.fresh))
     if options.name:
         rows = [method] * len(paths)
         records.save_index("05_sweep", options.name, paths, rows, settings.results)

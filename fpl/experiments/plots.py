@@ -268,6 +268,29 @@ def curves(runs: DataFrame) -> Figure:
 
 
 @in_our_style
+def curves_of_clients(runs: DataFrame) -> Figure:
+    """Draw accuracy by round of one run: a grey line per client, their mean, and the worst client.
+
+    The worst is the one with the lowest accuracy in the last round. runs: a line per round and
+    client with columns round, client and accuracy.
+    """
+    table = 100 * runs.pivot(index="round", columns="client", values="accuracy")
+    worst = table.iloc[-1].idxmin()
+    x = table.index + 1
+    fig, [[ax]] = figure(6.5, 3.6)
+    each = ax.plot(x, table, color="#AAAAAA", linewidth=0.9, marker=".", markersize=3)
+    each[0].set_label("a client")
+    lowest = {"label": f"client {worst}, the worst at the end", **look(4)}
+    ax.plot(x, table[worst], markersize=4, **lowest)
+    ax.plot(x, table.mean(axis=1), markersize=4, linewidth=2, label="mean", **look(0))
+    around = x.min() - 0.5, x.max() + 0.5
+    ax.set(xlabel="communication round", ylabel="accuracy (%)", xlim=around)
+    ax.locator_params(axis="x", integer=True)
+    legend(ax)
+    return fig
+
+
+@in_our_style
 def ablations(
     values: dict[str, DataFrame],
     defaults: dict[str, float],
@@ -408,6 +431,20 @@ def bars(
 
 
 @in_our_style
+def side_by_side(table: DataFrame, xlabel: str) -> Figure:
+    """Draw a line per row, named as the index, with a mark for each column's value."""
+    fig, [[ax]] = figure(6.5, 0.28 * len(table) + 1.3)
+    name_rows(ax, table.index)
+    y = range(len(table))
+    ax.hlines(y, table.min(axis=1), table.max(axis=1), color="#AAAAAA", linewidth=1.2)
+    for k, column in enumerate(table):
+        ax.plot(table[column], y, linestyle="none", label=column, **look(k))
+    ax.set_xlabel(xlabel)
+    legend(ax)
+    return fig
+
+
+@in_our_style
 def steps(values: Sequence[float], every: int, title: str, xlabel: str, ylabel: str) -> Figure:
     """Draw a sequence as points on a line, with a vertical line before every `every` of them."""
     fig, [[ax]] = figure(7.5, 2.6)
@@ -489,6 +526,59 @@ def heat(
     ax.set_yticks(range(len(matrix)), matrix.index, fontsize=min(10, 50 * high))
     ax.grid(visible=False)
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    return fig
+
+
+@in_our_style
+def confusion(counts: DataFrame, title: str) -> Figure:
+    """Draw how many images of a class (row) were taken for which class (column).
+
+    counts: as `metrics.confusion`. A cell has the number of images where there is room, and as
+    shade their share among those of the class; one without images is empty.
+    """
+    share = 100 * counts.div(counts.sum(axis=1), axis=0)
+    cell = np.clip(8 / len(counts.columns), 0.12, 0.45)
+    fig, [[ax]] = figure(cell * len(counts.columns) + 2.8, cell * len(counts) + 2)
+    shades = ax.imshow(share.where(counts > 0), cmap="cividis_r", vmin=0, vmax=100)
+    fig.colorbar(shades, label="% of the class", shrink=0.8)
+    there = np.argwhere(counts.to_numpy()) if cell > 0.2 else []
+    for y, x in there:
+        inside = {"ha": "center", "va": "center", "fontsize": min(9, 30 * cell)}
+        colour = "white" if share.iat[y, x] > 50 else "black"
+        ax.annotate(counts.iat[y, x], (x, y), color=colour, **inside)
+    names = {"fontsize": min(9, 36 * cell)}
+    ax.set_xticks(range(len(counts.columns)), counts.columns, rotation=90, **names)
+    ax.set_yticks(range(len(counts)), counts.index, **names)
+    ax.grid(visible=False)
+    ax.set(title=title, xlabel="taken for", ylabel="class")
+    return fig
+
+
+@in_our_style
+def reliability(table: DataFrame) -> Figure:
+    """Draw accuracy by confidence, with the line on which both are equal, and how many images.
+
+    table: as `metrics.reliability`. The title says the mean distance from the line over images.
+    """
+    fig, [[upper], [lower]] = figure(5.2, 5.2, 2, 1, sharex=True, height_ratios=[3, 1])
+    there = table[table["images"] > 0]
+    width = there["high"] - there["low"]
+    box = {"width": width, "align": "edge", "edgecolor": "black", "linewidth": 0.6}
+    upper.bar(there["low"], 100 * there["accuracy"], color="#56B4E9", label="accuracy", **box)
+    upper.plot([0, 1], [0, 100], color="#555555", linestyle="--", linewidth=1.2, label="calibrated")
+    at = there["confidence"], 100 * there["accuracy"]
+    upper.vlines(at[0], 100 * at[0], at[1], color="#D55E00", linewidth=1.5)
+    mean = {"label": "at the bin's mean confidence", "clip_on": False}
+    upper.plot(*at, "o", color="#D55E00", markersize=4, **mean)
+    distance = (there["confidence"] - there["accuracy"]).abs()
+    error = 100 * (distance * there["images"]).sum() / there["images"].sum()
+    upper.set_title(f"expected calibration error {error:.2f} %")
+    upper.set_ylabel("accuracy (%)")
+    lower.bar(there["low"], there["images"], color="#BBBBBB", **box)
+    lower.set(xlabel="confidence", ylabel="images", xlim=(0, 1), ylim=(0.5, None), yscale="log")
+    lower.yaxis.set_major_formatter("{x:g}")
+    lower.minorticks_off()
+    legend(upper, columns=2)
     return fig
 
 

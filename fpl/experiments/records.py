@@ -23,6 +23,7 @@ from fpl.data.partitions import ELSEWHERE
 from fpl.experiments import places
 
 RECORDS = Path("results/records")
+GLOBAL = "global"  # the accuracy of a client's model on the test images of all clients
 # What a record says of a round that is not a list with a number for each client.
 OTHER = {"round", "participants", "loss", "up", "down", "elsewhere"}
 CHECKSUM = "sha256"
@@ -216,7 +217,7 @@ def lines_of(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
         up = dict(zip(participants, found["up"], strict=True))
         down = dict(zip(participants, found["down"], strict=True))
         n = len(found["accuracy"])
-        each = dict.fromkeys(ELSEWHERE, [math.nan] * n)
+        each = dict.fromkeys((GLOBAL, *ELSEWHERE), [math.nan] * n)
         each |= found.get("elsewhere", {})
         for name in found.keys() - OTHER:
             each[name] = found[name]

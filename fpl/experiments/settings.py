@@ -136,7 +136,8 @@ class Table:
     without rows, all methods and controls. data: names of data sets, or the one of section data.
     set: holds for all rows, under what `methods` says of a row; a row that lacks a setting of `set`
     or `vary` goes without. seeds: how many of the file's, 0 for all; `methods` and rows may say
-    their own number. notebook: the one that shows it.
+    their own number. keep: what its runs learnt, in files beside their records. notebook: the one
+    that shows it.
     """
 
     rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -144,6 +145,7 @@ class Table:
     set: Mapping[str, Any] = field(default_factory=dict)
     vary: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     seeds: int = 0
+    keep: bool = False
     notebook: str = ""
 
 
@@ -450,7 +452,7 @@ def table(content: Any, where: str, notebook: str = "") -> Table:
     Raises ValueError for wrong names and types.
     """
     for key in of_type(content, dict, where):
-        check_choice(key, ["rows", "data", "set", "vary", SEEDS], f"part of {where}")
+        check_choice(key, ["rows", "data", "set", "vary", "keep", SEEDS], f"part of {where}")
     rows = content.get("rows", {})
     if isinstance(rows, list):
         rows = dict.fromkeys(of_type(row, str, f"{where}.rows") for row in rows)
@@ -466,5 +468,6 @@ def table(content: Any, where: str, notebook: str = "") -> Table:
         set=of_type(content.get("set", {}), dict, f"{where}.set"),
         vary={k: of_type(listed, list, f"{where}.vary.{k}") for k, listed in vary.items()},
         seeds=number_of_seeds(content, where),
+        keep=of_type(content.get("keep", False), bool, f"{where}.keep"),
         notebook=notebook,
     )

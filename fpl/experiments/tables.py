@@ -18,8 +18,10 @@ from fpl.data import world
 from fpl.data.datasets import DATASETS
 from fpl.data.files import ROOT, atomic_write
 from fpl.data.text import cell, markdown
+from fpl.experiments import answers, records
 from fpl.experiments.notebook import TABLES
 from fpl.experiments.stats import (
+    RUN,
     by_seed,
     holm,
     last_round,
@@ -41,9 +43,18 @@ SPELT = {style: style.capitalize() for style in world.STYLES}  # domains, as the
 SPELT |= {key: name for dataset in DATASETS.values() for key, name in dataset.domains.items()}
 POINTS = ["mean", "std", "low", "high"]
 GENERALISATION = ["local", "base", "novel", "HM"]
+SCORES = {  # what stands beside the accuracy, and the column of `with_metrics` that it is made of
+    "macro-F1": "macro_f1",
+    "worst class": "worst_class",
+    "worst client": "worst_client",
+    "ECE": "ece",
+    "global": records.GLOBAL,
+}
 DECIMALS = {  # columns that Markdown shows with two decimals
     *POINTS,
     *GENERALISATION,
+    "accuracy",
+    *(f"{name}{end}" for name in SCORES for end in ("", " low", " high")),
     *(f"{name} std" for name in GENERALISATION),
     *("difference", "noise", "paper", "l2 norm", BESIDE),
     *("worst", "10th percentile", "std over clients"),
@@ -85,6 +96,14 @@ NOTE_TRAFFIC = (
 NOTE_CLIENTS = (
     "How unequal clients are: accuracy in % of the worst client of a run, the 10th percentile and "
     "the standard deviation over its clients, after the last round, each averaged over seeds."
+)
+NOTE_SCORES = (
+    "In %, after the last round: means over seeds with their 95 % t-interval (low, high). Of each "
+    "seed, `mean` is the mean accuracy over clients. Means over clients, too, are `macro-F1`, the "
+    "mean F1 of the classes of which a client has test images; `worst class`, the least recall of "
+    "these classes; `ECE`, the expected calibration error of the class that is said, in 15 bins; "
+    "and `global`, the accuracy on the test images of all clients. `worst client` is the lowest "
+    "accuracy of a client."
 )
 NOTE_LEDGER = (
     "What it costs to do as the released code does: accuracy with it minus accuracy without it, on "
@@ -493,6 +512,42 @@ def generalisation(runs: DataFrame, key: str = "method") -> DataFrame:
     seeds = (100 * found).groupby(level=key, sort=False)
     table = seeds.mean().join(seeds.std().add_suffix(" std"))
     return table.assign(seeds=seeds.size()).round(2)
+
+
+def with_metrics(runs: DataFrame) -> DataFrame:
+    """Return the last round of runs with more results of each client, from what their records keep.
+
+    macro_f1, worst_class, ece: as `fpl.experiments.metrics.scores`. worst_client: the lowest
+    accuracy of the run's clients. Any function of runs takes them, such as `grid` and
+    `by_measures`. Raises ValueError for a record of before predictions were kept.
+    """
+    from fpl.experiments.metrics import scores as of_clients  # it loads torch: few tables need it
+
+    last = last_round(runs)
+    found = {}
+    for run in last["run"].unique():
+        answered = answers.read(records.RECORDS / f"{run}.json")
+        found[run] = of_clients(answered).drop(columns="accuracy")
+    lines = last.join(pd.concat(found, names=["run"]), on=["run", "client"])
+    return lines.assign(worst_client=lines.groupby(RUN)["accuracy"].transform("min"))
+
+
+@several
+def scores(runs: DataFrame, key: str = "method") -> DataFrame:
+    """Return macro-F1, worst class, worst client, ECE and global accuracy beside the accuracy.
+
+    A line per value of `key`, in percent; each with its 95 % interval over seeds, named "low" and
+    "high" behind the name. NOTE_SCORES says what they are.
+    """
+    lines = with_metrics(runs)
+    table = summary(lines, key)
+    for name, column in SCORES.items():
+        found = summary(lines.assign(accuracy=lines[column]), key)
+        for end in ("mean", "low", "high"):
+            table[f"{name} {end}".removesuffix(" mean")] = found[end]
+    named = titles(runs) if key == "method" else {}
+    table.insert(0, "row", [named.get(value, str(value)) for value in table.index])
+    return marked(table.round(2))
 
 
 def metrics(table: DataFrame, path: Path = TABLES / "10_table1" / "metrics.json") -> None:

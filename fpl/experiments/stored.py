@@ -1,0 +1,80 @@
+"""Tensors by name in one safetensors file, with a header of JSON and a checksum of everything.
+
+Tensors may stand in dictionaries within dictionaries; in the file their names are paths.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fpl.data.files import atomic_write
+from fpl.experiments.records import UNFIT, Damaged
+
+Nested: TypeAlias = Mapping[str, Any]  # of tensors, or of more of the same
+
+HEADER = "fpl"
+CHECKSUM = "sha256"
+
+
+def write(path: Path, tensors: Nested, header: Mapping[str, Any]) -> None:
+    """Write tensors, wherever they live, and what JSON can hold of them, under a temporary name."""
+    flat = dict(flatten(tensors))
+    text = json.dumps({**header, CHECKSUM: checksum(flat, header)}, sort_keys=True)
+    with atomic_write(path) as temporary:
+        # a single entry: the order of several would be chance
+        temporary.write_bytes(save(flat, {HEADER: text}))
+
+
+def read(path: Path, device: str = "cpu") -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the tensors, in dictionaries as they were written, and the header.
+
+    Empty dictionaries are not written. Raises FileNotFoundError when there is no file, and Damaged
+    for one that was cut, has changed, or is none of ours.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}")
+    try:
+        with safe_open(path, "pt", "cpu") as file:
+            header = json.loads(file.metadata()[HEADER])
+            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        whole = header.pop(CHECKSUM) == checksum(flat, header)
+    except (SafetensorError, *UNFIT):
+        whole = False
+    if not whole:
+        raise Damaged(f"{path} is damaged")
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        *folders, last = name.split("/")
+        place = nested
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[last] = value.to(device)
+    return nested, header
+
+
+def flatten(tensors: Nested, above: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor under its path, as the file takes it: contiguous, and with no other."""
+    for name, value in tensors.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{above}{name}/")
+        else:
+            copied = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            yield f"{above}{name}", copied
+
+
+def checksum(flat: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    """Return the hash of names, types, shapes and numbers of tensors, and of the header."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name, value in sorted(flat.items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

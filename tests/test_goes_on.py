@@ -1,0 +1,256 @@
+"""Promise: a killed run goes on from its last checkpoint, and its record has the same bytes."""
+
+import json
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import BACKBONE, DATA, PARAMS, python
+from safetensors.torch import load_file, save_file
+
+from fpl.data import encoders, extraction
+from fpl.data.manifest import read_manifest
+from fpl.experiments import checkpoints, keep, records, runner
+from fpl.experiments.runner import Asked
+from fpl.experiments.settings import ROWS
+
+EVERY_ROUND = Asked(every=0, keep=True)
+MANY = 8  # rounds of a run that is killed several times
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(number):
+    """Return what is asked of a run that ends when a round has ended, before its checkpoint."""
+
+    def follow(line):
+        if line["round"] == number:
+            raise Stop
+
+    return replace(EVERY_ROUND, follow=follow)
+
+
+def small(row, seed=1, **changes):
+    """Return an experiment of three rounds, in which not everybody trains."""
+    kind = ROWS[row]
+    sizes = {"n_ctx": 2, "n_experts": 2, "d_gate": 16, "heads": 4, "rank": 1, "n_base": 1}
+    own = {name: size for name, size in sizes.items() if name in kind.__dataclass_fields__}
+    if row == "pfedmoap_oneword":
+        own["n_ctx"] = 1
+    wanted = own | {"rounds": 3, "participation": 0.75, **changes}
+    return PARAMS.experiment(row, seed, **{k: v for k, v in wanted.items() if can(row, k)})
+
+
+def can(row, name):
+    return name not in ROWS[row].training
+
+
+def files_of(experiment):
+    """Return the bytes of a run's record and of what it kept, which it must have."""
+    (key,) = runner.keys_of([experiment])
+    return key.path.read_bytes(), key.path.with_suffix(keep.SUFFIX).read_bytes()
+
+
+def checkpoint_of(experiment):
+    (key,) = runner.keys_of([experiment])
+    return checkpoints.Checkpoint(experiment, key)
+
+
+def undisturbed(experiment):
+    """Make a run without a stop, and forget it; return its files."""
+    runner.sweep([experiment], asked=EVERY_ROUND)
+    found = files_of(experiment)
+    shutil.rmtree(records.RECORDS)
+    return found
+
+
+@pytest.fixture
+def alone(here):
+    """In the small world, with patches of its images and without records."""
+    shutil.rmtree(records.RECORDS, ignore_errors=True)
+    if not DATA.patches.exists():
+        images = read_manifest(DATA.folder / "manifest.csv")
+        extraction.extract(images, encoders.load(BACKBONE.name), DATA.patches, "patches")
+    return here
+
+
+def goes_on(experiment):
+    """Stop a run twice, each time a round later, and compare all that it leaves."""
+    want = undisturbed(experiment)
+    rounds = rounds_of(experiment)
+    for last in range(1, rounds):
+        with pytest.raises(Stop):  # before the checkpoint of that round
+            runner.sweep([experiment], asked=stop_after(last))
+        assert checkpoint_of(experiment).read()[1].server.round == last - 1
+    lines = []
+    runner.sweep([experiment], asked=replace(EVERY_ROUND, follow=lines.append))
+    assert files_of(experiment) == want
+    assert [line["round"] for line in lines] == list(range(rounds))
+    assert not checkpoint_of(experiment).path.exists()
+
+
+def rounds_of(experiment):
+    """Return how many rounds a run has: one where there is nothing to learn."""
+    (path,) = runner.sweep([experiment], asked=EVERY_ROUND)
+    rounds = len(records.read(path)["rounds"])
+    shutil.rmtree(records.RECORDS)
+    return rounds
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row_goes_on_as_if_nothing_had_happened(row, alone):
+    goes_on(small(row))
+
+
+@pytest.mark.parametrize("row", ["pfedmoap", "pfedmoap_released", "fedpgp"])
+def test_on_two_threads_too(row, alone):
+    torch.set_num_threads(2)
+    try:
+        goes_on(small(row))
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("changes", [{"epsilon": 5.0}, {"mechanism": "clipping"}, {"lam": 0.1}])
+def test_with_noise_clipping_and_other_settings_too(changes, alone):
+    goes_on(small("pfedmoap", **changes))
+
+
+def stopped(experiment):
+    """Leave a run with a checkpoint of its first round."""
+    with pytest.raises(Stop):
+        runner.sweep([experiment], asked=stop_after(1))
+    return checkpoint_of(experiment).path
+
+
+@pytest.mark.parametrize("other", [small("pfedmoap", 2), small("pfedmoap", lam=0.1), small("coop")])
+def test_no_run_goes_on_from_the_checkpoint_of_another(other, alone):
+    experiment = small("pfedmoap")
+    want = undisturbed(experiment)
+    shutil.copy(stopped(other), checkpoint_of(experiment).path)
+    with pytest.warns(UserWarning, match="is of another run: its run begins again"):
+        runner.sweep([experiment], asked=EVERY_ROUND)
+    assert files_of(experiment) == want
+
+
+def test_nor_from_one_of_another_version_of_torch(alone, monkeypatch):
+    path = stopped(small("promptfl"))
+    monkeypatch.setattr(checkpoints, "torch", SimpleNamespace(__version__="0.1"))
+    with pytest.warns(UserWarning, match="is of another run"):
+        assert checkpoint_of(small("promptfl")).read() == ([], None)
+    assert path.exists()
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def change(path):
+    """Another number under the header as it was: the file of another hand."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length)
+    tensors = load_file(path)
+    tensors["local/ctx"] += 1
+    save_file(tensors, path, json.loads(header)["__metadata__"])
+
+
+DAMAGES = {
+    "cut": cut,
+    "a bit": flip,
+    "a number": change,
+    "empty": lambda path: path.write_bytes(b""),
+    "another kind": lambda path: path.write_text("{}"),
+    "no header of ours": lambda path: save_file({"x": torch.zeros(1)}, path),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_not_used(damage, alone):
+    experiment = small("promptfl")
+    want = undisturbed(experiment)
+    damage(stopped(experiment))
+    with pytest.warns(UserWarning, match="checkpoint is damaged: its run begins again"):
+        runner.sweep([experiment], asked=EVERY_ROUND)
+    assert files_of(experiment) == want
+
+
+def test_a_fresh_run_takes_no_checkpoint(alone):
+    stopped(small("promptfl"))
+    lines = []
+    asked = Asked(
+        fresh=True, follow=lambda line: lines.append(checkpoint_of(small("promptfl")).path.exists())
+    )
+    runner.sweep([small("promptfl")], asked=asked)
+    assert lines == [False, False, False]
+
+
+def test_checkpoints_come_as_often_as_asked_and_take_a_small_share_of_the_time(alone, monkeypatch):
+    experiment = small("promptfl", rounds=12)
+    now, written = [100.0], []
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now[0])
+
+    def write(path, tensors, header):
+        written.append(now[0])
+        now[0] += 0.5  # as long as writing takes
+
+    monkeypatch.setattr(checkpoints.stored, "write", write)
+
+    def later(line):
+        now[0] += 6.0
+
+    runner.sweep([experiment], asked=Asked(every=10.0, follow=later))
+    assert written == [112.0, 142.5]  # after 25 = 0.5 / 0.02 seconds, not 10, and at a round's end
+
+
+KILLED = """
+import os, random, signal, sys, time
+from helpers import PARAMS
+from fpl.data import encoders, extraction
+from fpl.data.manifest import read_manifest
+from fpl.experiments import checkpoints, runner
+from fpl.experiments.runner import Asked
+
+row, seed = sys.argv[1:]
+experiment = PARAMS.experiment(row, 1, rounds=ROUNDS, participation=0.75)
+runner.keys_of([experiment])  # children have in memory what is read first, and begin at once
+chance = random.Random(int(seed))
+kills = 0
+while True:
+    child = os.fork()
+    if not child:
+        runner.sweep([experiment], asked=Asked(every=0))
+        os._exit(0)
+    time.sleep(chance.uniform(0.02, 0.6))
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if os.waitstatus_to_exitcode(status) == 0:
+        break
+    kills += 1
+print(kills)
+""".replace("ROUNDS", str(MANY))
+
+
+@pytest.mark.parametrize("row", ["pfedmoap", "promptfl_released"])
+def test_killed_at_any_moment_again_and_again_it_ends_with_the_same_bytes(row, alone):
+    """kill -9, at random moments of loading, rounds and writing."""
+    experiment = PARAMS.experiment(row, 1, rounds=MANY, participation=0.75)
+    (path,) = runner.sweep([experiment])
+    want = path.read_bytes()
+    path.unlink()
+    process = python(alone, "-c", KILLED, row, "7")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert int(out) >= 2, "no kill came in time"
+    assert path.read_bytes() == want
+    assert [p.name for p in records.RECORDS.iterdir()] == [path.name]
