@@ -1,15 +1,25 @@
 """fpl: federated prompt learning of CLIP, reproduced.
 
-The public verbs are `load`, `features`, `split` and `train`; their documentation is in
-fpl.experiments.verbs. Importing this package loads no torch.
+The public verbs are `load`, `features`, `split`, `train`, `save` and `restore`; their documentation
+is in fpl.experiments.verbs. Importing this package loads no torch.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fpl.experiments.verbs import Result, Split, features, load, split, train
+    from fpl.experiments.verbs import (
+        Model,
+        Result,
+        Split,
+        features,
+        load,
+        restore,
+        save,
+        split,
+        train,
+    )
 
-__all__ = ["Result", "Split", "features", "load", "split", "train"]
+__all__ = ["Model", "Result", "Split", "features", "load", "restore", "save", "split", "train"]
 
 
 def __getattr__(name: str) -> Any:

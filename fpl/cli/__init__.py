@@ -25,6 +25,8 @@ COMMANDS = (
     "features",
     "run",
     "sweep",
+    "predict",
+    "export",
     "check",
     "notebook",
     "report",

@@ -107,13 +107,39 @@ def read(path: Path, method: type[PromptFL] | None = None, device: str = "cpu") 
     tensors, header = stored.read(path, device)
     if header.get("format") != FORMAT:
         raise Damaged(f"{path} is not what a run keeps, or was written by another version of fpl")
-    kind = method or ROWS.get(header["row"])
-    if kind is None or kind.__name__ != header["class"]:
-        raise ValueError(f"{path} is of {header['class']}, a class of your own: give it as method")
+    try:
+        kind = method or ROWS.get(header["row"])
+        if kind is None or kind.__name__ != header["class"]:
+            own = f"{header['class']}, a class of your own"
+            raise ValueError(f"{path} is of {own}: give it as method (--method FILE.py:CLASS)")
+        kept = kept_of(kind, tensors, header, str(path))
+        check_clients(kept)
+    except (LookupError, TypeError, AttributeError, RuntimeError):
+        raise Damaged(f"{path} is not built as what a run keeps") from None
+    return kept
+
+
+def check_clients(kept: Kept) -> None:
+    """Raise LookupError unless every client has its tensors, and has them once."""
+    ids = [i for cohort in kept.cohorts for i in cohort.client_ids.tolist()]
+    lengths = {len(value) for value in kept.deployed.values()}
+    if sorted(ids) != list(range(len(ids))) or lengths - {len(ids)}:
+        raise LookupError
+    for cohort in kept.cohorts:
+        for value in (*cohort.received.values(), *cohort.context.values()):
+            place = value.place if isinstance(value, Lookup) else value
+            if len(place) != len(cohort.client_ids):
+                raise LookupError
+
+
+def kept_of(
+    kind: type[PromptFL], tensors: Mapping[str, Any], header: Mapping[str, Any], where: str
+) -> Kept:
+    """Return what a run learnt from the content of its file."""
     seeds = Seeds(**header["seeds"])
     return Kept(
         method=build(kind, header["method"], kind.key),
-        training=build(Training, header["training"], str(path)),
+        training=build(Training, header["training"], where),
         seeds=seeds,
         classes=header["classes"],
         clients=header["clients"],

@@ -1,4 +1,4 @@
-"""The public verbs: load a CLIP, make features, split them into clients, train, look at results.
+"""The public verbs: load a CLIP, make features, split them into clients, train, use the result.
 
 import fpl
 clip = fpl.load()
@@ -6,13 +6,15 @@ data = fpl.features("shapes", clip)
 clients = fpl.split(data, kind="pathological", clients=10, shots=16, seed=1)
 result = fpl.train("pfedmoap", clip, clients, rounds=10)
 result.table()
+fpl.save(result, "mine.safetensors")
+fpl.restore("mine.safetensors").predict("photos/", client=3)
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,34 +29,51 @@ from fpl.data.features import load as open_features
 from fpl.data.files import ROOT
 from fpl.data.manifest import SOURCE
 from fpl.data.partitions import Partition
-from fpl.experiments import cache, values
+from fpl.experiments import cache, keep, values
 from fpl.experiments.assemble import deal
 from fpl.experiments.extract import Request, make_features
+from fpl.experiments.predict import Model, restore
 from fpl.experiments.settings import Backbone, Data, part_of, row_class
 from fpl.experiments.values import build, check_choice
 from fpl.methods import PromptFL
 from fpl.prompts import Clip, PromptTree
-from fpl.rounds import Round, Seeds, Training, run_rounds
+from fpl.rounds import Round, Seeds, Setup, Training, run_rounds
 from fpl.state import Clients, Tensors
+
+__all__ = ["Model", "Result", "Split", "features", "load", "restore", "save", "split", "train"]
 
 
 @dataclass(frozen=True)
 class Split(Clients):
-    """Clients that know their classes' names, maybe their own, and the seed of their drawing."""
+    """Clients that know their classes' names, maybe their own, and the seed of their drawing.
+
+    images: of which data set they are, "own" or its name.
+    """
 
     classes: tuple[str, ...] = ()
     seed: int = 1
     names: tuple[str, ...] = ()
+    images: str = ""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run gave: its method, training and clients, and every round."""
+    """What a run gave: what stayed the same in it, the frozen model, and every round."""
 
-    method: PromptFL
-    training: Training
-    clients: Split
-    rounds: list[Round]
+    setup: Setup
+    clip: Clip = field(repr=False)
+    rounds: list[Round] = field(repr=False)
+
+    @property
+    def method(self) -> PromptFL:
+        """The method with its settings."""
+        return self.setup.method
+
+    @property
+    def clients(self) -> Split:
+        """The clients, as `split` gave them."""
+        assert isinstance(self.setup.clients, Split)
+        return self.setup.clients
 
     @property
     def accuracy(self) -> Float[Tensor, " n"]:
@@ -156,6 +175,7 @@ def split(data: Features, seed: int = 1, **partition: Any) -> Split:
         classes=tuple(data.classes),
         seed=values.seed(seed),
         names=tuple(names),
+        images=data.provenance.get("data", ""),
     )
     dealt = deal(whole, data, asked, whole.seed)
     assert isinstance(dealt, Split)
@@ -182,7 +202,7 @@ def train(
     kind = row_class(method) if isinstance(method, str) else method
     if not isinstance(kind, type):
         kind = type(kind)
-    valid = [field.name for cls in (kind, Training) for field in fields(cls)]
+    valid = [known.name for cls in (kind, Training) for known in fields(cls)]
     for name in settings:
         check_choice(name, sorted(valid), f"setting of {kind.title}")
     chosen = part_of(settings, kind)
@@ -194,6 +214,22 @@ def train(
     text = PromptTree(clip, names, made.n_ctx, precision=training.precision)
     drawn = clients.seed if seed is None else values.seed(seed)
     seeds = Seeds(training.init_seed or drawn, training.order_seed or drawn)
-    rounds = run_rounds(made, text, clients, training, seeds)
+    setup = Setup(made, text, clients, training, seeds)
+    rounds = run_rounds(setup)
     bar = tqdm(rounds, made.title, training.rounds, unit="round", disable=not progress)
-    return Result(made, training, clients, list(bar))
+    return Result(setup, clip, list(bar))
+
+
+def save(result: Result, path: str | Path) -> Path:
+    """Keep what a run learnt in one file, which `restore` reads; see fpl.experiments.keep.
+
+    path: ends in .safetensors. Raises ValueError for another ending, and OSError where no file can
+    be written.
+    """
+    path = Path(path)
+    if path.suffix != keep.SUFFIX:
+        raise ValueError(f"{path} must end in {keep.SUFFIX}: it is a file of that kind")
+    last, clients = result.rounds[-1], result.clients
+    about = {"images": clients.images}
+    keep.write(path, keep.of_run(result.setup, last, result.clip, clients.names, **about))
+    return path

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.io
-from helpers import DATA, ROOT, build, standing_in
+from helpers import BACKBONE, DATA, PARAMS, ROOT, build, standing_in
 from helpers.pickles import python2
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -27,7 +27,7 @@ from PIL import Image
 from fpl.cli.ending import OURS, SENTENCES
 from fpl.data import datasets, features, manifest, matlab, pack, pickled, pictures, text
 from fpl.data.datasets import own
-from fpl.experiments import records, report, values
+from fpl.experiments import answers, assemble, cache, keep, records, report, stored, values
 from fpl.experiments import settings as settings_of
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "60"))
@@ -180,13 +180,7 @@ ROUND = {"round": 0, "accuracy": [0.5, 1.0], "participants": [0, 1], "loss": 1.0
 RECORD = {
     "settings": {"method": "promptfl", "seed": 1, "data": "shapes", "rounds": 1},
     **{"code": "c" * 16, "features": "f" * 64, "views": 0, "title": "PromptFL"},
-    **{
-        "is_control": False,
-        "images": "shapes",
-        "domains": ["x", "y"],
-        "clients": [],
-        "seconds": 1.0,
-    },
+    **{"is_control": False, "images": "shapes", "domains": ["x", "y"], "clients": []},
     "rounds": [{**ROUND, "up": [3, 3], "down": [4, 4]}],
 }
 
@@ -209,6 +203,37 @@ def test_records(fuzz, tmp_path):
 
         change = st.tuples(st.sampled_from(sorted(json.loads(content))), NESTED).map(altered)
         fuzz(damaged(content, 1) | damaged(content) | change, read)
+
+
+def test_answers(fuzz):
+    names = ("label", "predicted", "confidence")
+    whole = {name: answers.squeezed(np.array([0, 1, 2])) for name in names}
+    whole["sizes"] = [2, 1]
+    asked = st.fixed_dictionaries({k: NESTED | st.just(v) for k, v in whole.items()})
+    fuzz(asked, lambda packed: outcome(answers.unpack, packed))
+
+
+def test_what_a_run_learnt(fuzz, world):
+    """Damaged files, and headers of another structure behind a checksum that is right."""
+    path = Path("learnt.safetensors")
+    experiment = PARAMS.experiment("pfedmoap", 1, participation=0.5)
+    *_, last = assemble.rounds_of(experiment)
+    clip, _ = cache.load_cached(DATA, BACKBONE, "cpu")
+    keep.write(path, keep.of_run(assemble.setup_of(experiment), last, clip))
+    whole = keep.read(path)
+    tensors, header = stored.read(path)
+    content = path.read_bytes()
+
+    def read(given):
+        if isinstance(given, bytes):
+            path.write_bytes(given)
+        else:
+            stored.write(path, tensors, {**header, given[0]: given[1]})
+        for found in outcome(keep.read, path):
+            assert found.n == whole.n
+
+    change = st.tuples(st.sampled_from(sorted(header)), SIMPLE | NESTED)
+    fuzz(damaged(content, 1) | damaged(content) | change, read)
 
 
 def test_sealed_records_of_another_structure(fuzz, tmp_path):
