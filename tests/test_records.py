@@ -208,11 +208,14 @@ def test_another_row_seed_features_or_code_is_another_record(monkeypatch):
 def test_a_failing_run_keeps_the_others(here, calls):
     good = FEW[4]
     bad = PARAMS.experiment("promptfl", 2, lr=1e30)
-    with pytest.raises(FloatingPointError, match="not finite"):
-        runner.sweep([good, bad])
+    said = "1 of 2 runs failed, promptfl, seed 2: the loss .* is not finite .*; the others are made"
+    with pytest.raises(RuntimeError, match=said):
+        runner.sweep([bad, good])
     (kept,) = records.RECORDS.iterdir()
     assert json.loads(kept.read_text())["settings"] == good.settings()
-    assert runner.sweep([good]) == [kept] and calls == [good, bad]
+    assert runner.sweep([good]) == [kept] and calls == [bad, good]
+    with pytest.raises(FloatingPointError, match="not finite"):
+        runner.sweep([bad])
 
 
 def result(paths):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,6 +90,17 @@ def add_fresh(parser: Parser) -> None:
     """Add the option to repeat runs."""
     what = "run again even where a record exists"
     parser.add_argument("--fresh", action="store_true", help=what)
+
+
+def add_cluster(parser: Parser) -> None:
+    """Add the option to work on a cluster."""
+    what = "the address of a Dask scheduler, such as tcp://host:8786, whose workers do the work"
+    parser.add_argument("--cluster", default="", metavar="ADDRESS", help=what)
+
+
+def cluster_of(settings: Settings, options: Options) -> str:
+    """Return the scheduler's address: of the option, else of the environment, else of the file."""
+    return options.cluster or os.environ.get("FPL_CLUSTER", "") or settings.cluster
 
 
 def check_read(options: Options, read: Collection[str], command: str) -> None:

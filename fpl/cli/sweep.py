@@ -9,9 +9,11 @@ from fpl.cli import show
 from fpl.cli.options import (
     Options,
     Parser,
+    add_cluster,
     add_data,
     add_fresh,
     add_settings,
+    cluster_of,
     positive,
     read_settings,
 )
@@ -25,6 +27,7 @@ def add(parser: Parser) -> None:
     add_settings(parser)
     add_data(parser)
     add_fresh(parser)
+    add_cluster(parser)
     parser.add_argument(
         "what",
         nargs="*",
@@ -57,7 +60,8 @@ def run(options: Options) -> None:
     names: dict[str, None] = {}  # in the order in which they are asked for, each once
     for name in options.what or settings.tables:
         names |= dict.fromkeys(settings.tables_of(name))
-    runner.tables(settings, [*names], options.jobs, options.fresh)
+    cluster = cluster_of(settings, options)
+    runner.tables(settings, [*names], options.jobs, options.fresh, cluster=cluster)
 
 
 def sweep_method(settings: Settings, options: Options) -> None:
@@ -72,7 +76,8 @@ def sweep_method(settings: Settings, options: Options) -> None:
     lists["seed"] = lists.pop("seed", [*settings.seeds])  # at the end: seeds change first
     every = values.combinations(lists, method)
     experiments = [settings.experiment(method, on=options.on, **chosen) for chosen in every]
-    paths = runner.sweep(experiments, options.jobs, runner.Asked(options.fresh))
+    asked = runner.Asked(options.fresh, cluster=cluster_of(settings, options))
+    paths = runner.sweep(experiments, options.jobs, asked)
     if options.name:
         rows = [method] * len(paths)
         records.save_index("05_sweep", options.name, paths, rows, settings.results)

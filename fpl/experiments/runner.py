@@ -2,7 +2,8 @@
 
 A record (fpl.experiments.records) is named by the hash of settings, code and features, so a run
 that was made is not made again and nothing else is mistaken for it. A record that is damaged is
-made again. A killed sweep goes on where it was: each run from its last checkpoint.
+made again. A killed sweep goes on where it was: each run from its last checkpoint. A run that fails
+does not keep the others from being made.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,13 +38,17 @@ from fpl.rounds import Round
 
 
 def tables(
-    settings: Settings, names: Sequence[str], jobs: int | None = None, fresh: bool = False
+    settings: Settings,
+    names: Sequence[str],
+    jobs: int | None = None,
+    fresh: bool = False,
+    cluster: str = "",
 ) -> None:
     """Make the missing runs of some tables, all in one sweep, and write each table's index."""
     runs = {name: settings.runs(name) for name in names}
     experiments = [experiment for table in runs.values() for _, experiment in table]
     kept = [settings.tables[name].keep for name, table in runs.items() for _ in table]
-    paths = iter(sweep(experiments, jobs, Asked(fresh=fresh), kept))
+    paths = iter(sweep(experiments, jobs, Asked(fresh=fresh, cluster=cluster), kept))
     for name, table in runs.items():
         of_table = list(itertools.islice(paths, len(table)))
         labels = [label for label, _ in table]
@@ -56,16 +61,19 @@ class Asked:
 
     fresh: to make them again even where a record exists. keep: to keep what they learn in a file
     beside the record. every: seconds between two checkpoints. follow: is called with what the
-    record says of each round, as it ends; of a single run only.
+    record says of each round, as it ends; of a single run only. cluster: the address of the Dask
+    scheduler whose workers make the runs, such as tcp://host:8786; "" for this machine.
     """
 
     fresh: bool = False
     keep: bool = False
     every: float = EVERY
     follow: Callable[[Mapping[str, Any]], object] | None = None
+    cluster: str = ""
 
 
 Run = tuple[Experiment, Key, Asked]
+Failures = list[tuple[Run, BaseException]]
 
 
 def sweep(
@@ -76,9 +84,10 @@ def sweep(
 ) -> list[Path]:
     """Return the records of all experiments, in their order; only missing runs are made.
 
-    jobs: how many at a time (as many as cores). kept: `asked.keep` of each, where it differs.
-    Raises what a run raises, OSError where no record can be written, and RuntimeError when a worker
-    was killed; finished runs are kept.
+    jobs: how many at a time (as many as cores, or GPUs). kept: `asked.keep` of each, where it
+    differs. Raises what a single run raises, OSError where no record can be written, and
+    RuntimeError when a worker was killed, or at the end, when all others are made, for runs that
+    failed; finished runs are kept.
     """
     keys = keys_of(experiments)
     paths = [key.path for key in keys]
@@ -89,6 +98,11 @@ def sweep(
     todo = [run for run in wanted.values() if asked.fresh or not is_made(*run)]
     if todo:
         check_writable(records.RECORDS)
+    if todo and asked.cluster:
+        from fpl.experiments import cluster  # few sweeps need what it imports
+
+        cluster.perform(todo, len(wanted), asked.cluster)
+        return paths
     if len(todo) > 1:
         in_workers(todo, len(wanted), jobs)
         return paths
@@ -105,23 +119,29 @@ def is_made(experiment: Experiment, key: Key, asked: Asked) -> bool:
 
 
 def in_workers(todo: Sequence[Run], total: int, jobs: int | None) -> None:
-    """Make runs in several processes, the longest first."""
-    jobs = jobs or min(os.cpu_count() or 1, 8)
-    jobs = 1 if device() == "cuda" else min(jobs, len(todo))
+    """Make runs in several processes, the longest first; of several GPUs each has its own."""
+    context = get_context("spawn")
+    gpus = context.SimpleQueue()
+    for number in range(torch.cuda.device_count()):
+        gpus.put(number)
+    most = torch.cuda.device_count() or min(os.cpu_count() or 1, 8)
+    jobs = min(jobs or most, most if device() == "cuda" else len(todo), len(todo))
     threads = max(1, torch.get_num_threads() // jobs)
-    kinds = {type(experiment.method) for experiment, *_ in todo}
-    files = [file_of(kind.__module__) for kind in kinds if kind.__module__.startswith(OWN)]
-    own = [path for path in files if path]
+    own = [*{path: None for experiment, *_ in todo for path in own_files(experiment)}]
     others = multiprocessing.active_children()
-    ready = (__name__, get_ready.__name__, threads, own)
-    pool = ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker, ready)
-    longest_first = sorted(todo, key=lambda run: -run[0].run.rounds * run[0].run.local_epochs)
+    ready = (__name__, get_ready.__name__, threads, own, gpus)
+    pool = ProcessPoolExecutor(jobs, context, begin_worker, ready)
+    failures: Failures = []
     with pool, tqdm(total=total, initial=total - len(todo), desc="runs", unit="run") as bar:
         try:
             with starting_workers():
-                under_way = [pool.submit(perform, *run) for run in longest_first]
+                under_way = {pool.submit(perform, *run): run for run in longest_first(todo)}
             for finished in as_completed(under_way):
-                finished.result()
+                error = finished.exception()
+                if isinstance(error, BrokenProcessPool | OSError):
+                    raise error
+                if error:
+                    failures.append((under_way[finished], error))
                 bar.update()
         except BrokenProcessPool:
             raise RuntimeError(
@@ -136,11 +156,40 @@ def in_workers(todo: Sequence[Run], total: int, jobs: int | None) -> None:
                 if worker not in others:
                     worker.kill()
             raise
+    report(failures, len(todo))
 
 
-def get_ready(threads: int, own: Sequence[Path]) -> None:
-    """In a worker: take a share of the cores, and load methods of one's own."""
+def longest_first(todo: Sequence[Run]) -> list[Run]:
+    """Return runs in the order in which they are begun, so that none is long at the end."""
+    return sorted(todo, key=lambda run: -run[0].run.rounds * run[0].run.local_epochs)
+
+
+def own_files(experiment: Experiment) -> list[Path]:
+    """Return the file of a method of one's own; of others nothing."""
+    module = type(experiment.method).__module__
+    path = file_of(module) if module.startswith(OWN) else None
+    return [path] if path else []
+
+
+def report(failures: Failures, total: int) -> None:
+    """Raise RuntimeError for runs that failed, naming the first; a single one's error as it is."""
+    if not failures:
+        return
+    (experiment, _, _), error = failures[0]
+    if total == 1:
+        raise error
+    of = f"{experiment.row}, seed {experiment.seed}: {error}"
+    first = "" if len(failures) == 1 else "the first, "
+    raise RuntimeError(
+        f"{len(failures)} of {total} runs failed, {first}{of}; the others are made"
+    ) from error
+
+
+def get_ready(threads: int, own: Sequence[Path], gpus: Any) -> None:
+    """In a worker: take a share of the cores or a GPU, and load methods of one's own."""
     torch.set_num_threads(threads)
+    if not gpus.empty():  # before the first use of a GPU by this process
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpus.get())
     for path in own:
         own_module(path)
 
@@ -148,7 +197,26 @@ def get_ready(threads: int, own: Sequence[Path]) -> None:
 def perform(
     experiment: Experiment, key: Key, asked: Asked = Asked(), progress: bool = False
 ) -> None:
-    """Make one run, from its last checkpoint if there is one, and write its record.
+    """Make one run, and write its record and what else is asked for."""
+    checkpoint = Checkpoint(experiment, key, asked.every)
+    made = make(experiment, key, asked, checkpoint, progress)
+    if asked.keep:
+        keep.write(key.path.with_suffix(keep.SUFFIX), made.kept)
+    records.write(made.record)
+    checkpoint.remove()
+
+
+class Made(NamedTuple):
+    """A run that was made: its record, and what it learnt."""
+
+    record: dict[str, Any]
+    kept: keep.Kept
+
+
+def make(
+    experiment: Experiment, key: Key, asked: Asked, checkpoint: Checkpoint, progress: bool = False
+) -> Made:
+    """Make one run, from its last checkpoint if there is one.
 
     The caller has worked out by what it is found: the code may change meanwhile. Raises ValueError
     where the features did.
@@ -159,7 +227,6 @@ def perform(
         changed = "has changed since this command began: call it again"
         raise ValueError(f"{source.data.features} {changed}")
     follow = asked.follow or (lambda line: None)
-    checkpoint = Checkpoint(experiment, key, asked.every)
     if asked.fresh:
         checkpoint.remove()
     lines, state = checkpoint.read()
@@ -175,13 +242,10 @@ def perform(
             checkpoint.write(last.state, lines)
     record = record_of(experiment, key, lines)
     record |= {"classes": setup.text.names, "answers": answers.pack(last.answers, setup.clients)}
-    if asked.keep:
-        about = {name: record[name] for name in ("settings", "images", "domains", "torch")}
-        backbone = dataclasses.asdict(source.backbone)
-        learnt = keep.of_run(setup, last, clip, record["clients"], **about, backbone=backbone)
-        keep.write(key.path.with_suffix(keep.SUFFIX), learnt)
-    records.write(record)
-    checkpoint.remove()
+    about = {name: record[name] for name in ("settings", "images", "domains", "torch")}
+    backbone = dataclasses.asdict(source.backbone)
+    learnt = keep.of_run(setup, last, clip, record["clients"], **about, backbone=backbone)
+    return Made(record, learnt)
 
 
 def line_of(r: Round) -> dict[str, Any]:

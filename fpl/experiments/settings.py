@@ -151,7 +151,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Settings:
-    """The content of params.yaml. results: the folder of tables, figures and executed notebooks."""
+    """The content of params.yaml.
+
+    results: the folder of tables, figures and executed notebooks. cluster: the address of the Dask
+    scheduler whose workers make runs and features; "" for this machine.
+    """
 
     data: Data = field(default_factory=Data)
     backbone: Backbone = field(default_factory=Backbone)
@@ -162,6 +166,7 @@ class Settings:
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tables: Mapping[str, Table] = field(default_factory=dict)
     results: str = "results"
+    cluster: str = ""
 
     def source(self, name: str = "") -> Source:
         """Return a data set by name; without one, that of section data.
@@ -343,8 +348,9 @@ def read(path: Path | None = None, changes: Sequence[str] = ()) -> Settings:
     }
     if "seeds" in content:
         made["seeds"] = seeds(content["seeds"])
-    if "results" in content:
-        made["results"] = of_type(content["results"], str, "results")
+    for name in ("results", "cluster"):
+        if name in content:
+            made[name] = of_type(content[name], str, name)
     made["methods"] = {
         row: of_type(own or {}, dict, f"methods.{row}")
         for row, own in mapping(content, "methods").items()
@@ -375,7 +381,9 @@ SECTIONS = {"data": Data, "backbone": Backbone, "partition": Partition, "run": T
 def apply(place: str, text: str, content: dict[str, Any]) -> None:
     """Put a value into the content of a settings file; place: SECTION.NAME or SECTION."""
     section, _, name = place.partition(".")
-    is_text = place == "results" or (name and section in SECTIONS)  # `build` knows the type
+    is_text = place in ("results", "cluster") or (
+        name and section in SECTIONS
+    )  # `build` knows the type
     value = text if is_text else plain(text, place)
     if name:
         value = {**of_type(content.get(section) or {}, dict, section), name: value}

@@ -1,0 +1,302 @@
+"""Runs on the workers of a Dask cluster, which may be on other machines.
+
+Dask carries calls and what they return; which run goes to whom is decided here, since a worker must
+have the files of a run first. A run that is lost with its worker, or of which nothing is heard for
+long, goes to another one, twice; one that fails for its settings would fail anywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distributed import Client, Future, TimeoutError, wait
+from tqdm.auto import tqdm
+
+from fpl.data import encoders
+from fpl.data.files import atomic_write, sha256
+from fpl.experiments import keep, records, remote, runner
+from fpl.experiments.records import Key
+from fpl.experiments.runner import Run
+from fpl.experiments.settings import Backbone, Experiment
+
+PIECE = 16_000_000  # bytes of a file that are sent at once
+TRIES = 3  # of a run
+PATIENCE = 1800.0  # seconds without a round, after which a worker counts as hung
+CONNECT = 15.0  # seconds to reach the scheduler
+WEIGHTS = "weights.file"  # where a worker has weights of a built-in model
+# A run that ends in one of these would do so on any worker.
+HOPELESS = (ValueError, FloatingPointError)
+
+
+@dataclass
+class Job:
+    """A run on its way: what is called with what, how often it was tried, and where in vain."""
+
+    run: Run
+    call: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    files: dict[str, Path]  # hash to place
+    number: int
+    tried: list[str] = field(default_factory=list)
+    heard: float = 0.0
+
+
+def perform(todo: Sequence[Run], total: int, address: str) -> None:
+    """Make runs on the workers of a cluster, and write their records here.
+
+    Raises ValueError without a scheduler at the address or without a fitting worker, OSError where
+    a record cannot be written, and RuntimeError, when all others are made, for runs that failed.
+    """
+    jobs = [job_of(run, number) for number, run in enumerate(runner.longest_first(todo))]
+    with (
+        connected(address) as client,
+        client.as_current(),
+        tqdm(total=total, initial=total - len(todo), desc="runs", unit="run") as bar,
+    ):
+        bar.write(f"Dask's dashboard: {client.dashboard_link}", file=sys.stderr)
+        failures = Dealer(client, jobs, bar, take_record).deal()
+    runner.report([(job.run, error) for job, error in failures], len(todo))
+
+
+def connected(address: str) -> Client:
+    """Return a client of a scheduler. Raises ValueError where none answers."""
+    try:
+        return Client(address, timeout=CONNECT, set_as_default=False)
+    except (OSError, TimeoutError, ValueError) as error:
+        what = "start one with `dask scheduler`, or correct the address"
+        raise ValueError(f"no Dask scheduler answers at {address}: {what}") from error
+
+
+def take_record(job: Job, found: tuple[dict[str, Any], bytes]) -> None:
+    """Write what a worker gave. Raises RuntimeError for the record of another run."""
+    _, key, asked = job.run
+    record, learnt = found
+    if records.key_of(record).path != key.path:
+        raise RuntimeError(f"a worker gave the record of another run than {key.path.name}")
+    if asked.keep:
+        with atomic_write(key.path.with_suffix(keep.SUFFIX)) as temporary:
+            temporary.write_bytes(learnt)
+    records.write(record)
+
+
+def job_of(run: Run, number: int) -> Job:
+    """Return a run as a worker takes it, with the files that it needs."""
+    experiment, key, asked = run
+    row, weights, names = experiment.row, "", files_of(experiment)
+    for path in runner.own_files(experiment):
+        names[path.name] = path
+        row = f"{path.name}:{type(experiment.method).__name__}"
+    if WEIGHTS in names:
+        weights = WEIGHTS
+    hashes = {name: hash_of(path, path.stat().st_mtime_ns) for name, path in names.items()}
+    files = {hashes[name]: path for name, path in names.items()}
+    told = remote.described(experiment, row, weights)
+    plain = Key({**key.settings}, *key[1:])
+    arguments = told, plain, asked, hashes, number
+    return Job(run, remote.perform, arguments, files, number)
+
+
+def files_of(experiment: Experiment) -> dict[str, Path]:
+    """Return the files that a run reads, by the names that they have for it.
+
+    Raises ValueError for a place that no worker can have.
+    """
+    data = experiment.source.data
+    found = {str(data.features): data.features}
+    if experiment.method.inputs == "patches":
+        found[str(data.patches)] = data.patches
+    if data.views:
+        found[str(data.views_file)] = data.views_file
+    return found | model_files(experiment.source.backbone)
+
+
+def model_files(backbone: Backbone) -> dict[str, Path]:
+    """Return the files of a model; those of a repository of the hub every worker gets itself."""
+    if backbone.name.startswith(encoders.HUB):
+        return {}
+    if not backbone.name.startswith(encoders.LOCAL):
+        return {WEIGHTS: encoders.resolve(backbone.name, backbone.weights)[1]}
+    folder = Path(backbone.name.removeprefix(encoders.LOCAL))
+    if folder.is_absolute() or folder.parts[:2] == ("..", ".."):
+        raise ValueError(f"{folder} has no place on a worker: name it from where you stand")
+    return {str(path): path for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+@functools.lru_cache(maxsize=256)
+def hash_of(path: Path, changed: int) -> str:
+    """Return the hash of a file; `changed` is when it was."""
+    return sha256(path)
+
+
+class Dealer:
+    """Deals jobs to workers until all are done.
+
+    take: what is done with what a job gave. Workers may come and go; each has one job at a time.
+    """
+
+    def __init__(
+        self, client: Client, jobs: Sequence[Job], bar: tqdm, take: Callable[[Job, Any], None]
+    ) -> None:
+        self.client, self.bar, self.take = client, bar, take
+        self.waiting = [*jobs]
+        self.by_number = {job.number: job for job in jobs}
+        self.under_way: dict[Future, tuple[str, Job]] = {}
+        self.fit: dict[str, bool] = {}  # workers that were asked what they are
+        self.has: dict[str, set[str]] = {}  # hashes of files that a worker has
+        self.failures: list[tuple[Job, BaseException]] = []
+        client.subscribe_topic("fpl", self.hear)
+
+    def hear(self, event: tuple[float, Any]) -> None:
+        """Note that something was heard of a job."""
+        job = self.by_number.get(event[1]["run"])
+        if job:
+            job.heard = time.monotonic()
+
+    def deal(self) -> list[tuple[Job, BaseException]]:
+        """Do all jobs, and return those that failed and why."""
+        try:
+            while self.waiting or self.under_way:
+                for worker in self.free():
+                    self.give(worker)
+                self.collect()
+        finally:
+            for future in self.under_way:
+                future.cancel()
+        return self.failures
+
+    def workers(self) -> list[str]:
+        """Return the addresses of the workers that are there."""
+        return [*self.client.scheduler_info(n_workers=-1)["workers"]]
+
+    def free(self) -> list[str]:
+        """Return the workers that fit and have no job; says so where there is none at all."""
+        there = self.workers()
+        for worker in there:
+            if worker not in self.fit:
+                self.fit[worker] = self.look_at(worker)
+        fitting = [worker for worker in there if self.fit[worker]]
+        if there and not fitting and not self.under_way:
+            raise ValueError("no worker of the cluster has this version of fpl and its libraries")
+        self.bar.set_postfix_str("" if there else "waiting for workers")
+        busy = {worker for worker, _ in self.under_way.values()}
+        return [worker for worker in fitting if worker not in busy]
+
+    def look_at(self, worker: str) -> bool:
+        """Return whether a worker is what we are, and warn of one that is not."""
+        ours = remote.identity()
+        theirs = self.ask(worker, remote.identity)
+        if isinstance(theirs, BaseException):
+            warnings.warn(f"worker {worker} is not used: {theirs}", stacklevel=2)
+            return False
+        other = [f"{name} {theirs.get(name)}" for name in ours if theirs.get(name) != ours[name]]
+        if other:
+            here = ", ".join(f"{name} {ours[name]}" for name in ours if theirs[name] != ours[name])
+            warnings.warn(
+                f"worker {worker} is not used: it has {', '.join(other)}, here is {here}",
+                stacklevel=2,
+            )
+        return not other
+
+    def ask(self, worker: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Return what a function gives on a worker, or the error that it ends in."""
+        try:
+            found = self.client.run(function, *arguments, workers=[worker], on_error="return")
+            return found[worker]
+        except Exception as error:  # a worker that has gone ends in many
+            return error
+
+    def give(self, worker: str) -> None:
+        """Send a worker the next job that was not tried there, and its files first."""
+        fitting = {other for other in self.workers() if self.fit.get(other)}
+        fresh = [job for job in self.waiting if worker not in job.tried or fitting <= {*job.tried}]
+        if not fresh:
+            return
+        job = fresh[0]
+        self.waiting.remove(job)
+        job.tried.append(worker)
+        job.heard = time.monotonic()
+        error = self.send(worker, job)
+        if error:
+            self.again(job, error)
+            return
+        future = self.client.submit(job.call, *job.arguments, workers=[worker], pure=False)
+        self.under_way[future] = worker, job
+
+    def send(self, worker: str, job: Job) -> BaseException | None:
+        """Send the files of a job that a worker lacks; return an error in which that ends."""
+        has = self.has.setdefault(worker, set())
+        wanted = [sha for sha in job.files if sha not in has]
+        lacking = self.ask(worker, remote.missing, wanted) if wanted else []
+        if isinstance(lacking, BaseException):
+            return lacking
+        for sha in lacking:
+            path = job.files[sha]
+            size, offset = path.stat().st_size, 0
+            with path.open("rb") as file:
+                while offset < size:
+                    piece = file.read(PIECE)
+                    is_last = offset + len(piece) >= size
+                    error = self.ask(worker, remote.put, sha, piece, offset, is_last)
+                    if isinstance(error, BaseException):
+                        return error
+                    offset += len(piece)
+        has.update(wanted)
+        return None
+
+    def collect(self) -> None:
+        """Take what has come, and give back what will not come."""
+        if not self.under_way:
+            time.sleep(0.5)  # for workers
+            return
+        done: Sequence[Future] = []
+        try:
+            done = wait([*self.under_way], timeout=0.5, return_when="FIRST_COMPLETED").done
+        except TimeoutError:
+            pass
+        except CancelledError:
+            done = [future for future in self.under_way if future.done()]
+        there = {*self.workers()}
+        for future, (worker, job) in [*self.under_way.items()]:
+            if future in done:
+                self.finish(future)
+            elif worker not in there:
+                self.lose(future, ConnectionError(f"worker {worker} has gone"))
+            elif time.monotonic() - job.heard > PATIENCE:
+                self.fit[worker] = False
+                self.lose(future, TimeoutError(f"worker {worker} has not said anything for long"))
+
+    def finish(self, future: Future) -> None:
+        """Take what a job gave, or its error."""
+        worker, job = self.under_way.pop(future)
+        lost = ConnectionError(f"worker {worker} has gone")
+        error = lost if future.cancelled() else future.exception()
+        if isinstance(error, HOPELESS):
+            self.failures.append((job, error))
+        elif error:
+            self.again(job, error)
+            return
+        else:
+            self.take(job, future.result())
+        self.bar.update()
+
+    def lose(self, future: Future, error: Exception) -> None:
+        """Give up a job where it is."""
+        _, job = self.under_way.pop(future)
+        future.cancel()
+        self.again(job, error)
+
+    def again(self, job: Job, error: BaseException) -> None:
+        """Let a job be tried elsewhere, unless it was tried often enough."""
+        if len(job.tried) < TRIES:
+            self.waiting.append(job)
+            return
+        self.failures.append((job, error))
+        self.bar.update()

@@ -1,0 +1,176 @@
+"""What a worker of a Dask cluster does: say what it is, keep files by their hash, make runs.
+
+Workers share no disk with the caller. Files lie in a store of their own (FPL_STORE, or the user's
+cache) under their hash, so each is sent once; a run stands in a folder in which they have the names
+that the caller's have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import platform
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fpl.data.files import sha256
+from fpl.data.partitions import Partition
+from fpl.experiments import keep, runner
+from fpl.experiments.checkpoints import Checkpoint
+from fpl.experiments.records import Key, checksum
+from fpl.experiments.settings import Backbone, Data, Experiment, Source, row_class
+from fpl.experiments.values import build
+from fpl.rounds import Training
+
+STORE = "FPL_STORE"
+PACKAGE = Path(__file__).parents[1]
+ROOMS = ("*.py", "data/**/*.py", "experiments/*.py", "released/*.py")  # what a run goes through
+# Two levels below what a run may name, so that ../data/demo_clip of the paper's profile is inside.
+INSIDE = Path("repository") / "profile"
+# What numbers depend on besides our own code.
+LIBRARIES = ("torch", "open_clip_torch", "numpy", "h5py", "pillow", "torchvision")
+standing = threading.Lock()  # a process stands in one folder: it makes one run at a time
+
+
+def identity() -> dict[str, str]:
+    """Return versions of Python and libraries, and the hash of this package's code."""
+    digest = hashlib.sha256()
+    for path in sorted(path for room in ROOMS for path in PACKAGE.glob(room)):
+        digest.update(f"{path.relative_to(PACKAGE)} {sha256(path)}".encode())
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {"python": platform.python_version(), "fpl": digest.hexdigest()[:16]} | versions
+
+
+def store() -> Path:
+    """Return the folder of files that were sent."""
+    place = os.environ.get(STORE)
+    return Path(place) if place else Path.home() / ".cache" / "fpl"
+
+
+def missing(hashes: Sequence[str]) -> list[str]:
+    """Return which files are not here, or are not what they were."""
+    files = [store() / "files" / sha for sha in hashes]
+    return [path.name for path in files if not path.is_file() or sha256(path) != path.name]
+
+
+def put(sha: str, piece: bytes, offset: int, is_last: bool) -> None:
+    """Take a piece of a file; with the last one it is verified and kept.
+
+    Raises OSError for a file that arrives as another one.
+    """
+    path = store() / "files" / sha
+    path.parent.mkdir(parents=True, exist_ok=True)
+    coming = path.with_name(f".{sha}.{os.getpid()}.tmp")
+    with coming.open("r+b" if offset else "wb") as file:
+        file.seek(offset)
+        file.write(piece)
+    if not is_last:
+        return
+    arrived = sha256(coming)
+    if arrived != sha:
+        coming.unlink()
+        raise OSError(f"a file arrived as {arrived[:12]}, not as {sha[:12]}: send it again")
+    os.replace(coming, path)
+
+
+@contextlib.contextmanager
+def standing_at(files: Mapping[str, str]) -> Iterator[Path]:
+    """Stand in a folder in which files of the store have their names; files: name to hash."""
+    folder = store() / "at" / checksum(files)[:16] / INSIDE
+    folder.mkdir(parents=True, exist_ok=True)
+    with standing:
+        for name, sha in files.items():
+            place = folder / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                os.link(store() / "files" / sha, place)  # Python resolves other links
+        before = Path.cwd()
+        os.chdir(folder)
+        try:
+            yield folder
+        finally:
+            os.chdir(before)
+
+
+def described(experiment: Experiment, row: str, weights: str = "") -> dict[str, Any]:
+    """Return an experiment as plain values.
+
+    row: from which the class of its method is found. weights: the name under which a file of them
+    is sent.
+    """
+    source = experiment.source
+    backbone = replace(source.backbone, weights=weights or source.backbone.weights)
+    return {
+        "key": experiment.row,
+        "row": row,
+        "method": asdict(experiment.method),
+        "run": asdict(experiment.run),
+        "partition": asdict(experiment.partition),
+        "seed": experiment.seed,
+        "name": source.name,
+        "data": asdict(source.data),
+        "backbone": asdict(backbone),
+    }
+
+
+def experiment_of(told: Mapping[str, Any]) -> Experiment:
+    """Return the experiment that `described` was given."""
+    kind = row_class(told["row"])
+    source = Source(
+        told["name"], build(Data, told["data"], "data"), build(Backbone, told["backbone"], "model")
+    )
+    return Experiment(
+        row=told["key"],
+        method=build(kind, told["method"], told["key"]),
+        run=build(Training, told["run"], "run"),
+        partition=build(Partition, told["partition"], "partition"),
+        seed=told["seed"],
+        source=source,
+    )
+
+
+def perform(
+    told: Mapping[str, Any], key: Key, asked: runner.Asked, files: Mapping[str, str], number: int
+) -> tuple[dict[str, Any], bytes]:
+    """Make one run, and return its record and the file of what it learnt, empty if not asked for.
+
+    number: of the run in the caller's sweep, under which it hears of every round.
+    Raises ValueError where the code here makes another run of the settings.
+    """
+    torch.set_num_threads(threads())
+    with standing_at(files) as folder:
+        experiment = experiment_of(told)
+        (made,) = runner.keys_of([experiment])
+        if made != key:
+            raise ValueError("the worker's code makes another run of these settings: update it")
+        checkpoint = Checkpoint(experiment, key, asked.every)
+        told_of = replace(asked, follow=teller(number))
+        found = runner.make(experiment, key, told_of, checkpoint)
+        checkpoint.remove()
+        if not asked.keep:
+            return found.record, b""
+        path = folder / "learnt.safetensors"
+        keep.write(path, found.kept)
+        return found.record, path.read_bytes()
+
+
+def threads() -> int:
+    """Return how many threads Dask lets this worker have."""
+    from distributed import get_worker
+
+    return get_worker().state.nthreads
+
+
+def teller(number: int) -> Callable[[Mapping[str, Any]], None]:
+    """Return what tells the caller that a round has ended, by which it sees that a run is alive."""
+    from distributed import get_worker
+
+    worker = get_worker()
+    return lambda line: worker.log_event("fpl", {"run": number, "round": line["round"]})

@@ -1,0 +1,125 @@
+"""Promise: a sweep on a cluster leaves the bytes of a sweep on this machine.
+
+What happens when workers die, hang or differ is in tests/cluster, which takes minutes.
+"""
+
+import shutil
+
+import pytest
+from helpers import PARAMS, refuses
+from helpers.dask import cluster
+
+from fpl import cli
+from fpl.experiments import records, remote, runner, settings
+from fpl.experiments.runner import Asked
+from fpl.experiments.settings import ROWS
+
+FEW = [PARAMS.experiment(row, seed) for row in ("promptfl", "pfedmoap") for seed in (1, 2, 3)]
+
+
+@pytest.fixture(scope="module")
+def dask(world, tmp_path_factory):
+    """A scheduler and two workers, each with a folder of its own and nothing of ours in it."""
+    with cluster(tmp_path_factory.mktemp("dask")) as made:
+        made.worker("first")
+        made.worker("second")
+        yield made
+
+
+@pytest.fixture
+def alone(here):
+    shutil.rmtree(records.RECORDS, ignore_errors=True)
+    return here
+
+
+def content(folder=None):
+    return {path.name: path.read_bytes() for path in (folder or records.RECORDS).iterdir()}
+
+
+def made_here(experiments, **asked):
+    """Return the files of a sweep on this machine, and remove them."""
+    runner.sweep(experiments, jobs=1, asked=Asked(**asked))
+    found = content()
+    shutil.rmtree(records.RECORDS)
+    return found
+
+
+def test_two_workers_leave_the_same_bytes_as_one_process(dask, alone):
+    want = made_here(FEW, keep=True)
+    paths = runner.sweep(FEW, asked=Asked(keep=True, cluster=dask.address))
+    assert content() == want and [path.name for path in paths] == [
+        key.path.name for key in runner.keys_of(FEW)
+    ]
+    stores = [dask.folder / name / "store" / "files" for name in ("first", "second")]
+    for store in stores:
+        assert len(content(store)) == 3  # features, configuration and weights
+        assert all(remote.sha256(path) == path.name for path in store.iterdir())
+    before = {path: path.stat().st_mtime_ns for store in stores for path in store.iterdir()}
+    runner.sweep(FEW[:2], asked=Asked(fresh=True, cluster=dask.address))
+    after = {path: path.stat().st_mtime_ns for store in stores for path in store.iterdir()}
+    assert after == before, "a file was sent twice"
+
+
+OWN = """
+from dataclasses import dataclass
+
+from fpl.methods import PromptFL
+
+
+@dataclass(frozen=True)
+class Halved(PromptFL):
+    n_ctx: int = 2
+
+    def ctx(self, p):
+        return p["ctx"] / 2
+"""
+
+
+def test_methods_of_ones_own_and_runs_that_fail_go_there_too(dask, alone):
+    (alone / "mine.py").write_text(OWN)
+    own = PARAMS.experiment("mine.py:Halved", 1)
+    want = made_here([own])
+    bad = PARAMS.experiment("promptfl", 4, lr=1e30)
+    said = "1 of 2 runs failed, promptfl, seed 4: the loss .* is not finite"
+    with pytest.raises(RuntimeError, match=said):
+        runner.sweep([bad, own], asked=Asked(cluster=dask.address))
+    assert content() == want
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_an_experiment_arrives_as_it_was(row):
+    experiment = PARAMS.experiment(row, 7)
+    assert remote.experiment_of(remote.described(experiment, row)).settings() == (
+        experiment.settings()
+    )
+    there = remote.experiment_of(remote.described(experiment, row, "file"))
+    assert there.method == experiment.method and there.run == experiment.run
+    assert there.source.data == experiment.source.data
+    assert there.source.backbone.weights == "file"
+
+
+def test_the_address_is_an_option_a_setting_or_a_variable(here, monkeypatch):
+    found = []
+    monkeypatch.setattr(runner, "tables", lambda *_, **named: found.append(named["cluster"]))
+    (here / "params.yaml").write_text("cluster: tcp://file:1\n")
+    cli.main(["sweep"])
+    cli.main(["sweep", "--cluster", "tcp://option:2"])
+    monkeypatch.setenv("FPL_CLUSTER", "tcp://variable:3")
+    cli.main(["sweep"])
+    assert found == ["tcp://file:1", "tcp://option:2", "tcp://variable:3"]
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nonsense"])
+def test_without_a_scheduler_there_is_a_sentence(address, alone, monkeypatch):
+    from fpl.experiments import cluster as on_cluster
+
+    monkeypatch.setattr(on_cluster, "CONNECT", 0.3)
+    asked = Asked(cluster=address)
+    refuses(lambda: runner.sweep(FEW[:1], asked=asked), [address, "dask scheduler"])
+
+
+def test_a_place_that_no_worker_has_is_refused(alone):
+    far = settings.Backbone("local-dir:/somewhere/clip")
+    from fpl.experiments import cluster as on_cluster
+
+    refuses(lambda: on_cluster.model_files(far), ["/somewhere/clip", "where you stand"])
