@@ -1,5 +1,6 @@
 # make repro   all tables and figures of the demo      make test   all checks
 # make tour    the first trained prompt                make paper  the published settings, on a GPU
+# make gpu     what only a GPU can tell, in ten minutes: targets, memory, the best budget of nodes
 # Each makes its own environment in .venv first.
 FIT := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '$(FIT)' 2>/dev/null && echo $$p && exit; done; echo python3)
@@ -13,7 +14,7 @@ SOURCE := antlr4-python3-runtime
 export DVC_NO_ANALYTICS := 1
 export PYTHONHASHSEED := 0
 
-.PHONY: repro test fuzz check tour paper paper-plan setup lock expected clean
+.PHONY: repro test fuzz check tour gpu paper paper-plan setup lock expected clean
 
 repro: setup
 	$(BIN)/fpl repro
@@ -39,6 +40,10 @@ tour: setup
 	@$(BIN)/fpl notebook notebooks/00_tour.ipynb
 	@echo "the tour with its results: results/notebooks/00_tour.ipynb (open it with $(BIN)/jupyter lab)"
 	@echo "its picture:               results/tables/00_tour/tour.png"
+
+# one card; a JSON file and a page in results/bench/gpu, named after it
+gpu: setup
+	$(BIN)/fpl bench gpu
 
 # paper scale: what it needs, and how long it takes; then, if nothing is missing, all of it (a second call goes on)
 paper-plan: setup

@@ -24,8 +24,10 @@ WHAT = {  # what is measured, with the options that it reads
     "extraction": {"model", "weights", "batch", "workers", "repeats", "images"},
     "reading": {"images", "repeats"},
     "sizes": {"views"},
+    "gpu": {"small"},
 }
 MODEL = "ViT-B-16-quickgelu"
+GPU = Path("results/bench/gpu")  # where files about GPUs go, named after the card
 LISTS = ("model", "classes", "batch", "steps", "clients", "experts")
 SEVERAL = {  # those of which several values are measured
     "step": {"model", "classes", "batch"},
@@ -43,7 +45,8 @@ def add(parser: Parser) -> None:
         help="a local step and a round of pFedMoAP, from the released code's shape to ours (the "
         "default); where its time goes; its growth with clients, classes, steps and experts; an "
         "evaluation of one client; the extraction of features beside the bare model; a features "
-        "file read into memory; the size of each data set's features",
+        "file read into memory; the size of each data set's features; and gpu: in under ten "
+        "minutes, everything that only a GPU can tell",
     )
     parser.add_argument(
         "--model", nargs="+", help=f"open_clip model ({MODEL}; scaling: the demo's)"
@@ -79,8 +82,19 @@ def add(parser: Parser) -> None:
     parser.add_argument(
         "--workers", type=natural, default=0, help="extraction: processes that decode images"
     )
+    add_files(parser)
+
+
+def add_files(parser: Parser) -> None:
+    """Add the options about what is written, and the one of a trial."""
     parser.add_argument(
-        "--save", type=Path, help="also write the table to this name with .json and .md"
+        "--small", action="store_true", help="gpu: a trial in seconds, on a CPU, too"
+    )
+    parser.add_argument(
+        "--save",
+        type=Path,
+        help="also write the table to this name with .json and .md; gpu: into this folder, named "
+        f"after the card ({GPU})",
     )
 
 
@@ -93,6 +107,9 @@ def run(options: Options) -> None:
         raise ValueError(f"`fpl bench {options.what}` takes one value of --{', --'.join(wrong)}")
     if 1 in (options.classes or []):
         raise ValueError("--classes takes two and more: one class leaves nothing to tell apart")
+    if options.what == "gpu":
+        on_gpu(options.small, options.save or GPU)
+        return
     if options.save:
         check_target(options.save)
     tables = steps(options) if options.what == "step" else [measure(options)]
@@ -105,6 +122,32 @@ def run(options: Options) -> None:
         from fpl.experiments import plots
 
         plots.save(plots.growth(table), options.save, ["png"], Path())
+
+
+def on_gpu(small: bool, folder: Path) -> None:
+    """Measure what only a GPU can tell, and write a JSON file and a page after every part.
+
+    Raises ValueError without a GPU, but for a trial.
+    """
+    from fpl.bench import gpu, verdicts
+    from fpl.data.files import check_writable
+    from fpl.experiments.cache import device
+
+    if device() == "cpu" and not small:
+        raise ValueError("PyTorch finds no GPU here: run this where there is one, or add --small")
+    check_writable(folder)
+    for report in gpu.reports(gpu.small() if small else gpu.Sizes()):
+        page = verdicts.page(report)
+        name = verdicts.file_name(report["versions"]["card"]) + "-small" * small
+        write(folder / f"{name}.json", json.dumps(report, indent=2))
+        write(folder / f"{name}.md", page)
+    say(*page.split("\n"), f"written to {folder / name}.json and .md")
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file of text, or none."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text + "\n")
 
 
 def markdown(table: pd.DataFrame, what: str) -> dict[str, str]:
@@ -121,12 +164,10 @@ def markdown(table: pd.DataFrame, what: str) -> dict[str, str]:
 def save(table: pd.DataFrame, pages: dict[str, str], place: Path) -> None:
     """Write the table as JSON and as text."""
     lines = table.astype(object).where(table.notna(), None).to_dict("records")
-    with atomic_write(place.with_suffix(".json")) as temporary:
-        # pandas' own JSON would round 1e-15 to 0
-        temporary.write_text(json.dumps(lines, indent=2) + "\n")
+    # pandas' own JSON would round 1e-15 to 0
+    write(place.with_suffix(".json"), json.dumps(lines, indent=2))
     for ending, text in pages.items():
-        with atomic_write(place.with_name(f"{place.name}{ending}.md")) as temporary:
-            temporary.write_text(text + "\n")
+        write(place.with_name(f"{place.name}{ending}.md"), text)
 
 
 def first(values: list[T] | None, default: T) -> T:
