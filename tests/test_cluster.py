@@ -4,12 +4,17 @@ What happens when workers die, hang or differ is in tests/cluster, which takes m
 """
 
 import shutil
+from dataclasses import replace
 
 import pytest
-from helpers import PARAMS, refuses
+from helpers import BACKBONE, DATA, PARAMS, refuses
 from helpers.dask import cluster
 
 from fpl import cli
+from fpl.data import encoders, extraction, features
+from fpl.data.manifest import read_manifest
+from fpl.data.views import Views
+from fpl.experiments import cluster as on_cluster
 from fpl.experiments import records, remote, runner, settings
 from fpl.experiments.runner import Asked
 from fpl.experiments.settings import ROWS
@@ -58,6 +63,27 @@ def test_two_workers_leave_the_same_bytes_as_one_process(dask, alone):
     runner.sweep(FEW[:2], asked=Asked(fresh=True, cluster=dask.address))
     after = {path: path.stat().st_mtime_ns for store in stores for path in store.iterdir()}
     assert after == before, "a file was sent twice"
+
+
+@pytest.mark.parametrize("content", ["feats", "patches", "views"])
+def test_features_have_the_same_bytes_too(content, dask, alone, tmp_path):
+    """With an image that cannot be read, and batches of which one is not full."""
+    images = read_manifest(DATA.folder / "manifest.csv")
+    bad = DATA.folder / images.rows[3]["path"]
+    whole = bad.read_bytes()
+    bad.write_bytes(b"no image")
+    clip = encoders.load(BACKBONE.name)
+    views = Views(2) if content == "views" else None
+    try:
+        here = extraction.Options(skip_bad=True)
+        want = extraction.extract(images, clip, tmp_path / "here.h5", content, views, here)
+        with on_cluster.connected(dask.address) as client, client.as_current():
+            away = replace(here, elsewhere=on_cluster.Encoder(client, BACKBONE))
+            made = extraction.extract(images, clip, tmp_path / "away.h5", content, views, away)
+    finally:
+        bad.write_bytes(whole)
+    assert made.read_bytes() == want.read_bytes()
+    assert len(features.load(made, content=content).skipped) == 1
 
 
 OWN = """
@@ -111,8 +137,6 @@ def test_the_address_is_an_option_a_setting_or_a_variable(here, monkeypatch):
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nonsense"])
 def test_without_a_scheduler_there_is_a_sentence(address, alone, monkeypatch):
-    from fpl.experiments import cluster as on_cluster
-
     monkeypatch.setattr(on_cluster, "CONNECT", 0.3)
     asked = Asked(cluster=address)
     refuses(lambda: runner.sweep(FEW[:1], asked=asked), [address, "dask scheduler"])
@@ -120,6 +144,4 @@ def test_without_a_scheduler_there_is_a_sentence(address, alone, monkeypatch):
 
 def test_a_place_that_no_worker_has_is_refused(alone):
     far = settings.Backbone("local-dir:/somewhere/clip")
-    from fpl.experiments import cluster as on_cluster
-
     refuses(lambda: on_cluster.model_files(far), ["/somewhere/clip", "where you stand"])

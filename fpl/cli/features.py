@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 from fpl.cli.options import (
     Options,
     Parser,
+    add_cluster,
     add_data,
     add_settings,
     check_read,
     check_target,
+    cluster_of,
     natural,
     positive,
     read_settings,
@@ -19,11 +21,16 @@ from fpl.cli.options import (
 from fpl.cli.show import say
 
 if TYPE_CHECKING:
-    from fpl.experiments.settings import Data
+    from collections.abc import Iterator
+
+    from fpl.experiments.extract import Made, Request
+    from fpl.experiments.settings import Data, Source
+    from fpl.prompts import Clip
 
 SETTINGS = {"params", "set", "on"}
+MADE = {"workers", "views", "patches", "all", "skip_bad", "fresh", "rehash", "cluster"}
 READ = {  # options by what reads them
-    "extract": {*SETTINGS, "workers", "views", "patches", "all", "skip_bad", "fresh", "rehash"},
+    "extract": SETTINGS | MADE,
     "export": SETTINGS,
     "import": {*SETTINGS, "force"},
     "verify": set(),
@@ -37,6 +44,7 @@ def add(parser: Parser) -> None:
     """Add the options."""
     add_settings(parser)
     add_data(parser)
+    add_cluster(parser)
     actions = ("extract", "export", "import", "verify")
     parser.add_argument(
         "action", nargs="?", choices=actions, default="extract", help="what to do (extract)"
@@ -89,10 +97,26 @@ def run(options: Options) -> None:
         describe_pack(options)
 
 
+def made(source: Source, clip: Clip, request: Request, address: str) -> Iterator[Made]:
+    """Make the features files that are wanted, here or on a cluster."""
+    from dataclasses import replace
+
+    from fpl.experiments.extract import make_features
+
+    if not address:
+        yield from make_features(source.data, clip, request)
+        return
+    from fpl.experiments import cluster
+
+    with cluster.connected(address) as client, client.as_current():
+        away = cluster.Encoder(client, source.backbone)
+        yield from make_features(source.data, clip, replace(request, elsewhere=away))
+
+
 def extract(options: Options) -> None:
     """Make the features files that are asked for and not there, and say where they are."""
     import fpl
-    from fpl.experiments.extract import Request, make_features
+    from fpl.experiments.extract import Request
 
     settings = read_settings(options)
     asked = {options.on: {"patches"} if options.patches else set()}
@@ -104,7 +128,7 @@ def extract(options: Options) -> None:
         clip = fpl.load(model.name, model.weights, model.preprocessing)
         how = (options.workers, options.skip_bad, options.fresh, options.rehash)
         request = Request(contents, options.views, *how)
-        for path, skipped, why in make_features(source.data, clip, request):
+        for path, skipped, why in made(source, clip, request, cluster_of(settings, options)):
             without = f", without {len(skipped)} images that cannot be read" if skipped else ""
             again = f", made again: {why}" if why else ""
             say(f"features: {path}{without}{again}")

@@ -15,10 +15,10 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, NoReturn, Protocol
 
 import h5py
 import numpy as np
@@ -47,7 +47,7 @@ PIECE = 32  # images (views) that a process decodes before it hands them over: f
 class Options:
     """How an extraction goes; only `skip_bad` changes what is stored.
 
-    workers: processes that decode images ahead of the tower.
+    workers: processes that decode images ahead of the tower. elsewhere: encodes in their place.
     devices: further ones of the kind that the model is on; batches go to each of them in turn.
     skip_bad: leave out the images that cannot be read, and say so in the file.
     """
@@ -55,6 +55,17 @@ class Options:
     workers: int = 0
     devices: Sequence[str] = ()
     skip_bad: bool = False
+    elsewhere: Elsewhere | None = None
+
+
+class Elsewhere(Protocol):
+    """Encodes the batches of a plan on other machines. cuda: these have GPUs."""
+
+    cuda: bool
+
+    def __call__(
+        self, images: Images, plan: Sequence[list[int]], batch: int
+    ) -> Iterator[Batch]: ...
 
 
 def extract(
@@ -81,28 +92,38 @@ def extract(
     towers = [clip]
     for device in options.devices:
         towers.append(replace(clip, model=copy.deepcopy(clip.model).to(device)))
-    partial = begin(path.with_suffix(".partial"), manifest, images, towers)
+    away = options.elsewhere
+    cuda = away.cuda if away else on_gpu(clip)
+    partial = begin(path.with_suffix(".partial"), manifest, images, towers, cuda)
     batch = int(partial.request["batch"])
     plan = partial.todo(len(images), max(1, batch // images.views))
     missing = sum(i >= 0 for numbers in plan for i in numbers)
     with tqdm(total=missing, desc=f"image {content}", unit="image") as bar:
-        batches = encode_all(images, plan, towers, batch, options.workers)
+        if away:
+            batches = away(images, plan, batch)
+        else:
+            batches = encode_all(images, plan, towers, batch, options.workers)
         partial.store(batches, max(1, CHUNK // images.views), bar.update)
     tried = {images.paths[i]: done for i, done in sorted(partial.done.items())}
     bad = {name: done.why for name, done in tried.items() if done.why}
     if bad and not options.skip_bad:
-        named = [f"{manifest.folder / name} ({why})" for name, why in bad.items()]
-        first = ", ".join(named[:3] + [".."] * (len(bad) > 3))
-        raise OSError(
-            f"{len(bad)} of {len(images)} images cannot be read: {first}; repair them and call "
-            "this again, or leave them out with --skip-bad; the others are kept"
-        )
+        tell_bad(images, bad)
     known = seen.recall(manifest.folder)
     read = {name: done.seen for name, done in tried.items() if done.seen}
     now = seen.look(manifest, known | read) | read  # the file is of what was read, come what may
     finish(partial, manifest.without(bad), images, path, seen.summary(now))
     seen.remember(manifest.folder, now)
     return path
+
+
+def tell_bad(images: Images, bad: Mapping[str, str]) -> NoReturn:
+    """Raise OSError for images that cannot be read, naming the first of them."""
+    named = [f"{images.folder / name} ({why})" for name, why in bad.items()]
+    first = ", ".join(named[:3] + [".."] * (len(bad) > 3))
+    raise OSError(
+        f"{len(bad)} of {len(images)} images cannot be read: {first}; repair them and call "
+        "this again, or leave them out with --skip-bad; the others are kept"
+    )
 
 
 def images_of(manifest: Manifest, content: str) -> list[int]:
@@ -154,11 +175,14 @@ class Images(Dataset):
             return self.black(), "", ""
         found = ""
         try:
-            found, content = seen.read(self.folder / self.paths[i])
+            found, content = self.read(i)
             return self.transformed(content, self.paths[i]), "", found
         except Exception as e:  # Pillow and transforms have all kinds for what is no good image
-            words = str(getattr(e, "strerror", None) or e).split()
-            return self.black(), " ".join(words) or type(e).__name__, found
+            return self.black(), reason_of(e), found
+
+    def read(self, i: int) -> tuple[str, bytes]:
+        """Return what is seen of an image's file, and its content. Raises as `seen.read`."""
+        return seen.read(self.folder / self.paths[i])
 
     def transformed(self, content: bytes, name: str) -> Float[Tensor, "V 3 s s"]:
         decoded = pictures.decode(content, self.upright)
@@ -168,6 +192,12 @@ class Images(Dataset):
 
     def black(self) -> Float[Tensor, "V 3 s s"]:
         return torch.zeros(self.views, *self.pixels)
+
+
+def reason_of(error: Exception) -> str:
+    """Return in a line why an image cannot be read."""
+    words = str(getattr(error, "strerror", None) or error).split()
+    return " ".join(words) or type(error).__name__
 
 
 class Batch(NamedTuple):
@@ -322,14 +352,17 @@ def read_lines(path: Path) -> list[Any]:
     return found
 
 
-def begin(path: Path, manifest: Manifest, images: Images, towers: Sequence[Clip]) -> Partial:
+def begin(
+    path: Path, manifest: Manifest, images: Images, towers: Sequence[Clip], cuda: bool
+) -> Partial:
     """Go on with what an interrupted call left at `path`, or make a file with room for all."""
-    cuda = on_gpu(towers[0])
     request = provenance(manifest, towers[0], images.content, images.drawn)
     request["precision"] = "fp16 on cuda" if cuda else "fp32 on cpu"
     partial = Partial(path, request)
     if not partial.resume(images):
-        size = largest_batch(towers, images.content, images.pixels) if cuda else BATCH["cpu"]
+        size = BATCH["cuda" if cuda else "cpu"]
+        if on_gpu(towers[0]):
+            size = largest_batch(towers, images.content, images.pixels)
         request["batch"] = str(size)
         blank = torch.zeros(1, *images.pixels)
         partial.shape = [*encode(towers[0], blank, images.content).shape[1:]]

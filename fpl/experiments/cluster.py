@@ -11,18 +11,19 @@ import functools
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from distributed import Client, Future, TimeoutError, wait
 from tqdm.auto import tqdm
 
-from fpl.data import encoders
+from fpl.data import encoders, extraction
 from fpl.data.files import atomic_write, sha256
-from fpl.experiments import keep, records, remote, runner
+from fpl.experiments import cache, keep, records, remote, runner
 from fpl.experiments.records import Key
 from fpl.experiments.runner import Run
 from fpl.experiments.settings import Backbone, Experiment
@@ -38,13 +39,16 @@ HOPELESS = (ValueError, FloatingPointError)
 
 @dataclass
 class Job:
-    """A run on its way: what is called with what, how often it was tried, and where in vain."""
+    """A call on its way: of what, what it needs, how often it was tried, and where in vain.
 
-    run: Run
-    call: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    files: dict[str, Path]  # hash to place
+    arguments: gives them when they are sent. files: hash to place. what: the caller's own.
+    """
+
     number: int
+    call: Callable[..., Any]
+    arguments: Callable[[], tuple[Any, ...]]
+    files: dict[str, Path]
+    what: Any
     tried: list[str] = field(default_factory=list)
     heard: float = 0.0
 
@@ -63,7 +67,7 @@ def perform(todo: Sequence[Run], total: int, address: str) -> None:
     ):
         bar.write(f"Dask's dashboard: {client.dashboard_link}", file=sys.stderr)
         failures = Dealer(client, jobs, bar, take_record).deal()
-    runner.report([(job.run, error) for job, error in failures], len(todo))
+    runner.report([(job.what, error) for job, error in failures], len(todo))
 
 
 def connected(address: str) -> Client:
@@ -77,7 +81,7 @@ def connected(address: str) -> Client:
 
 def take_record(job: Job, found: tuple[dict[str, Any], bytes]) -> None:
     """Write what a worker gave. Raises RuntimeError for the record of another run."""
-    _, key, asked = job.run
+    _, key, asked = job.what
     record, learnt = found
     if records.key_of(record).path != key.path:
         raise RuntimeError(f"a worker gave the record of another run than {key.path.name}")
@@ -96,12 +100,16 @@ def job_of(run: Run, number: int) -> Job:
         row = f"{path.name}:{type(experiment.method).__name__}"
     if WEIGHTS in names:
         weights = WEIGHTS
-    hashes = {name: hash_of(path, path.stat().st_mtime_ns) for name, path in names.items()}
+    hashes = hashes_of(names)
     files = {hashes[name]: path for name, path in names.items()}
     told = remote.described(experiment, row, weights)
     plain = Key({**key.settings}, *key[1:])
-    arguments = told, plain, asked, hashes, number
-    return Job(run, remote.perform, arguments, files, number)
+    return Job(number, remote.perform, lambda: (told, plain, asked, hashes, number), files, run)
+
+
+def hashes_of(names: Mapping[str, Path]) -> dict[str, str]:
+    """Return the hash of each file, by its name."""
+    return {name: hash_of(path, path.stat().st_mtime_ns) for name, path in names.items()}
 
 
 def files_of(experiment: Experiment) -> dict[str, Path]:
@@ -134,6 +142,72 @@ def model_files(backbone: Backbone) -> dict[str, Path]:
 def hash_of(path: Path, changed: int) -> str:
     """Return the hash of a file; `changed` is when it was."""
     return sha256(path)
+
+
+class Encoder:
+    """Encodes images on the workers of a cluster, as `extraction.Elsewhere`.
+
+    The caller reads the files, workers decode and encode: each the batches of one process, so the
+    file has the same bytes.
+    """
+
+    def __init__(self, client: Client, backbone: Backbone) -> None:
+        self.client = client
+        names = model_files(backbone)
+        self.hashes = hashes_of(names)
+        self.files = {self.hashes[name]: path for name, path in names.items()}
+        weights = WEIGHTS if WEIGHTS in names else backbone.weights
+        self.backbone = replace(backbone, weights=weights)
+        found = client.run(cache.device, on_error="return").values()
+        self.cuda = "cuda" in found
+
+    def __call__(
+        self, images: extraction.Images, plan: Sequence[list[int]], batch: int
+    ) -> Iterator[extraction.Batch]:
+        kept = {"paths", "upright", "content", "drawn", "views", "pixels"}
+        told = {name: value for name, value in vars(images).items() if name in kept}
+        many = 4 * max(2, len(self.client.scheduler_info(n_workers=-1)["workers"]))
+        for first in range(0, len(plan), many):
+            part = plan[first : first + many]
+            yield from self.encode(images, part, told, batch)
+
+    def encode(
+        self, images: extraction.Images, part: Sequence[list[int]], told: Any, batch: int
+    ) -> list[extraction.Batch]:
+        """Return some batches, in their order. Raises the error of one that nobody can encode."""
+
+        def arguments(numbers: list[int]) -> tuple[Any, ...]:
+            files = [read_file(images, i) for i in numbers]
+            of_batch = told | {"paths": [images.paths[i] for i in numbers]}
+            return of_batch, self.backbone, self.hashes, batch, self.cuda, files
+
+        jobs = [
+            Job(k, remote.encode, functools.partial(arguments, numbers), self.files, numbers)
+            for k, numbers in enumerate(part)
+        ]
+        found: dict[int, Any] = {}
+        with tqdm(disable=True) as bar:
+            failures = Dealer(
+                self.client, jobs, bar, lambda job, given: found.update({job.number: given})
+            ).deal()
+        for _, error in failures:
+            raise error
+        made = []
+        for k, numbers in enumerate(part):
+            reasons, seen, features = found[k]
+            tensor = None if features is None else torch.from_numpy(features)
+            made.append(extraction.Batch(numbers, reasons, seen, tensor))
+        return made
+
+
+def read_file(images: extraction.Images, i: int) -> tuple[str, bytes] | str | None:
+    """Return what is seen of an image's file and its content, or why it cannot be read."""
+    if i < 0:
+        return None
+    try:
+        return images.read(i)
+    except (OSError, ValueError) as error:
+        return extraction.reason_of(error)
 
 
 class Dealer:
@@ -227,7 +301,7 @@ class Dealer:
         if error:
             self.again(job, error)
             return
-        future = self.client.submit(job.call, *job.arguments, workers=[worker], pure=False)
+        future = self.client.submit(job.call, *job.arguments(), workers=[worker], pure=False)
         self.under_way[future] = worker, job
 
     def send(self, worker: str, job: Job) -> BaseException | None:

@@ -30,6 +30,7 @@ class Request:
     workers: processes that decode images; None: a core each with a GPU, up to 8; else fewer.
     skip_bad: leave out images that cannot be read. fresh: extract what is there again.
     rehash: compare the content of every image, not only of those with another size or time.
+    elsewhere: encodes on other machines.
     """
 
     contents: set[str] = field(default_factory=set)
@@ -38,6 +39,7 @@ class Request:
     skip_bad: bool = False
     fresh: bool = False
     rehash: bool = False
+    elsewhere: extraction.Elsewhere | None = None
 
 
 class Made(NamedTuple):
@@ -75,7 +77,9 @@ def make_features(data: Data, clip: Clip, request: Request) -> Iterator[Made]:
         asked = features.provenance(images, clip, content, views)
         why = "you ask for it" if request.fresh else reason(path, made, asked, images)
         if why:
-            how = extraction.Options(workers_of(request), other_gpus(), skip_bad)
+            away = request.elsewhere
+            gpus = [] if away else other_gpus()
+            how = extraction.Options(workers_of(request), gpus, skip_bad, away)
             existed = path.exists()
             extraction.extract(manifest, clip, path, content, views, how)
             _, skipped = features.header(path)

@@ -18,15 +18,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from fpl.data import encoders, extraction
 from fpl.data.files import sha256
 from fpl.data.partitions import Partition
-from fpl.experiments import keep, runner
+from fpl.experiments import cache, keep, runner
 from fpl.experiments.checkpoints import Checkpoint
 from fpl.experiments.records import Key, checksum
 from fpl.experiments.settings import Backbone, Data, Experiment, Source, row_class
 from fpl.experiments.values import build
+from fpl.prompts import Clip
 from fpl.rounds import Training
 
 STORE = "FPL_STORE"
@@ -159,6 +162,53 @@ def perform(
         path = folder / "learnt.safetensors"
         keep.write(path, found.kept)
         return found.record, path.read_bytes()
+
+
+class Sent(extraction.Images):
+    """Images whose files were read by the caller.
+
+    files: for each image what was seen of its file and its content, or why it cannot be read.
+    """
+
+    def __init__(
+        self, told: Mapping[str, Any], clip: Clip, files: Sequence[tuple[str, bytes] | str]
+    ) -> None:
+        self.__dict__ |= told
+        self.files, self.transform = files, clip.transform
+
+    def read(self, i: int) -> tuple[str, bytes]:
+        """Return what came of a file. Raises OSError where it cannot be read."""
+        found = self.files[i]
+        if isinstance(found, str):
+            raise OSError(found)
+        return found
+
+
+def encode(
+    told: Mapping[str, Any],
+    backbone: Backbone,
+    names: Mapping[str, str],
+    batch: int,
+    cuda: bool,
+    files: Sequence[tuple[str, bytes] | str | None],
+) -> tuple[Sequence[str], Sequence[str], np.ndarray | None]:
+    """Encode the images of a batch; return why each cannot be read, what was seen, and features.
+
+    told: of Images, but for folder and transform. names: the model's files, name to hash. files: as
+    `Sent` has them, None for an empty place. Raises ValueError where the caller expects a GPU and
+    there is none, or there is one and it does not.
+    """
+    torch.set_num_threads(threads())
+    with standing_at(names):
+        asked = backbone.name, backbone.weights or None, cache.device()
+        clip = encoders.load(*asked, preprocessing=backbone.preprocessing)
+    if extraction.on_gpu(clip) != cuda:
+        raise ValueError("some workers have GPUs and some have none: use workers of one kind")
+    numbers = [-1 if file is None else i for i, file in enumerate(files)]
+    images = Sent(told, clip, [file or "" for file in files])
+    (found,) = extraction.encode_all(images, [numbers], [clip], batch, 0)
+    features = None if found.features is None else found.features.cpu().numpy()
+    return found.reasons, found.seen, features
 
 
 def threads() -> int:
