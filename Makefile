@@ -12,12 +12,19 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 # the one package without wheels: the lock's own tools build it, and nothing else is built
 SOURCE := antlr4-python3-runtime
 export DVC_NO_ANALYTICS := 1
+# make paper CLUSTER=tcp://host:8786 lets the workers of a Dask cluster do the work
+CLUSTER ?=
+export FPL_CLUSTER := $(CLUSTER)
 export PYTHONHASHSEED := 0
 
-.PHONY: repro test fuzz check tour gpu paper paper-plan setup lock expected clean
+.PHONY: repro test test-cluster fuzz check tour gpu paper paper-plan setup lock expected clean
 
 repro: setup
 	$(BIN)/fpl repro
+
+# sweeps with real Dask workers that die, hang and differ, and between two network namespaces (as root)
+test-cluster: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/cluster/faults.py tests/cluster/two_hosts.py
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
@@ -76,3 +83,19 @@ expected:
 
 clean:
 	rm -rf data/shapes data/styles data/features results/runs results/notebooks results/tables results/report results/records results/error.txt dvc.lock
+
+# a real federation of three sites on this machine, and its tests with real processes; in an environment of their own
+FED := federation/.venv
+
+.PHONY: federation test-federation
+federation: $(FED)/.ready
+	$(FED)/bin/python -m federation.rehearsal
+
+test-federation: $(FED)/.ready
+	OMP_NUM_THREADS=1 $(FED)/bin/python -m pytest -q federation/tests
+
+$(FED)/.ready: federation/requirements.txt federation/pyproject.toml pyproject.toml
+	@$(PYTHON) -m venv --clear $(FED)
+	@$(FED)/bin/python tools/install.py $(FED)/install.log federation/requirements.txt $(FED)/bin/python -m pip install --disable-pip-version-check --require-hashes --no-build-isolation --only-binary :all:
+	@$(FED)/bin/python -m pip install -qq --no-deps --no-build-isolation -e . -e ./federation >> $(FED)/install.log 2>&1
+	@touch $(FED)/.ready

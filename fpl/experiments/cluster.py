@@ -31,6 +31,7 @@ from fpl.experiments.settings import Backbone, Experiment
 PIECE = 16_000_000  # bytes of a file that are sent at once
 TRIES = 3  # of a run
 PATIENCE = 1800.0  # seconds without a round, after which a worker counts as hung
+OFTEN = 0.5  # seconds between two looks at who is there
 CONNECT = 15.0  # seconds to reach the scheduler
 WEIGHTS = "weights.file"  # where a worker has weights of a built-in model
 # A run that ends in one of these would do so on any worker.
@@ -226,6 +227,8 @@ class Dealer:
         self.fit: dict[str, bool] = {}  # workers that were asked what they are
         self.has: dict[str, set[str]] = {}  # hashes of files that a worker has
         self.failures: list[tuple[Job, BaseException]] = []
+        self.there: list[str] = []
+        self.looked = -OFTEN
         client.subscribe_topic("fpl", self.hear)
 
     def hear(self, event: tuple[float, Any]) -> None:
@@ -247,8 +250,11 @@ class Dealer:
         return self.failures
 
     def workers(self) -> list[str]:
-        """Return the addresses of the workers that are there."""
-        return [*self.client.scheduler_info(n_workers=-1)["workers"]]
+        """Return the addresses of the workers that are there, as they were a moment ago."""
+        if time.monotonic() > self.looked + OFTEN:
+            self.there = [*self.client.scheduler_info(n_workers=-1)["workers"]]
+            self.looked = time.monotonic()
+        return self.there
 
     def free(self) -> list[str]:
         """Return the workers that fit and have no job; says so where there is none at all."""
@@ -328,11 +334,11 @@ class Dealer:
     def collect(self) -> None:
         """Take what has come, and give back what will not come."""
         if not self.under_way:
-            time.sleep(0.5)  # for workers
+            time.sleep(OFTEN)  # for workers
             return
         done: Sequence[Future] = []
         try:
-            done = wait([*self.under_way], timeout=0.5, return_when="FIRST_COMPLETED").done
+            done = wait([*self.under_way], timeout=OFTEN, return_when="FIRST_COMPLETED").done
         except TimeoutError:
             pass
         except CancelledError:
