@@ -1,0 +1,234 @@
+"""One site: its own images, its own CLIP, and its own tensors, which it keeps in a file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import re
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from federation.protocol import (
+    KINDS,
+    Agreement,
+    Parcel,
+    Refused,
+    Words,
+    agreement_of,
+    check_finite,
+    check_model,
+    check_tensors,
+    everybody,
+    model_of,
+)
+from fpl import privacy
+from fpl.data import features
+from fpl.data.extraction import device_of
+from fpl.data.files import file_lock
+from fpl.experiments import stored, verbs
+from fpl.experiments.values import check_choice
+from fpl.prompts import Clip, PromptTree
+from fpl.rounds import Cohort, Setup, evaluate, fine_tune, noise_of, train_cohort
+from fpl.state import Clients, Server, Tensors, generator, take
+
+log = logging.getLogger(__name__)
+NEVER = -1  # the round of a site that has not trained yet
+Images = Callable[[Agreement], Clients]  # a site's own, as one client
+
+
+@dataclass
+class Kept:
+    """What a site keeps between two messages.
+
+    local: what it learns, with a client axis of one. upload: what it sent in its last round.
+    accuracy: on its own test images, by round; it stays here.
+    """
+
+    agreement: Agreement
+    local: Tensors
+    upload: Tensors = field(default_factory=dict)
+    round: int = NEVER
+    accuracy: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Answers what the server asks.
+
+    name: as the agreement has it. folder: where features and tensors are kept. clip: the frozen
+    model. images: reads the site's own images.
+    """
+
+    name: str
+    folder: Path
+    clip: Clip
+    images: Images
+
+    def answer(self, kind: str, asked: Parcel) -> Parcel:
+        """Return the reply to a parcel of one of KINDS.
+
+        What goes wrong is told in full in the log of the site alone: it may name files.
+        """
+        try:
+            check_choice(kind, KINDS, "question")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with file_lock(self.folder / "lock"):
+                return getattr(self, kind)(asked)
+        except Refused as error:
+            log.error("%s", error)
+            return Parcel(words={"refused": str(error)})
+        except (ValueError, OSError, FloatingPointError, LookupError) as error:
+            log.error("%s", error)
+            return Parcel(words={"refused": f"{self.name} cannot do it, its own log says why"})
+
+    def join(self, asked: Parcel) -> Parcel:
+        """Tell who this is and how many training images it has, if it can take part."""
+        agreement = agreement_of(json.loads(str(asked.words["agreement"])), "the agreement")
+        check_model(agreement.model, model_of(self.clip.provenance), self.name)
+        setup, _ = self.setup(agreement)
+        if not self.path(agreement.key).exists():
+            drawn = agreement.rules.init(setup.text, generator(agreement.seeds.init, "init"))
+            device = setup.clients.feats.device
+            local = {name: value.to(device).unsqueeze(0) for name, value in drawn.items()}
+            self.write(Kept(agreement, local))
+        size = len(setup.clients.train[self.number(agreement)])
+        model = model_of(self.clip.provenance)
+        return Parcel(words={"site": self.name, "images": size, **model})
+
+    def train(self, asked: Parcel) -> Parcel:
+        """Train a round from what was received, and send exactly what the method shares.
+
+        A site trains a round once: asked again, it sends what it has sent.
+        """
+        kept = self.read(str(asked.words["key"]))
+        number = int(asked.words["round"])
+        if number < kept.round:
+            raise Refused(f"{self.name} has trained round {kept.round}, not {number} again")
+        if number > kept.round:
+            begin = asked.tensors.get("begin", {})
+            self.learn(kept, number, asked.tensors.get("down", {}), begin)
+            self.write(kept)
+        words: Words = {"site": self.name, "round": number, "key": kept.agreement.key}
+        return Parcel({"shared": kept.upload}, words)
+
+    def learn(self, kept: Kept, number: int, down: Tensors, begin: Tensors) -> None:
+        """Train a round. begin: what the server knows of the shared tensors, beyond `down`."""
+        setup, cohort = self.received(kept, down)
+        method, training = setup.method, setup.training
+        start = method.start(kept.local, down)
+        kept.local, losses = train_cohort(setup, cohort, start, number)
+        log.info("round %d: mean loss %.4f in the last epoch", number, losses.mean())
+        upload = {name: kept.local[name] for name in method.shared}
+        if kept.agreement.private and upload:
+            z = noise_of(method, training)
+            draw = self.noise(kept.agreement, number)
+            upload = privacy.release(upload, begin | down, training.clip, z, [draw])
+        kept.upload, kept.round = upload, number
+
+    def evaluate(self, asked: Parcel) -> Parcel:
+        """Test on the site's own images what it has after a round; tell nobody the result."""
+        kept = self.read(str(asked.words["key"]))
+        number = int(asked.words["round"])
+        params = asked.tensors.get("params", {})
+        check_tensors(params, {k: kept.local[k][0] for k in kept.agreement.rules.shared}, "server")
+        setup, cohort = self.received(kept, asked.tensors.get("down", {}))
+        n, i = len(setup.clients), self.number(kept.agreement)
+        counted = torch.zeros(n, dtype=torch.bool, device=setup.clients.feats.device)
+        counted[i] = bool(asked.words["counted"])
+        server = Server(params, {}, counted, counted, number)
+        local = {name: value.expand(n, *value.shape[1:]) for name, value in kept.local.items()}
+        tune = partial(fine_tune, setup, [cohort], number)
+        p = take(setup.method.evaluated(server, local, tune), cohort.client_ids)
+        (said,) = evaluate(setup.method, setup.text, p, cohort.context, setup.clients, [i])
+        kept.accuracy[str(number)] = said.right.float().mean().item()
+        log.info("round %d: accuracy %.4f", number, kept.accuracy[str(number)])
+        self.write(kept)
+        return Parcel(words={"site": self.name, "round": number})
+
+    def received(self, kept: Kept, down: Tensors) -> tuple[Setup, Cohort]:
+        """Return what there is once the download is here. Raises Refused for one that cannot be."""
+        check_finite(down, "server")
+        same = {name: value for name, value in down.items() if name in kept.local}
+        check_tensors(same, {name: kept.local[name] for name in same}, "server")
+        setup, ids = self.setup(kept.agreement)
+        context = setup.method.context(setup.text, down, ids, setup.clients)
+        return setup, Cohort(ids, down, context, torch.zeros_like(ids))
+
+    def setup(self, agreement: Agreement) -> tuple[Setup, Tensor]:
+        """Return what stays the same, with all clients but without others' images; our number."""
+        method, training, clip = agreement.rules, agreement.run, self.clip
+        precision = training.precision
+        text = PromptTree(clip, agreement.classes, method.n_ctx, precision=precision)
+        i = self.number(agreement)
+        clients = everybody(len(agreement.sites), i, self.images(agreement))
+        method.check(text, clients)
+        ids = torch.tensor([i], device=clients.feats.device)
+        return Setup(method, text, clients, training, agreement.seeds), ids
+
+    def number(self, agreement: Agreement) -> int:
+        """Return our client number."""
+        return agreement.sites.index(check_choice(self.name, agreement.sites, "site"))
+
+    def noise(self, agreement: Agreement, number: int) -> torch.Generator:
+        """Return the generator of the noise of a round."""
+        if agreement.noise == "named":
+            i = self.number(agreement)
+            return generator(agreement.seeds.order, "noise", number, i)
+        return torch.Generator().manual_seed(secrets.randbits(63))
+
+    def path(self, key: str) -> Path:
+        """Return the file of what is kept for an agreement. Raises Refused for what is no key."""
+        if not re.fullmatch("[0-9a-f]{64}", key):
+            raise Refused(f"{self.name} was sent no key of an agreement")
+        return self.folder / f"{key[:16]}.safetensors"
+
+    def write(self, kept: Kept) -> None:
+        """Write all that is kept, at once or not at all."""
+        header = {"agreement": json.loads(kept.agreement.text), "round": kept.round}
+        header["accuracy"] = kept.accuracy
+        tensors = {"local": kept.local, "upload": kept.upload}
+        stored.write(self.path(kept.agreement.key), tensors, header)
+
+    def read(self, key: str) -> Kept:
+        """Return what is kept for an agreement. Raises Refused where there is none."""
+        if not self.path(key).exists():
+            raise Refused(f"{self.name} has not joined this federation, or another version of it")
+        tensors, header = stored.read(self.path(key), str(device_of(self.clip)))
+        agreement = agreement_of(header["agreement"], str(self.path(key)))
+        if agreement.key != key:
+            raise Refused(f"{self.name} has agreed to something else: join again")
+        local, upload = tensors.get("local", {}), tensors.get("upload", {})
+        return Kept(agreement, local, upload, header["round"], header["accuracy"])
+
+
+def read_images(root: Path, folder: Path, clip: Clip, agreement: Agreement) -> Clients:
+    """Return the images of one's own as one client, with the agreed classes as labels.
+
+    root: a folder CLASS/FILE or train/CLASS/FILE, or a CSV. folder: where features are kept.
+    Raises OSError for images that cannot be read, and ValueError for classes that are not agreed.
+    """
+    root = root.resolve()
+    patches: Any = None
+    needs_patches = agreement.rules.inputs == "patches"
+    with contextlib.chdir(folder):
+        found = verbs.features(root, clip, patches=needs_patches)
+        if needs_patches:
+            path = verbs.data_of(str(root), clip).patches
+            device = str(found.feats.device)
+            patches = features.load(path, found.provenance, device, "patches").feats
+    names = [name.replace("_", " ") for name in agreement.classes]
+    agreed = [names.index(check_choice(c, names, f"class in {root}")) for c in found.classes]
+    labels = torch.tensor(agreed, device=found.labels.device)[found.labels]
+    train, test = (torch.from_numpy((found.split == s).nonzero()[0]).to(labels) for s in SPLITS)
+    return Clients(found.feats, labels, [train], [test], len(names), patches)
+
+
+SPLITS = ("train", "test")
