@@ -14,7 +14,7 @@ from fpl import cli
 from fpl.bench import features as bench_features
 from fpl.bench import plan, ways
 from fpl.bench import step as bench
-from fpl.data import encoders, extraction, features, pictures
+from fpl.data import datasets, encoders, extraction, features, pictures
 from fpl.experiments import settings
 from fpl.prompts import Clip
 
@@ -143,7 +143,7 @@ def sizes():
 
 def test_sizes_name_every_data_set_with_both_towers():
     table = sizes()
-    assert len(table) == 9 * 2 and table.index.is_unique
+    assert len(table) == len(datasets.DATASETS) * 2 and table.index.is_unique
     assert set(table.index.levels[1]) == {"RN50", "ViT-B/16"} and (table.iloc[:, 2:] > 0).all(
         axis=None
     )

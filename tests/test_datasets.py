@@ -349,10 +349,11 @@ def test_one_file_more_is_one_data_set_more(tmp_path):
     ], made.stderr
 
 
-def test_the_data_sets_are_listed_in_the_order_of_the_paper():
+def test_the_data_sets_are_listed_in_the_order_of_the_paper_and_then_the_others():
     assert list(datasets.DATASETS) == [
         "flowers102", "oxfordpets", "food101", "caltech101", "dtd",
-        "cifar10", "cifar100", "domainnet10", "office_caltech10"
+        "cifar10", "cifar100", "domainnet10", "office_caltech10",
+        "eurosat", "ucf101", "fgvc_aircraft", "stanford_cars", "sun397", "pacs", "office_home"
     ]  # fmt: skip
 
 

@@ -134,11 +134,9 @@ def test_the_profiles_have_the_same_tables_and_methods():
     assert [name for name in PAPER.tables if name not in more] == [*demo.tables]
     assert more < {*PAPER.tables} and PAPER.methods == values.merge(demo.methods, SCRIPTS)
     assert {e.row for _, e in PAPER.runs("table1")} >= {*METHODS, *CONTROLS}
-    assert (
-        {PAPER.source(name).data.name for name in PAPER.contents()}
-        == {*datasets.DATASETS}
-        == {*tables.PRINTED}
-    )
+    used = {PAPER.source(name).data.name for name in PAPER.contents()}
+    assert used == {*[*datasets.DATASETS][:9]}  # those of pFedMoAP; the others have no table yet
+    assert {*datasets.DATASETS} == {*tables.PRINTED}
 
 
 def test_fedotp_and_fedpgp_run_as_their_own_scripts_say():

@@ -4,10 +4,11 @@ A new data set is a new module and needs nothing else. It is read from the files
 or other repositories offer, and becomes a manifest. Rows keep the order of the lists, on which
 official partitions depend, and images for validation are among them. Class names are in the order
 of the labels, with spaces for underscores as in CoOp's prompts; labels close up to 0, 1, .. where a
-subset lacks classes. Sizes are those of Table 5 of pFedMoAP (ICLR 2025) and of torchvision:
+subset lacks classes. Sizes are those of Table 5 of pFedMoAP (ICLR 2025), of CoOp and torchvision:
 `checklist` compares with them, and nothing is refused for being a subset.
 
-Formats and names: KaiyangZhou/CoOp at 1fbb1a6, med-air/FedBN at 2fa38ad, torchvision 0.29.
+Formats and names: KaiyangZhou/CoOp at 1fbb1a6, KaiyangZhou/Dassl.pytorch at 21ed5af,
+med-air/FedBN at 2fa38ad, torchvision 0.29.
 """
 
 from __future__ import annotations

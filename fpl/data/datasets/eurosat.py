@@ -1,0 +1,72 @@
+"""EuroSAT (Helber et al., JSTARS 2019): satellite pictures of land in ten uses, in RGB."""
+
+from pathlib import Path
+
+import numpy as np
+
+from fpl.data.datasets.layouts import (
+    Dataset,
+    File,
+    Layout,
+    Row,
+    Rows,
+    coop,
+    coop_file,
+    deal,
+    images_in,
+)
+
+FOLDER = "2750"
+# torchvision's copy; the authors' server is often down
+COPY = "https://huggingface.co/datasets/torchgeo/eurosat/resolve"
+NAMES = {  # of folders, in the order of the labels, and in CoOp's prompts
+    "AnnualCrop": "Annual Crop Land",
+    "Forest": "Forest",
+    "HerbaceousVegetation": "Herbaceous Vegetation Land",
+    "Highway": "Highway or Road",
+    "Industrial": "Industrial Buildings",
+    "Pasture": "Pasture Land",
+    "PermanentCrop": "Permanent Crop Land",
+    "Residential": "Residential Buildings",
+    "River": "River",
+    "SeaLake": "Sea or Lake",
+}
+
+
+def read(folder: Path, domain: str) -> Rows:
+    """Class folders, of which half is for training, a fifth for validation, the rest for testing.
+
+    Names and shares are CoOp's, the draw is ours. Raises ValueError for a folder of another name.
+    """
+    rows = []
+    for path in images_in(folder / FOLDER, 2):
+        name = path.parts[0]
+        if name not in NAMES:
+            raise ValueError(f"{folder / FOLDER / name} is no class of EuroSAT: take it away")
+        rows.append(Row(f"{FOLDER}/{path}", list(NAMES).index(name), NAMES[name]))
+    totals = np.bincount([row.label for row in rows])
+    train, val = (np.rint(totals * share).astype(int) for share in (0.5, 0.2))
+    return deal(rows, {"train": train, "val": val, "test": totals - train - val}, domain)
+
+
+DATASET = Dataset(
+    key="eurosat",
+    title="EuroSAT",
+    position=10,
+    folders=("eurosat",),
+    classes=10,
+    layouts={
+        "coop": coop("split_zhou_EuroSAT.json", FOLDER, train=13500, test=8100),
+        "folders": Layout((FOLDER,), read, train=13500, test=8100),
+    },
+    page="https://github.com/phelber/EuroSAT",
+    terms="MIT licence; the pictures are free data of Copernicus Sentinel-2.",
+    files=(
+        File(
+            "eurosat/EuroSAT.zip",
+            f"{COPY}/c877bcd43f099cd0196738f714544e355477f3fd/EuroSAT.zip",
+            md5="c8fa014336c82ac7804f0398fcb19387",
+        ),
+        coop_file("eurosat/split_zhou_EuroSAT.json"),
+    ),
+)
