@@ -32,7 +32,7 @@ MADE = {"workers", "views", "patches", "all", "skip_bad", "fresh", "rehash", "cl
 READ = {  # options by what reads them
     "extract": SETTINGS | MADE,
     "export": SETTINGS,
-    "import": {*SETTINGS, "force"},
+    "import": {*SETTINGS, "force", "classes", "model"},
     "verify": set(),
 }
 # How long a pack may be read before it counts as one on which HDF5 hangs.
@@ -49,7 +49,7 @@ def add(parser: Parser) -> None:
     parser.add_argument(
         "action", nargs="?", choices=actions, default="extract", help="what to do (extract)"
     )
-    parser.add_argument("file", nargs="?", type=Path, help="the pack to write or read")
+    parser.add_argument("file", nargs="?", type=Path, help="the pack, or cache to import")
     parser.add_argument(
         "--workers",
         type=natural,
@@ -61,6 +61,13 @@ def add(parser: Parser) -> None:
         metavar="V",
         help="also write V random crops and flips of each training image",
     )
+    parser.add_argument(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="import the features of others: their class names, one a line, in label order",
+    )
+    parser.add_argument("--model", default="", metavar="NAME", help="what made these features")
     switches = {
         "--patches": "also write the file of patch features, which FedOTP reads",
         "--all": "of every data set of the tables, all that their rows read",
@@ -78,7 +85,7 @@ def run(options: Options) -> None:
 
     A pack is one file with all that the tables need: features, labels, class names, split, domain
     and provenance. Whoever imports it needs no images, but the weights of the text tower, which are
-    not in it.
+    not in it. Import also reads the caches of features that others made.
     """
     check_read(options, READ[options.action], f"fpl features {options.action}")
     if options.all and (options.on or options.patches):
@@ -142,13 +149,34 @@ def files_of(data: Data) -> dict[str, Path]:
 
 
 def unpack(options: Options) -> None:
-    """Put what is in a pack where the settings look for it."""
+    """Put what is in a pack, or in a cache of others, where the settings look for it."""
+    from fpl.data import foreign
+
     source = read_settings(options).source(options.on)
     data = source.data
+    named = options.file.is_dir() or options.file.suffix.lower() in foreign.SUFFIXES
+    if named or options.classes or options.model:
+        bring(options, data)
+        return
     model = source.backbone.name
     written = of_pack("unpack", options.file, files_of(data), data.name, model, options.force)
     for path, is_new in written.items():
         say(f"features: {path}{'' if is_new else ', which was there already'}")
+
+
+def bring(options: Options, data: Data) -> None:
+    """Put a cache of features that others made where the settings look for features."""
+    from fpl.data import foreign
+
+    if not options.classes:
+        raise ValueError(f"{options.file} is of others: give its class names with --classes FILE")
+    if data.manifest.exists():
+        own = "give the features a name, as in --set data.name=own --set data.store=NAME"
+        raise ValueError(f"{data.manifest} lists the images of {data.name}: {own}")
+    about = {"data": data.name} | ({"model": options.model} if options.model else {})
+    path = data.features
+    is_new = foreign.bring(options.file, options.classes, path, about, options.force)
+    say(f"features: {path}{'' if is_new else ', which was there already'}")
 
 
 def describe_pack(options: Options) -> None:

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.pretrained import hf_hub_download
 from open_clip.transform import Compose, InterpolationMode, Normalize, Resize, ToTensor
-from open_clip.transformer import VisionTransformer
+from open_clip.transformer import TextTransformer, VisionTransformer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -31,6 +31,11 @@ from fpl.prompts import Clip
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
 PICKLED = "open_clip_pytorch_model.bin"  # the weights in older repositories
+IMPORTED = "imported"  # in the place of a model: of features that came without one
+NO_TOWER = (
+    "these features were imported and come without a text tower: "
+    "only rows that read features can run"
+)
 LOCAL = "local-dir:"
 HUB = "hf-hub:"
 QUICK = "-quickgelu"
@@ -58,7 +63,8 @@ def load(
     and its file brought by hand are the same; `provenance["architecture"]` is that of the
     configuration from which the model is built.
 
-    name: a built-in model; or "hf-hub:REPOSITORY" or "local-dir:FOLDER", which bring their weights.
+    name: a built-in model; or "hf-hub:REPOSITORY" or "local-dir:FOLDER", which bring their weights;
+        or "imported", see `without_towers`.
     weights: of a built-in model, a tag or the path of a file.
     image_tower: False keeps the text tower only, all that is needed once features are there.
     preprocessing: "" for the model's own transform, or one of PREPROCESSINGS, which enlarges images
@@ -73,6 +79,8 @@ def load(
             f"unknown preprocessing {preprocessing!r}: use {' or '.join(PREPROCESSINGS)}, "
             "or leave it empty for CLIP's own"
         )
+    if name == IMPORTED:
+        return without_towers(image_tower, device)
     source, file, options = resolve(name, str(weights or ""))
     check_plain(file)
     pretrained = None if source.startswith(LOCAL) else str(file)
@@ -92,6 +100,32 @@ def load(
     hashes = {"architecture": architecture(source), "weights": sha256(file)}
     provenance = {"model": name, **hashes, "transform": described}
     return Clip(model.to(device), transform, open_clip.get_tokenizer(source), provenance)
+
+
+class Absent(nn.Module):
+    """Stands where a prompt enters the text tower that imported features do not have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Raise ValueError."""
+        raise ValueError(NO_TOWER)
+
+
+def without_towers(image_tower: bool, device: str) -> Clip:
+    """Return what stands in for the CLIP of imported features (fpl.data.foreign).
+
+    Class names have tokens and prompts a place, of width 1, as for any row. Whoever encodes a
+    prompt gets a ValueError. Raises ValueError where an image tower is asked for.
+    """
+    if image_tower:
+        raise ValueError(
+            "features that were imported come without a model: "
+            "set `backbone` in params.yaml to one that is to encode images"
+        )
+    tower = TextTransformer(width=1, heads=1, layers=1, output_dim=1)
+    tower.logit_scale = nn.Parameter(torch.zeros(()))
+    tower.transformer.resblocks[0].ln_1 = Absent()
+    frozen = tower.eval().requires_grad_(False).to(device)
+    return Clip(frozen, provenance={"weights": IMPORTED})
 
 
 def architecture(source: str) -> str:

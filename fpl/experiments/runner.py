@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fpl.controls import Control
+from fpl.data import encoders
 from fpl.data.files import check_writable
 from fpl.data.processes import begin_worker, starting_workers
 from fpl.experiments import answers, keep, records
@@ -219,13 +221,15 @@ def make(
     """Make one run, from its last checkpoint if there is one.
 
     The caller has worked out by what it is found: the code may change meanwhile. Raises ValueError
-    where the features did.
+    where the features did, and for a row that reads prompts where they came without a text tower.
     """
     source = experiment.source
     clip, feats = load_cached(source.data, source.backbone, device())
     if feats.sha256 != key.features:
         changed = "has changed since this command began: call it again"
         raise ValueError(f"{source.data.features} {changed}")
+    if source.backbone.name == encoders.IMPORTED and not isinstance(experiment.method, Control):
+        raise ValueError(encoders.NO_TOWER)
     follow = asked.follow or (lambda line: None)
     if asked.fresh:
         checkpoint.remove()

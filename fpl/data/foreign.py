@@ -1,0 +1,355 @@
+"""Caches of image features that others made, read into a features file of ours.
+
+Four kinds are read:
+  a folder in Tip-Adapter's layout: keys_Ks.pt (d, n) and values_Ks.pt (n, c), one-hot, of which
+    those with the most shots are the training images, and test_f.pt (n, d), test_l.pt (n,), and so
+    for val, which are the training images where there are no keys;
+  a folder with features.npy (n, d), labels.npy (n,) and split.npy (n,);
+  one .npz with these three arrays;
+  a .csv or .parquet with the columns label, split and numbered ones, such as f0, f1, ..
+
+Nothing in them is run: a file that needs a pickle is refused. The result has no text tower, and its
+provenance says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from fpl.data import extraction, pictures
+from fpl.data.encoders import IMPORTED
+from fpl.data.features import Refused, require, written
+from fpl.data.files import atomic_write
+from fpl.data.manifest import SPLITS, UNWRITABLE, Manifest, text_of
+from fpl.data.pack import checksum_of
+
+UNKNOWN = "unknown"
+SIZE = 2**32  # bytes of a file, and of what a zip holds
+ARRAYS = {  # by name, what they hold
+    "features": "one row for each image",
+    "labels": "one whole number from 0 on for each image",
+    "split": f"one of the words {', '.join(SPLITS)} for each image",
+}
+SUFFIXES = (".npz", ".npy", ".csv", ".parquet", ".pt")
+SHOTS = re.compile(r"keys_(\d+)shots\.pt")
+NUMBERED = re.compile(r"(\D*)(\d+)")  # of columns: what all have in front, and the number
+Part = tuple[str, np.ndarray, np.ndarray]
+
+
+@dataclass
+class Cache:
+    """What a source holds: features (n, d), labels (n,), splits and ids of n images.
+
+    kind: of the source, in words. sums: SHA-256 of each of its files, by name.
+    """
+
+    kind: str
+    feats: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+    labels: np.ndarray = field(default_factory=lambda: np.empty(0, int))
+    split: list[str] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)
+    sums: dict[str, str] = field(default_factory=dict)
+
+    def open(self, path: Path) -> io.BytesIO:
+        """Read a file and note its hash. Raises OSError, and Refused beyond SIZE."""
+        try:
+            content = pictures.content(path, SIZE)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"there is no file {path}") from None
+        except ValueError as e:
+            raise Refused(f"has {path.name}, which is not read: {e}") from None
+        self.sums[path.name] = hashlib.sha256(content).hexdigest()
+        return io.BytesIO(content)
+
+    def decode(self, path: Path, call: Callable[[io.BytesIO], Any]) -> Any:
+        """Return what a file holds. Raises as `open`, and Refused for what cannot be decoded."""
+        raw = self.open(path)
+        try:
+            check_unpacked(raw)
+            return call(raw)
+        except Refused:
+            raise
+        except Exception as e:  # a damaged or hostile file can fail in any way
+            only = "it is damaged, or holds more than plain numbers, and no pickle is run"
+            raise Refused(f"has {path.name}, which is not read: {only}") from e
+
+
+def bring(
+    source: Path, classes: Path, path: Path, about: Mapping[str, str], force: bool = False
+) -> bool:
+    """Write the features of a source, at unit length, to `path`, and return whether they are new.
+
+    classes: a text file, one name a line, in the order of the labels. about: provenance that is
+    known: `data`, the name of the data set, and perhaps `model`. force: replace other features.
+
+    Raises OSError for what is not there, and ValueError for a source that is of no kind above,
+    needs a pickle, or has shapes, labels, splits or numbers that cannot be features, and where
+    other features would be replaced.
+    """
+    try:
+        names = classes_of(classes)
+        cache = read(source, len(names))
+        check(cache, len(names))
+        feats = unit(cache.feats)
+    except Refused as e:
+        raise ValueError(f"{source} {e}") from e
+    made = provenance(cache, about)
+    before = checksum_of(path) if path.exists() else ""
+    with atomic_write(path) as temporary:
+        with written(temporary) as f:
+            extraction.create(f, listed(cache, names), "feats", feats.shape[1:], made)
+            f["feats"][:] = feats
+        is_new = checksum_of(temporary) != before
+        if is_new and path.exists() and not force:
+            raise ValueError(
+                f"{path} would be replaced by other features: move it away or give --force"
+            )
+    return is_new
+
+
+def provenance(cache: Cache, about: Mapping[str, str]) -> dict[str, str]:
+    """Say what is known of imported features, and that the rest is not."""
+    not_known = ("model", "architecture", "transform", "manifest", "pictures", "images")
+    return {
+        **dict.fromkeys(not_known, UNKNOWN),
+        "weights": IMPORTED,
+        "imported": cache.kind,
+        "sources": ", ".join(f"{name} {sha256}" for name, sha256 in sorted(cache.sums.items())),
+        "content": "feats",
+        "skipped": "none",
+        **about,
+    }
+
+
+def listed(cache: Cache, names: list[str]) -> Manifest:
+    """Return the images as a manifest lists them."""
+    rows = [
+        {"path": name, "label": str(label), "split": split, "domain": ""}
+        for name, label, split in zip(cache.ids, cache.labels.tolist(), cache.split, strict=True)
+    ]
+    return Manifest(Path(), rows, names, "")
+
+
+def classes_of(path: Path) -> list[str]:
+    """Return class names, with spaces for underscores.
+
+    Raises FileNotFoundError, and ValueError for none, for an empty line, and for two that are the
+    same in prompts.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path} of class names")
+    first: dict[str, int] = {}
+    for number, line in enumerate(text_of(path).rstrip().split("\n"), start=1):
+        name = " ".join(line.replace("_", " ").split())
+        if not name or UNWRITABLE.search(name):
+            raise ValueError(f"{path}, line {number}: needs a class name, one on each line")
+        other = first.setdefault(name, number)
+        if other != number:
+            raise ValueError(f"{path}, line {number}: {name!r} is on line {other} already")
+    return [*first]
+
+
+def read(source: Path, n_cls: int) -> Cache:
+    """Read a source of whatever kind. Raises OSError, and Refused with what is wrong."""
+    suffix = source.suffix.lower()
+    if source.is_dir():
+        named = {path.name for path in source.iterdir()}
+        if "features.npy" in named:
+            return read_arrays(source)
+        tip = "test_f.pt" in named or any(map(SHOTS.fullmatch, named))
+        require(tip, "has neither test_f.pt, as Tip-Adapter's caches have, nor features.npy")
+        return read_tip_adapter(source, n_cls)
+    if not source.exists():
+        raise FileNotFoundError(f"there is no file {source}")
+    if suffix == ".npz":
+        return read_npz(source)
+    if suffix in (".csv", ".parquet"):
+        return read_table(source)
+    one = suffix in (".npy", ".pt")
+    advice = "give the folder that it is in" if one else f"give a folder or {', '.join(SUFFIXES)}"
+    raise Refused(f"is no cache of features by itself: {advice}")
+
+
+def read_tip_adapter(folder: Path, n_cls: int) -> Cache:
+    """Read a folder in Tip-Adapter's layout."""
+    cache = Cache("a cache in Tip-Adapter's layout")
+    parts = parts_of(cache, folder, n_cls)
+    for name, (_, feats, labels) in parts.items():
+        fits = feats.ndim == 2 and labels.shape == feats.shape[:1]
+        shapes = f"features {feats.shape} in {name} with labels {labels.shape}"
+        require(fits, f"has {shapes}, which do not fit")
+    widths = {feats.shape[1]: name for name, (_, feats, _) in parts.items()}
+    said = " and ".join(f"{width} in {name}" for width, name in widths.items())
+    advice = "two models made it, so take away the files of one (without keys, val is trained on)"
+    require(len(widths) == 1, f"has features of different widths, {said}: {advice}")
+    cache.feats = np.concatenate([feats for _, feats, _ in parts.values()])
+    cache.labels = np.concatenate([labels for _, _, labels in parts.values()])
+    for name, (split, feats, _) in parts.items():
+        cache.split += [split] * len(feats)
+        cache.ids += [f"{name}/{i}" for i in range(len(feats))]
+    return cache
+
+
+def parts_of(cache: Cache, folder: Path, n_cls: int) -> dict[str, Part]:
+    """Return split, features (n, d) and labels (n,) of each file of features in a folder."""
+    named = {path.name for path in folder.iterdir()}
+    shots = [int(found[1]) for found in map(SHOTS.fullmatch, named) if found]
+    parts: dict[str, Part] = {}
+    if shots:
+        most = f"{max(shots)}shots.pt"
+        keys = tensor_of(cache, folder / f"keys_{most}")
+        one_hot = tensor_of(cache, folder / f"values_{most}")
+        parts[f"keys_{most}"] = "train", keys.T, labels_of(one_hot, n_cls)
+    for split in ("val", "test"):
+        name = f"{split}_f.pt"
+        if split == "test" or name in named:
+            feats = tensor_of(cache, folder / name)
+            labels = tensor_of(cache, folder / f"{split}_l.pt")
+            trained = split == "val" and not shots
+            parts[name] = "train" if trained else split, feats, labels
+    return parts
+
+
+def tensor_of(cache: Cache, path: Path) -> np.ndarray:
+    """Return the numbers of a tensor in a file, in double precision where they are not whole."""
+
+    def plain(raw: io.BytesIO) -> np.ndarray:
+        x = torch.load(raw, map_location="cpu", weights_only=True)
+        is_plain = isinstance(x, Tensor) and x.layout is torch.strided and x.device.type == "cpu"
+        require(is_plain, f"has {path.name}, which is not one tensor of numbers")
+        # a view can stand for more than the file holds
+        fits = x.nbytes <= len(raw.getbuffer())
+        require(fits, f"has {path.name}, whose tensor is larger than the file")
+        return (x.detach().double() if x.is_floating_point() else x.detach()).numpy()
+
+    return cache.decode(path, plain)
+
+
+def labels_of(one_hot: np.ndarray, n_cls: int) -> np.ndarray:
+    """Return the labels (n,) that one-hot rows (n, c) stand for."""
+    fine = one_hot.ndim == 2 and one_hot.shape[1] == n_cls
+    require(fine, f"has values of shape {one_hot.shape} for {n_cls} class names")
+    fine = ((one_hot == 0) | (one_hot == 1)).all() and (one_hot.sum(1) == 1).all()
+    require(fine, "has values that are not one-hot")
+    return one_hot.argmax(1)
+
+
+def read_arrays(folder: Path) -> Cache:
+    """Read a folder of three .npy files."""
+    cache = Cache("NumPy arrays")
+    for name in ARRAYS:
+        require((folder / f"{name}.npy").exists(), f"lacks {name}.npy: {ARRAYS[name]}")
+    load = np.lib.format.read_array
+    parts = [cache.decode(folder / f"{name}.npy", load) for name in ARRAYS]
+    return filled(cache, *parts)
+
+
+def read_npz(path: Path) -> Cache:
+    """Read an .npz of three arrays."""
+    cache = Cache("NumPy arrays in one file")
+
+    def load(raw: io.BytesIO) -> list[np.ndarray]:
+        with np.load(raw, allow_pickle=False) as arrays:
+            for name in ARRAYS:
+                require(name in arrays, f"lacks the array {name}: {ARRAYS[name]}")
+            return [arrays[name] for name in ARRAYS]
+
+    return filled(cache, *cache.decode(path, load))
+
+
+def read_table(path: Path) -> Cache:
+    """Read a table of vectors."""
+    suffix = path.suffix.lower()
+    cache = Cache(f"a table ({suffix})")
+    if suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ValueError(
+            f"{path} is not read without pyarrow: install it, or save the table as .csv"
+        )
+    frame = cache.decode(path, pd.read_parquet if suffix == ".parquet" else pd.read_csv)
+    for name, array in (("label", "labels"), ("split", "split")):
+        require(name in frame, f"lacks the column {name}: {ARRAYS[array]}")
+    columns = numbered([str(name) for name in frame.columns])
+    try:
+        feats = frame[columns].to_numpy(float)
+    except (ValueError, TypeError):
+        raise Refused("has features that are no numbers") from None
+    return filled(cache, feats, frame["label"].to_numpy(), frame["split"].to_numpy(str))
+
+
+def numbered(columns: list[str]) -> list[str]:
+    """Return the feature columns in the order of their numbers: f2 before f10."""
+    found = {name: NUMBERED.fullmatch(name) for name in columns if name not in ("label", "split")}
+    other = [name for name, match in found.items() if not match]
+    require(not other, f"has the column {', '.join(other[:3])}, which is neither numbered nor read")
+    numbers = {int(match[2]): name for name, match in found.items() if match}
+    fronts = {match[1] for match in found.values() if match}
+    first = min(numbers, default=0)
+    whole = sorted(numbers) == [*range(first, first + len(numbers))]
+    fine = len(fronts) == 1 and len(numbers) == len(found) and whole and first in (0, 1)
+    require(fine, "has feature columns that are not numbered from 0 or 1 on without gaps")
+    return [numbers[number] for number in sorted(numbers)]
+
+
+def filled(cache: Cache, feats: np.ndarray, labels: np.ndarray, split: np.ndarray) -> Cache:
+    """Put three arrays of one row for each image into a cache."""
+    fine = feats.ndim == 2 and labels.shape == split.shape == feats.shape[:1]
+    shapes = f"features {feats.shape}, labels {labels.shape}, split {split.shape}"
+    require(fine, f"has arrays of shapes that do not fit: {shapes}")
+    require(split.dtype.kind in "US", f"has a split that is no text: {ARRAYS['split']}")
+    cache.feats = feats
+    cache.labels = labels
+    cache.split = split.astype(str).tolist()
+    cache.ids = [f"row/{i}" for i in range(len(feats))]
+    return cache
+
+
+def check(cache: Cache, n_cls: int) -> None:
+    """Raise Refused for no features, labels beyond the classes, and other splits than ours."""
+    labels = cache.labels
+    require(cache.feats.size > 0, "has no features")
+    require(cache.feats.dtype.kind in "fiu", "has features that are no real numbers")
+    require(labels.dtype.kind in "iu", "has labels that are not whole numbers")
+    low, high = labels.min(), labels.max()
+    beyond = f"has labels from {low} to {high} for {n_cls} class names"
+    require(low >= 0 and high < n_cls, f"{beyond}: labels count from 0")
+    other = sorted({*cache.split} - {*SPLITS})
+    require(not other, f"has the split {', '.join(other[:3])!r}: {ARRAYS['split']}")
+    for split in ("train", "test"):
+        require(split in cache.split, f"has no images of the split {split}")
+
+
+def unit(feats: np.ndarray) -> np.ndarray:
+    """Return features (n, d) at unit length, in half precision as they are stored.
+
+    Raises Refused for a row that is not finite or zero.
+    """
+    rows = feats.astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        length = np.linalg.norm(rows, axis=1, keepdims=True)
+    bad = np.flatnonzero(~np.isfinite(length))
+    require(not len(bad), f"has features of {len(bad)} images that are not finite")
+    bad = np.flatnonzero(length == 0)
+    require(not len(bad), f"has features of {len(bad)} images that are zero")
+    return (rows / length).astype(np.float16)
+
+
+def check_unpacked(raw: io.BytesIO) -> None:
+    """Raise Refused for a zip, which .npz and .pt are, that stands for more than SIZE bytes."""
+    if zipfile.is_zipfile(raw):
+        with zipfile.ZipFile(raw) as packed:
+            size = sum(member.file_size for member in packed.infolist())
+        require(size <= SIZE, f"holds more than {SIZE} bytes")
+    raw.seek(0)
