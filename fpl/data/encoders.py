@@ -63,8 +63,7 @@ def load(
     and its file brought by hand are the same; `provenance["architecture"]` is that of the
     configuration from which the model is built.
 
-    name: a built-in model; or "hf-hub:REPOSITORY" or "local-dir:FOLDER", which bring their weights;
-        or "imported", see `without_towers`.
+    name: built-in; or "hf-hub:REPOSITORY" or "local-dir:FOLDER" with their weights; or "imported".
     weights: of a built-in model, a tag or the path of a file.
     image_tower: False keeps the text tower only, all that is needed once features are there.
     preprocessing: "" for the model's own transform, or one of PREPROCESSINGS, which enlarges images
