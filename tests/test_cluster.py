@@ -3,10 +3,13 @@
 What happens when workers die, hang or differ is in tests/cluster, which takes minutes.
 """
 
+import os
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import BACKBONE, DATA, PARAMS, refuses
 from helpers.dask import cluster
 
@@ -145,3 +148,15 @@ def test_without_a_scheduler_there_is_a_sentence(address, alone, monkeypatch):
 def test_a_place_that_no_worker_has_is_refused(alone):
     far = settings.Backbone("local-dir:/somewhere/clip")
     refuses(lambda: on_cluster.model_files(far), ["/somewhere/clip", "where you stand"])
+
+
+def test_of_several_gpus_of_this_machine_each_worker_has_its_own(monkeypatch):
+    numbers = ["0", "1"]
+    gpus = SimpleNamespace(empty=lambda: not numbers, get=lambda: numbers.pop(0))
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    found = []
+    for _ in range(3):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        runner.get_ready(1, [], gpus)
+        found.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    assert found == ["0", "1", None], "without a GPU nothing is said"
