@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fpl.data.text import one_line
 from fpl.experiments import values
+from fpl.experiments.assemble import seeds_of
 from fpl.methods import METHODS, PromptFL
 from fpl.rounds import Seeds, Training
 from fpl.state import Clients, Tensors
@@ -95,7 +96,7 @@ class Agreement:
     @property
     def seeds(self) -> Seeds:
         """The seeds of what is drawn."""
-        return Seeds(self.run.init_seed or self.seed, self.run.order_seed or self.seed)
+        return seeds_of(self.run, self.seed)
 
     @property
     def private(self) -> bool:

@@ -301,7 +301,7 @@ def right(feats, images, first, end):
 def found_elsewhere(**changes):
     """Return the accuracies on other images of a zero-shot run."""
     (last,) = assemble.rounds_of(PARAMS.experiment("zeroshot", 1, **changes))
-    return {k: v.tolist() for k, v in last.elsewhere.items() if k != records.GLOBAL}
+    return {k: v.tolist() for k, v in last.elsewhere.items() if k != partitions.GLOBAL}
 
 
 def test_zero_shot_accuracies_are_those_of_the_images_and_names(here):
@@ -323,7 +323,7 @@ def test_global_accuracy_is_that_on_the_test_images_of_all_clients(row, here):
     experiment = PARAMS.experiment(row, 1)
     sizes = [len(own) for own in assemble.make_clients(experiment, "cpu").test]
     *_, last = assemble.rounds_of(experiment)
-    everywhere = last.elsewhere[records.GLOBAL]
+    everywhere = last.elsewhere[partitions.GLOBAL]
     assert sum(sizes) == 30 and last.accuracy.max() > 0
     wanted = [a * own / 30 for a, own in zip(last.accuracy.tolist(), sizes, strict=True)]
     assert everywhere.tolist() == pytest.approx(wanted)
@@ -353,7 +353,7 @@ def test_records_and_frames_have_what_was_found_elsewhere(here):
         frame = records.frame([path])
         last = frame["round"] == frame["round"].max()
         means[experiment.row, 1] = frame["accuracy"][last].mean()
-        for name in (records.GLOBAL, *partitions.ELSEWHERE):
+        for name in (partitions.GLOBAL, *partitions.ELSEWHERE):
             assert frame[name][~last].isna().all()
             nothing = pytest.approx([math.nan] * last.sum(), nan_ok=True)
             assert frame[name][last].tolist() == places.get(name, nothing)

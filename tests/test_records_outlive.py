@@ -238,8 +238,8 @@ DROPS = {
     "who has which images": ("data/partitions.py", "DRAWS = 100", "DRAWS = 99", EVERY),
     "assembling": (
         "experiments/assemble.py",
-        "run.init_seed or experiment.seed",
-        "run.init_seed or 1",
+        "training.init_seed or seed",
+        "training.init_seed or 1",
         EVERY,
     ),
 }

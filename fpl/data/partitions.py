@@ -23,6 +23,7 @@ Counts = ndarray
 # counts of each client, or (2, c) the one client that has all of a class; and the classes' order
 Dealt = tuple[Counts, ndarray]
 
+GLOBAL = "global"  # the test images of all clients
 ELSEWHERE = ("base", "novel", "target")  # what clients may be tested on, see `elsewhere`
 NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]+)?")
 DRAWS = 100  # of all clients together, until each has min_size images

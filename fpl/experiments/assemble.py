@@ -16,7 +16,7 @@ from fpl.experiments.cache import device, load_cached, patches_of, text_of, view
 from fpl.experiments.settings import Experiment
 from fpl.prompts import PromptTree
 from fpl.released import splits
-from fpl.rounds import Round, Seeds, Setup, State, run_rounds
+from fpl.rounds import Round, Seeds, Setup, State, Training, run_rounds
 from fpl.state import Clients
 
 
@@ -99,7 +99,7 @@ def elsewhere_of(
     labels = feats.labels.cpu().numpy()
     found = partitions.elsewhere(experiment.partition, labels, feats.split, feats.domain)
     everything = torch.cat(list(clients.test)).unique()
-    made = {"global": (text, replace(clients, test=[everything] * len(clients)))}
+    made = {partitions.GLOBAL: (text, replace(clients, test=[everything] * len(clients)))}
     for name, index in found.items():
         tested = [on(str(clients.labels.device), index)] * len(clients)
         there = replace(clients, test=tested)
@@ -145,13 +145,13 @@ def setup_of(experiment: Experiment) -> Setup:
     """Return what stays the same during a run: method, text, clients, training and seeds."""
     clients = make_clients(experiment, device())
     text = text_for(experiment, (0, clients.n_cls))
-    return Setup(experiment.method, text, clients, experiment.run, seeds_of(experiment))
+    seeds = seeds_of(experiment.run, experiment.seed)
+    return Setup(experiment.method, text, clients, experiment.run, seeds)
 
 
-def seeds_of(experiment: Experiment) -> Seeds:
-    """Return the seeds of what the run draws: those of its training, or else its own."""
-    run = experiment.run
-    return Seeds(run.init_seed or experiment.seed, run.order_seed or experiment.seed)
+def seeds_of(training: Training, seed: int) -> Seeds:
+    """Return the seeds of what a run draws: those of its training, or else the one of the run."""
+    return Seeds(training.init_seed or seed, training.order_seed or seed)
 
 
 def rounds_of(

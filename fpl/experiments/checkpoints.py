@@ -115,7 +115,8 @@ def state_of(
     tensors: Mapping[str, Any], header: Mapping[str, Any], experiment: Experiment
 ) -> State:
     """Return a state from what was written of it."""
-    server = server_of(tensors["server"], header["round"], seeds_of(experiment).order)
+    order = seeds_of(experiment.run, experiment.seed).order
+    server = server_of(tensors["server"], header["round"], order)
     shared = header["epochs"] is not None
     optimiser = Optimiser(tensors.get("velocity", {}), header["epochs"]) if shared else None
     return State(tensors.get("local", {}), server, optimiser)

@@ -67,7 +67,7 @@ def perform(todo: Sequence[Run], total: int, address: str) -> None:
         tqdm(total=total, initial=total - len(todo), desc="runs", unit="run") as bar,
     ):
         bar.write(f"Dask's dashboard: {client.dashboard_link}", file=sys.stderr)
-        failures = Dealer(client, jobs, bar, take_record).deal()
+        failures = Dealer(client, bar).deal(jobs, take_record)
     runner.report([(job.what, error) for job, error in failures], len(todo))
 
 
@@ -154,6 +154,7 @@ class Encoder:
 
     def __init__(self, client: Client, backbone: Backbone) -> None:
         self.client = client
+        self.dealer = Dealer(client, tqdm(disable=True))
         names = model_files(backbone)
         self.hashes = hashes_of(names)
         self.files = {self.hashes[name]: path for name, path in names.items()}
@@ -187,10 +188,7 @@ class Encoder:
             for k, numbers in enumerate(part)
         ]
         found: dict[int, Any] = {}
-        with tqdm(disable=True) as bar:
-            failures = Dealer(
-                self.client, jobs, bar, lambda job, given: found.update({job.number: given})
-            ).deal()
+        failures = self.dealer.deal(jobs, lambda job, given: found.update({job.number: given}))
         for _, error in failures:
             raise error
         made = []
@@ -214,15 +212,14 @@ def read_file(images: extraction.Images, i: int) -> tuple[str, bytes] | str | No
 class Dealer:
     """Deals jobs to workers until all are done.
 
-    take: what is done with what a job gave. Workers may come and go; each has one job at a time.
+    Workers may come and go; each has one job at a time. What they are and have is asked once.
     """
 
-    def __init__(
-        self, client: Client, jobs: Sequence[Job], bar: tqdm, take: Callable[[Job, Any], None]
-    ) -> None:
-        self.client, self.bar, self.take = client, bar, take
-        self.waiting = [*jobs]
-        self.by_number = {job.number: job for job in jobs}
+    def __init__(self, client: Client, bar: tqdm) -> None:
+        self.client, self.bar = client, bar
+        self.ours = remote.identity()
+        self.waiting: list[Job] = []
+        self.by_number: dict[int, Job] = {}
         self.under_way: dict[Future, tuple[str, Job]] = {}
         self.fit: dict[str, bool] = {}  # workers that were asked what they are
         self.has: dict[str, set[str]] = {}  # hashes of files that a worker has
@@ -237,8 +234,12 @@ class Dealer:
         if job:
             job.heard = time.monotonic()
 
-    def deal(self) -> list[tuple[Job, BaseException]]:
-        """Do all jobs, and return those that failed and why."""
+    def deal(
+        self, jobs: Sequence[Job], take: Callable[[Job, Any], object]
+    ) -> list[tuple[Job, BaseException]]:
+        """Do all jobs, and return those that failed and why; take: is called with what one gave."""
+        self.waiting, self.failures, self.take = [*jobs], [], take
+        self.by_number = {job.number: job for job in jobs}
         try:
             while self.waiting or self.under_way:
                 for worker in self.free():
@@ -247,6 +248,7 @@ class Dealer:
         finally:
             for future in self.under_way:
                 future.cancel()
+            self.under_way.clear()
         return self.failures
 
     def workers(self) -> list[str]:
@@ -271,18 +273,16 @@ class Dealer:
 
     def look_at(self, worker: str) -> bool:
         """Return whether a worker is what we are, and warn of one that is not."""
-        ours = remote.identity()
         theirs = self.ask(worker, remote.identity)
         if isinstance(theirs, BaseException):
             warnings.warn(f"worker {worker} is not used: {theirs}", stacklevel=2)
             return False
-        other = [f"{name} {theirs.get(name)}" for name in ours if theirs.get(name) != ours[name]]
+        other = [name for name, version in self.ours.items() if theirs.get(name) != version]
         if other:
-            here = ", ".join(f"{name} {ours[name]}" for name in ours if theirs[name] != ours[name])
-            warnings.warn(
-                f"worker {worker} is not used: it has {', '.join(other)}, here is {here}",
-                stacklevel=2,
-            )
+            there = ", ".join(f"{name} {theirs.get(name)}" for name in other)
+            here = ", ".join(f"{name} {self.ours[name]}" for name in other)
+            said = f"worker {worker} is not used: it has {there}, here is {here}"
+            warnings.warn(said, stacklevel=2)
         return not other
 
     def ask(self, worker: str, function: Callable[..., Any], *arguments: Any) -> Any:

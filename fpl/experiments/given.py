@@ -102,8 +102,7 @@ def pixels_of(image: Source, clip: Clip, upright: bool) -> Float[Tensor, "3 s s"
         content = pictures.content(image) if isinstance(image, Path) else as_file(image)
         return clip.transform(pictures.decode(content, upright))
     except Exception as error:  # Pillow and transforms have all kinds for what is no good image
-        words = str(getattr(error, "strerror", None) or error).split()
-        return " ".join(words) or type(error).__name__
+        return extraction.reason_of(error)
 
 
 def as_file(image: Image.Image) -> bytes:

@@ -74,7 +74,7 @@ def learn(experiment: Experiment) -> Learnt:
     init = {name: value[0] for name, value in begin_run(setup).local.items()}
     uploaded = torch.full((len(setup.clients),), -1)
     before = None
-    for last in assemble.rounds_of(experiment):
+    for last in assemble.rounds_of(experiment, setup):
         if last.number < rounds - 1:
             uploaded[last.participants] = last.number
             before = last.state.server

@@ -39,9 +39,10 @@ def norms(experiment: Experiment) -> DataFrame:
     method = experiment.method
     if not method.shared:
         raise ValueError(f"{experiment.row} sends nothing: choose another row")
-    begin = begin_run(assemble.setup_of(experiment)).server.params
+    setup = assemble.setup_of(experiment)
+    begin = begin_run(setup).server.params
     lines = []
-    for played in assemble.rounds_of(experiment):
+    for played in assemble.rounds_of(experiment, setup):
         server = played.state.server
         for client in played.participants.tolist():
             received = flat({name: begin[name] for name in method.shared})

@@ -19,11 +19,10 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from fpl.data.files import atomic_write
-from fpl.data.partitions import ELSEWHERE
+from fpl.data.partitions import ELSEWHERE, GLOBAL
 from fpl.experiments import places
 
 RECORDS = Path("results/records")
-GLOBAL = "global"  # the accuracy of a client's model on the test images of all clients
 # What a record says of a round that is not a list with a number for each client.
 OTHER = {"round", "participants", "loss", "up", "down", "elsewhere"}
 CHECKSUM = "sha256"

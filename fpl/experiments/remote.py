@@ -8,6 +8,7 @@ that the caller's have.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -199,9 +200,7 @@ def encode(
     there is none, or there is one and it does not.
     """
     torch.set_num_threads(threads())
-    with standing_at(names):
-        asked = backbone.name, backbone.weights or None, cache.device()
-        clip = encoders.load(*asked, preprocessing=backbone.preprocessing)
+    clip = tower(backbone, tuple(names.items()))
     if extraction.on_gpu(clip) != cuda:
         raise ValueError("some workers have GPUs and some have none: use workers of one kind")
     numbers = [-1 if file is None else i for i, file in enumerate(files)]
@@ -209,6 +208,14 @@ def encode(
     (found,) = extraction.encode_all(images, [numbers], [clip], batch, 0)
     features = None if found.features is None else found.features.cpu().numpy()
     return found.reasons, found.seen, features
+
+
+@functools.lru_cache(maxsize=1)
+def tower(backbone: Backbone, names: tuple[tuple[str, str], ...]) -> Clip:
+    """Return the model of some files, name and hash: loaded once, not for every batch."""
+    with standing_at(dict(names)):
+        asked = backbone.name, backbone.weights or None, cache.device()
+        return encoders.load(*asked, preprocessing=backbone.preprocessing)
 
 
 def threads() -> int:

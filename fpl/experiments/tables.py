@@ -17,6 +17,7 @@ from pandas import DataFrame, Series
 from fpl.data import world
 from fpl.data.datasets import DATASETS
 from fpl.data.files import ROOT, atomic_write
+from fpl.data.partitions import GLOBAL
 from fpl.data.text import cell, markdown
 from fpl.experiments import answers, records
 from fpl.experiments.notebook import TABLES
@@ -48,7 +49,7 @@ SCORES = {  # what stands beside the accuracy, and the column of `with_metrics` 
     "worst class": "worst_class",
     "worst client": "worst_client",
     "ECE": "ece",
-    "global": records.GLOBAL,
+    "global": GLOBAL,
 }
 DECIMALS = {  # columns that Markdown shows with two decimals
     *POINTS,

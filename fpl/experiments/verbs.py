@@ -30,14 +30,14 @@ from fpl.data.files import ROOT
 from fpl.data.manifest import SOURCE
 from fpl.data.partitions import Partition
 from fpl.experiments import cache, keep, values
-from fpl.experiments.assemble import deal
+from fpl.experiments.assemble import deal, seeds_of
 from fpl.experiments.extract import Request, make_features
 from fpl.experiments.predict import Model, restore
 from fpl.experiments.settings import Backbone, Data, part_of, row_class
 from fpl.experiments.values import build, check_choice
 from fpl.methods import PromptFL
 from fpl.prompts import Clip, PromptTree
-from fpl.rounds import Round, Seeds, Setup, Training, run_rounds
+from fpl.rounds import Round, Setup, Training, run_rounds
 from fpl.state import Clients, Tensors
 
 __all__ = ["Model", "Result", "Split", "features", "load", "restore", "save", "split", "train"]
@@ -213,8 +213,7 @@ def train(
     names = clients.classes[: clients.n_cls]
     text = PromptTree(clip, names, made.n_ctx, precision=training.precision)
     drawn = clients.seed if seed is None else values.seed(seed)
-    seeds = Seeds(training.init_seed or drawn, training.order_seed or drawn)
-    setup = Setup(made, text, clients, training, seeds)
+    setup = Setup(made, text, clients, training, seeds_of(training, drawn))
     rounds = run_rounds(setup)
     bar = tqdm(rounds, made.title, training.rounds, unit="round", disable=not progress)
     return Result(setup, clip, list(bar))
