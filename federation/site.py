@@ -147,7 +147,8 @@ class Site:
         local = {name: value.expand(n, *value.shape[1:]) for name, value in kept.local.items()}
         tune = partial(fine_tune, setup, [cohort], number)
         p = take(setup.method.evaluated(server, local, tune), cohort.client_ids)
-        (said,) = evaluate(setup.method, setup.text, p, cohort.context, setup.clients, [i])
+        own = torch.tensor([i])
+        (said,) = evaluate(setup.method, setup.text, p, cohort.context, setup.clients, own)
         kept.accuracy[str(number)] = said.right.float().mean().item()
         log.info("round %d: accuracy %.4f", number, kept.accuracy[str(number)])
         self.write(kept)

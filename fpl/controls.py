@@ -1,8 +1,4 @@
-"""What every method must be compared with: rows that the literature lacks.
-
-Four in which a client reads something frozen and classifies with it; the prompt as it was drawn;
-and one prompt trained on everybody's images, the most that a shared prompt can give.
-"""
+"""What every method must be compared with: rows that the literature lacks."""
 
 from __future__ import annotations
 

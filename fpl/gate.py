@@ -1,7 +1,5 @@
 """The attention gate of pFedMoAP (Luo et al., ICLR 2025, section 3.3) and its ablations.
 
-An image feature attends to the text features of the experts.
-
 Shapes: b batch, c classes, d joint width, g gate width, h heads, e = g / h, k experts (the local
 one first); `...` are clients.
 """

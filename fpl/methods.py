@@ -1,10 +1,9 @@
 """The methods, side by side: each states only what differs from PromptFL.
 
 A method is a frozen set of hyperparameters and a few pure functions over named tensors. It owns no
-loop, optimiser, device or generator. What travels can be read off it: `shared` names the tensors
-that a client uploads, `download` returns what it gets. Every function works on a stack of clients,
-the leading axis n. Shapes are those of fpl.state; symbols are the papers'; s = exp(logit_scale);
-features of images (x) and texts (t) have unit length.
+loop, device or generator. `shared` names the tensors that a client uploads, `download` returns what
+it gets. Every function works on a stack of clients, the leading axis n. Shapes are those of
+fpl.state; symbols the papers'; s = exp(logit_scale); features x, t have unit length.
 """
 
 from __future__ import annotations
@@ -19,10 +18,11 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.optim import SGD, Optimizer
 
 from fpl import gate, transport
 from fpl.prompts import PromptTree
-from fpl.state import Clients, Context, Ids, Lookup, PerClient, Server, Tensors, Tune
+from fpl.state import Clients, Context, Draw, Ids, Lookup, PerClient, Server, Tensors, Tune
 
 Texts = Float[Tensor, "n *k c d"]
 Images = Float[Tensor, "n b *M d"]
@@ -43,6 +43,7 @@ class PromptFL:
     transfers: ClassVar[bool] = True  # can classify among other classes than it trained with
     inputs: ClassVar[str] = "feats"  # of an image, in Clients: feats (d,) or patches (M, d)
     training: ClassVar[dict[str, Any]] = {}  # settings of Training that belong to the method
+    in_step: ClassVar[bool] = False  # clients step together and average gradients in every step
     is_control: ClassVar[bool] = False  # what a method must beat
     idle: ClassVar[tuple[str, ...]] = ()  # tensors that by symmetry have no gradient
     # settings with which it is another method; `fpl check` holds it to them
@@ -109,6 +110,18 @@ class PromptFL:
         """Mean cross-entropy of each client's batch."""
         t = self.encode(text, p, context)
         return cross_entropy(self.logits(text, t, p, context, x), y)
+
+    def gradients(
+        self, text: PromptTree, p: Tensors, context: Tensors, x: Images, y: Labels, draw: Draw
+    ) -> tuple[PerClient, Tensors]:
+        """Return the loss of a step and what the optimiser gets; draw: what the step draws."""
+        loss = self.loss(text, p, context, x, y)
+        found = torch.autograd.grad(loss.sum(), [*p.values()], allow_unused=True)
+        return loss, {k: v for k, v in zip(p, found, strict=True) if v is not None}
+
+    def optimiser(self, groups: list[Any], momentum: float, decay: float) -> Optimizer:
+        """Return what makes the steps; each tensor is a group, by `name`; the loop sets its lr."""
+        return SGD(groups, 0.0, momentum, weight_decay=decay)
 
     def after_cohort(self, server: Server, client_ids: Ids, local: Tensors) -> Server:
         """Return the server that the next cohort finds, after these clients have trained."""
@@ -253,11 +266,10 @@ class FedAMP(PromptFL):
     P_i, adds `attraction` / (2 alpha) |P - u_i|^2 to the loss (lambda there), and is evaluated with
     its own P_i. Without an upload yet, or alone, it trains like CoOp.
 
-    The papers on prompts do not give alpha and sigma; alpha = sigma = 1, the usual values, makes
-    the weight of one's own prompt negative where prompts are near each other. Our choice: sigma is
-    the median of |P_i - P_j|^2 over all pairs of the first round with two uploads, and stays; alpha
-    is `step` sigma / N, and the xi of a client are divided by their sum where it exceeds 1 (with
-    step <= 1 it never does). Uploads m w; downloads u_i, m w, and its pull.
+    The papers on prompts do not give alpha and sigma (both 1 would make one's own weight negative).
+    Our choice: sigma is the median of |P_i - P_j|^2 over all pairs of the first round with two
+    uploads, and stays; alpha is `step` sigma / N, and the xi of a client are divided by their sum
+    where it exceeds 1. Uploads m w; downloads u_i, m w, and its pull.
     """
 
     key = "fedamp"
@@ -425,10 +437,7 @@ class FedPGP(PromptFL):
     def context(self, text: PromptTree, down, client_ids, clients: Clients):
         if not self.mu:
             return {}
-        return {"anchor": text.zero_shot(self.template()).expand(len(client_ids), -1, -1)}
-
-    def template(self) -> str:
-        return self.anchor
+        return {"anchor": text.zero_shot(self.anchor).expand(len(client_ids), -1, -1)}
 
     def ctx(self, p):
         return p["ctx"] + p["u"] @ p["v"]
@@ -588,10 +597,6 @@ def random(server: Server, clients: Clients) -> Distance:
     return drawn.to(server.has_upload.device)
 
 
-def same(server: Server, clients: Clients) -> Distance:
-    return random(server, clients)[:1].repeat(len(server.has_upload), 1)
-
-
 def fixed(server: Server, clients: Clients) -> Distance:
     n = len(server.has_upload)
     place = torch.randperm(n, generator=server.draw("experts")).argsort()
@@ -604,16 +609,14 @@ def oracle(server: Server, clients: Clients) -> Distance:
     return -torch.minimum(shares.unsqueeze(1), shares).sum(-1)
 
 
-def disjoint(server: Server, clients: Clients) -> Distance:
-    return -oracle(server, clients)
-
-
-CHOICES = {f.__name__: f for f in (knn, cosine, random, same, fixed, oracle, disjoint)}
+CHOICES = {
+    **{f.__name__: f for f in (knn, cosine, random)},
+    "same": lambda server, clients: random(server, clients)[:1].expand(len(clients), -1),
+    **{f.__name__: f for f in (fixed, oracle)},
+    "disjoint": lambda server, clients: -oracle(server, clients),
+}
 
 
 # In the order of pFedMoAP's Table 1.
-ROWS_OF_TABLE_1 = (
-    *(ZeroShot, CoOp, PromptFL, FineTuned, FedPer, FedProx),
-    *(FedAMP, PFedPrompt, FedOTP, FedPGP, PFedMoAP),
-)
-METHODS: dict[str, type[PromptFL]] = {method.key: method for method in ROWS_OF_TABLE_1}
+TABLE_1 = (ZeroShot, CoOp, PromptFL, FineTuned, FedPer, FedProx, FedAMP, PFedPrompt, FedOTP, FedPGP)
+METHODS: dict[str, type[PromptFL]] = {kind.key: kind for kind in (*TABLE_1, PFedMoAP)}

@@ -12,8 +12,8 @@ if one is replaced by another, z is worth what z / 2 is (fpl.audit.privacy). A c
 every round: nothing is claimed for sampling. Not protected: who takes part, how many training
 images it has, its label shares where pFedMoAP's `choice` is "oracle", accuracies in a record.
 
-The noise is drawn from a named generator, so that a run can be repeated: whoever knows the seed can
-take it away again. This is for experiments; a deployment needs secret randomness.
+The noise is drawn from a named generator: whoever knows the seed can take it away again. This is
+for experiments; a deployment needs secret randomness.
 """
 
 from __future__ import annotations

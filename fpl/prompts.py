@@ -1,7 +1,6 @@
 """The frozen CLIP's text tower as a function of a learnable prompt.
 
-`PromptTree` encodes the prompts of all classes as one tree of tokens. (The usual way, one padded
-sequence per class, is `PaddedPrompts` of fpl.bench.ways; the tree is checked against open_clip.)
+`PromptTree` encodes the prompts of all classes as one tree of tokens.
 
 Shapes: n clients, c classes, m context length, w text width, d joint width, t nodes of the tree.
 """
@@ -103,7 +102,8 @@ class PromptTree(nn.Module):
 
     def words(self, text: str) -> Float[Tensor, "m w"]:
         """Return the context that stands for ordinary words, such as "a photo of a"."""
-        return words(self._clip, text)
+        tokens = self._clip.tokenizer.encode(text)
+        return text_tower(self._clip).token_embedding.weight[tokens].detach().clone()
 
     def forward(self, ctx: Float[Tensor, "*n m w"]) -> Float[Tensor, "*n c d"]:
         flat = ctx.reshape(ctx.shape[:-2].numel(), *ctx.shape[-2:])
@@ -260,11 +260,6 @@ def tokens_of(clip: Clip, names: Sequence[str], n_ctx: int, tail: str) -> list[l
             raise ValueError(f"classes {rows[row]!r} and {name!r} have the same tokens: rename one")
         rows[row] = name
     return [*map(list, rows)]
-
-
-def words(clip: Clip, text: str) -> Float[Tensor, "m w"]:
-    """Return the context that stands for ordinary words, such as "a photo of a"."""
-    return text_tower(clip).token_embedding.weight[clip.tokenizer.encode(text)].detach().clone()
 
 
 def project(tower: nn.Module, x: Float[Tensor, "n c w"]) -> Float[Tensor, "n c d"]:

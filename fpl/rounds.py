@@ -1,9 +1,8 @@
 """The one federated loop: select, train locally, aggregate, evaluate.
 
 Every method and every control goes through it. Clients of a round train as one batch with the
-client axis in front: the loss is their sum, so each client's gradient is its own, and SGD works
-element by element. Who has fewer steps in an epoch than others rests. No tensor that is trained is
-shared between clients; in rows of `fpl.released` clients leave each other things.
+client axis in front: the loss is their sum, so each client's gradient is its own. Who has fewer
+steps in an epoch than others rests. In rows of `fpl.released` clients leave each other things.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ from fpl.state import (
     Tensors,
     count_numbers,
     generator,
+    normals,
     take,
 )
 
@@ -48,9 +48,8 @@ class Training:
     clients that train in a round. init_seed: of what a method draws at the beginning; order_seed:
     of participants and of the order of images; 0 stands for the run's seed. precision: of the text
     tower's matrix products. epsilon, delta: differential privacy of the uploads over all rounds
-    (fpl.privacy); epsilon 0 is none, delta is pFedMoAP's. clip: the l2 norm of an update, ours: the
-    median of PromptFL's and FedProx's on the demo, which range from 0.2 to 0.8. mechanism:
-    "clipping" clips the updates at epsilon 0 and adds nothing: what clipping does by itself.
+    (fpl.privacy); epsilon 0 is none, delta is pFedMoAP's. clip: the l2 norm of an update, ours.
+    mechanism: "clipping" clips the updates at epsilon 0 and adds nothing.
     """
 
     rounds: PositiveInt = 10
@@ -194,7 +193,6 @@ def run_rounds(
 
     A round's downloads and contexts are made once, from the server as the cohort found it, and used
     for training and evaluation. What a method trains further to be evaluated with is forgotten.
-    With an epsilon the server gets uploads as `privacy.release` makes them.
 
     Raises FloatingPointError for a loss that is not finite, ValueError for settings that cannot be.
     """
@@ -293,6 +291,7 @@ def train_round(setup: Setup, state: State, drawn: Int[Tensor, " picked"]) -> Tr
     server = state.server
     optimiser = copy.deepcopy(state.optimiser)  # a state stays as it is
     made = Trained(state.local, server, optimiser, [], losses, up, down)
+    times = len(batches(setup, int(drawn[0]), server.round)) if method.in_step else 1
     for client_ids in filter(len, method.cohorts(server, drawn)):
         received = method.download(made.server, client_ids, setup.clients)
         context = method.context(setup.text, received, client_ids, setup.clients)
@@ -306,8 +305,8 @@ def train_round(setup: Setup, state: State, drawn: Int[Tensor, " picked"]) -> Tr
         trained_ids = client_ids[positions]
         made.local = {k: v.index_copy(0, trained_ids, ended[k]) for k, v in made.local.items()}
         sent = {name: made.local[name] for name in method.shared}
-        up[client_ids.cpu()] = count_numbers(sent)
-        down[client_ids.cpu()] = count_numbers(received)
+        up[client_ids.cpu()] = times * count_numbers(sent)
+        down[client_ids.cpu()] = times * count_numbers(received)
         made.server = method.after_cohort(made.server, trained_ids, made.local)
     return made
 
@@ -346,19 +345,20 @@ def train_cohort(
 
 def group_by_batch_size(
     setup: Setup, client_ids: Ids, number: int, stream: str
-) -> list[tuple[Int[Tensor, " part"], list[Tensor]]]:
+) -> list[tuple[Int[Tensor, " part"], dict[int, Tensor]]]:
     """Return groups that train at once, most steps first: positions in client_ids, batches."""
-    groups: dict[int, list[tuple[int, Tensor]]] = {}
+    groups: dict[int, list[tuple[int, int, Tensor]]] = {}
     for position, i in enumerate(client_ids.tolist()):
         order = batches(setup, i, number, stream)
-        groups.setdefault(order.shape[1], []).append((position, order))
+        groups.setdefault(order.shape[1], []).append((position, i, order))
     parts = []
     for group in groups.values():
-        group.sort(key=lambda entry: -len(entry[1]))
-        for start in range(0, len(group), setup.text.at_once):
-            part = group[start : start + setup.text.at_once]
-            positions = torch.tensor([position for position, _ in part], device=client_ids.device)
-            parts.append((positions, [order for _, order in part]))
+        group.sort(key=lambda entry: -len(entry[2]))
+        size = len(group) if setup.method.in_step else setup.text.at_once
+        for start in range(0, len(group), size):
+            positions, ids, orders = zip(*group[start : start + size], strict=True)
+            part = torch.tensor(positions, device=client_ids.device)
+            parts.append((part, dict(zip(ids, orders, strict=True))))
     return parts
 
 
@@ -384,48 +384,51 @@ def train_locally(
     setup: Setup,
     begin: Tensors,
     context: Tensors,
-    order: Sequence[Int[Tensor, "_steps b"]],
+    order: Mapping[int, Int[Tensor, "_steps b"]],
     optimiser: Optimiser | None = None,
     first: int = 0,
 ) -> tuple[Tensors, PerClient]:
-    """Train clients at once by SGD from a copy of `begin`; return tensors and last mean losses.
+    """Train clients at once from a copy of `begin`; return tensors and last mean losses.
 
-    order: the image numbers of each client's steps, clients with more steps first; in the later
-    steps of an epoch those that have any left go on. optimiser: goes on as it was left; without
-    one, it is fresh. first: the number of the first local epoch since the run began.
+    order: the image numbers of each client's steps, clients with more steps first. optimiser: goes
+    on as it was left; without one, it is fresh. first: of the local epochs, since the run began.
     """
     if optimiser and len(order) > 1:
-        only = "a shared optimiser is for clients that train one after the other"
-        raise ValueError(f"{only}: take a row of fpl.released, or fresh")
+        only = "a shared optimiser is for rows of fpl.released"
+        raise ValueError(f"{only}, whose clients train one after the other: take fresh")
     kept = optimiser or Optimiser()
     method, training = setup.method, setup.training
-    leaves = {k: [own.clone().requires_grad_() for own in v] for k, v in begin.items()}
-    groups = [{"params": own} for own in leaves.values()]
-    sgd = torch.optim.SGD(groups, 0.0, training.momentum, weight_decay=training.weight_decay)
+    ids, orders = zip(*order.items(), strict=True)
+    leaves = {name: [*value.clone()] for name, value in begin.items()}
+    groups = [{"name": name, "params": own} for name, own in leaves.items()]
+    stepper = method.optimiser(groups, training.momentum, training.weight_decay)
     for name in leaves.keys() & kept.velocity.keys():
-        sgd.state[leaves[name][0]]["momentum_buffer"] = kept.velocity[name]
-    steps = [len(own) // training.local_epochs for own in order]  # of an epoch
+        stepper.state[leaves[name][0]]["momentum_buffer"] = kept.velocity[name]
+    steps = [len(own) // training.local_epochs for own in orders]  # of an epoch
     for epoch in range(training.local_epochs):
-        losses = torch.zeros(len(order), device=setup.clients.feats.device)
-        for name, group in zip(leaves, sgd.param_groups, strict=True):
-            group["lr"] = training.rate(method.rate_group(name), epoch, kept.epochs)
+        losses = torch.zeros(len(ids), device=setup.clients.feats.device)
+        for group in stepper.param_groups:
+            group["lr"] = training.rate(method.rate_group(group["name"]), epoch, kept.epochs)
         for step in range(steps[0]):
-            n = sum(own > step for own in steps)  # who has no gradient is left alone by SGD
-            now = [own[epoch * many + step] for own, many in zip(order[:n], steps[:n], strict=True)]
-            index = torch.stack(now)
+            n = sum(own > step for own in steps)  # who has no gradient is left alone
+            at = [own[epoch * many + step] for own, many in zip(orders[:n], steps[:n], strict=True)]
+            index = torch.stack(at)
             x = setup.clients.training_inputs(method.inputs, index, first + epoch)
-            p = {name: torch.stack(own[:n]) for name, own in leaves.items()}
-            reads = take(context, slice(n))
-            loss = method.loss(setup.text, p, reads, x, setup.clients.labels[index])
-            sgd.zero_grad()
-            loss.sum().backward()
-            sgd.step()
+            p = {k: torch.stack(own[:n]).requires_grad_() for k, own in leaves.items()}
+            draw = partial(normals, x, setup.seeds.order, ids[:n], (first + epoch, step))
+            seen = take(context, slice(n)), x, setup.clients.labels[index]
+            loss, found = method.gradients(setup.text, p, *seen, draw)
+            stepper.zero_grad()
+            for name, gradient in found.items():
+                for own, grad in zip(leaves[name], gradient, strict=False):
+                    own.grad = grad
+            stepper.step()
             losses[:n] += loss.detach()
     for name, own in leaves.items():
-        if own[0] in sgd.state:
-            kept.velocity[name] = sgd.state[own[0]]["momentum_buffer"]
+        if optimiser and own[0] in stepper.state:
+            kept.velocity[name] = stepper.state[own[0]]["momentum_buffer"]
     kept.epochs += training.local_epochs
-    ended = {name: torch.stack(own).detach() for name, own in leaves.items()}
+    ended = {name: torch.stack(own) for name, own in leaves.items()}
     return ended, losses / torch.tensor(steps, device=losses.device)
 
 
@@ -465,29 +468,24 @@ def evaluate_cohorts(
         context = cohort.context
         if text is not setup.text:
             context = setup.method.context(text, cohort.received, ids, clients)
-        found = evaluate(setup.method, text, take(p, ids), context, clients, ids.tolist())
+        found = evaluate(setup.method, text, take(p, ids), context, clients, ids)
         answers |= zip(ids.tolist(), found, strict=True)
     return [answers[i] for i in range(len(clients))]
 
 
 @torch.no_grad()
 def evaluate(
-    method: PromptFL,
-    text: PromptTree,
-    p: Tensors,
-    context: Context,
-    clients: Clients,
-    client_ids: Sequence[int],
+    method: PromptFL, text: PromptTree, p: Tensors, context: Context, clients: Clients, ids: Ids
 ) -> list[Answers]:
     """Return the answers of these clients on their test images; p, context: theirs."""
     images = getattr(clients, method.inputs)
     answers = []
-    for first in range(0, len(client_ids), text.at_once):  # all text features would be too much
+    for first in range(0, len(ids), text.at_once):  # all text features would be too much
         chunk = slice(first, first + text.at_once)
         p_chunk = take(p, chunk)
         reads = take(context, chunk)
         encoded = method.encode(text, p_chunk, reads)
-        for n, i in enumerate(client_ids[chunk]):
+        for n, i in enumerate(ids[chunk].tolist()):
             one = slice(n, n + 1)
             t = None if encoded is None else encoded[one]
             classify = partial(method.logits, text, t, take(p_chunk, one), take(reads, one))

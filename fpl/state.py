@@ -19,6 +19,8 @@ from torch import Tensor
 Tensors = dict[str, Tensor]
 # Everybody's tensors and a number of epochs -> the same, trained on each client's own images.
 Tune = Callable[[Tensors, int], Tensors]
+# The name of a draw and a shape -> standard normal numbers (n, *shape), each client's its own.
+Draw = Callable[..., Tensor]
 # Numbers of clients, and one number for each.
 Ids = Int[Tensor, " n"]
 PerClient = Float[Tensor, " n"]
@@ -57,6 +59,14 @@ def generator(seed: int, stream: str, *numbers: int) -> torch.Generator:
     """Return a generator named by (seed, stream, numbers): draws do not depend on others'."""
     words = np.random.SeedSequence([seed, *stream.encode(), *numbers]).generate_state(2, np.uint64)
     return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
+
+
+def normals(
+    like: Tensor, seed: int, client_ids: Sequence[int], numbers: Sequence[int], name: str, *shape
+) -> Tensor:
+    """Return standard normal numbers (n, *shape), each client's from a generator of its own."""
+    gens = [generator(seed, name, *numbers, i) for i in client_ids]
+    return torch.stack([torch.randn(shape, generator=gen) for gen in gens]).to(like)
 
 
 @dataclass(frozen=True)

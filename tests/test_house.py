@@ -14,7 +14,7 @@ FLOORS = [
     ["state"],
     ["prompts", "gate", "transport"],
     ["methods", "data"],
-    ["controls", "ablations", "privacy", "released"],
+    ["controls", "ablations", "more_methods", "privacy", "released"],
     ["rounds"],
     ["experiments"],
     ["audit", "bench"],

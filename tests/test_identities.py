@@ -389,7 +389,7 @@ def test_fine_tuning_is_of_everybody_from_the_new_average_in_an_order_of_its_own
             order = rounds.batches(setup, i, t, "tune")
             assert [batch for at, batch, _ in steps[i] if at == t] == order.tolist()
             begin = {"ctx": server.params["ctx"][None]}
-            want, _ = rounds.train_locally(setup, begin, {}, [order])
+            want, _ = rounds.train_locally(setup, begin, {}, {i: order})
             assert error(found["ctx"][i], want["ctx"][0]) < 1e-4
             assert torch.equal(rights(r)[i], right(text, found["ctx"][i], clients, i))
     assert order.tolist() != rounds.batches(setup, i, t).tolist()

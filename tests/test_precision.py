@@ -40,7 +40,7 @@ def trained(kind, z, steps):
     setup = Setup(method, text, clients, Training(local_epochs=1))
     batches = z["batch_index"]
     order = torch.stack([batches[step % len(batches)] for step in range(steps)])
-    ended, _ = train_locally(setup, begin, {"experts": context["experts"][[0]]}, [order])
+    ended, _ = train_locally(setup, begin, {"experts": context["experts"][[0]]}, {0: order})
     return begin, ended
 
 

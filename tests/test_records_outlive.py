@@ -116,8 +116,8 @@ PERMITTED = {
     ),
     "a comment in a loop": (
         "rounds.py",
-        "            sgd.step()\n",
-        "            # downhill\n            sgd.step()\n",
+        "            stepper.step()\n",
+        "            # downhill\n            stepper.step()\n",
     ),
     "a line break": (
         "gate.py",
@@ -215,8 +215,8 @@ DROPS = {
     ),
     "the loop": (
         "rounds.py",
-        "            sgd.step()\n",
-        "            sgd.step()\n            sgd.step()\n",
+        "            stepper.step()\n",
+        "            stepper.step()\n            stepper.step()\n",
         EVERY,
     ),
     "evaluation": ("rounds.py", "z.argmax(-1) ==", "z.argmin(-1) ==", EVERY),

@@ -73,7 +73,7 @@ def train(name):
     text = PromptTree(stored_clip(z), z["classnames"], method.n_ctx)
     context = read(method, text, server, torch.tensor([0]), clients)
     setup = Setup(method, text, clients, training_of(z, name))
-    last, _ = train_locally(setup, start, context, [z["batch_index"]])
+    last, _ = train_locally(setup, start, context, {0: z["batch_index"]})
     steps = [*log.tensors, {name: value[0] for name, value in last.items()}]
     path = {name: torch.stack([step[name] for step in steps]) for name in last}
     losses = torch.stack(log.losses).detach()[:, 0]
@@ -105,7 +105,7 @@ def test_what_was_trained_classifies_as_the_released_code_does(name, at, key, li
     t = method.encode(text, p, ran.context)
     logits = method.logits(text, t, p, ran.context, clients.feats[None])[0]
     assert error(logits, stored) < limit
-    found = evaluate(method, text, p, ran.context, clients, [0])[0]
+    found = evaluate(method, text, p, ran.context, clients, torch.tensor([0]))[0]
     assert torch.equal(found.right, stored.argmax(-1) == ran.z["labels"])
     assert torch.equal(found.predicted, stored.argmax(-1))
     assert error(found.confidence, stored.softmax(-1).amax(-1)) < limit
@@ -134,7 +134,7 @@ def test_the_rate_changes_once_an_epoch(schedule, shares):
     clients = Clients(torch.ones(2, 1), torch.zeros(2, dtype=torch.long), both, both, 1)
     training = Training(local_epochs=4, lr=0.1, momentum=0.0, weight_decay=0.0, schedule=schedule)
     setup = Setup(Slope(), None, clients, training)
-    order = [torch.zeros(12, 2, dtype=torch.long)]  # three steps an epoch
+    order = {0: torch.zeros(12, 2, dtype=torch.long)}  # three steps an epoch
     last, _ = train_locally(setup, {"ctx": torch.ones(1, 1, 1)}, {}, order)
     steps = -torch.tensor([*path, last["ctx"].item()]).diff()
     assert torch.allclose(steps, 0.1 * torch.tensor(shares).repeat_interleave(3), atol=1e-6)

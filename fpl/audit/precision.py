@@ -72,7 +72,7 @@ def second_round(setup: Setup, steps: int) -> tuple[Tensors, Tensors]:
         context = method.context(setup.text, down, one, clients)
         begin = method.start(take(first.evaluated, one), down)
         order = batches(longer, i, 1)[:steps]
-        ended, _ = train_locally(at_once, begin, take(context, slice(None)), [order])
+        ended, _ = train_locally(at_once, begin, take(context, slice(None)), {i: order})
         begins.append(begin)
         ends.append(ended)
     return stacked(begins), stacked(ends)

@@ -137,7 +137,7 @@ class Parts:
     def step(self) -> None:
         """Make a local step of the clients."""
         test = self.world.clients.test
-        order = [test[i].unsqueeze(0) for i in self.ids.tolist()]
+        order = {i: test[i].unsqueeze(0) for i in self.ids.tolist()}
         train_locally(self.setup, self.local, self.context, order)
 
     @torch.no_grad()
@@ -148,8 +148,7 @@ class Parts:
     def evaluate(self) -> None:
         """Evaluate the clients on one batch each."""
         clients = self.world.clients
-        ids = self.ids.tolist()
-        evaluate(self.method, self.text, self.local, self.context, clients, ids)
+        evaluate(self.method, self.text, self.local, self.context, clients, self.ids)
 
     def in_round(self, experts: int) -> dict[str, float]:
         """Return how often a round makes each of the calls, given how many experts it encodes."""

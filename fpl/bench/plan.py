@@ -401,7 +401,7 @@ def text_speed(clip: Clip, tower: Tower, seconds: float) -> float:
     gen = torch.Generator().manual_seed(1)
     ctx = method.init(text, gen)["ctx"].to(device())
     begin = {"ctx": ctx.repeat(n, 1, 1)}
-    order = [own.unsqueeze(0) for own in clients.train]
+    order = {i: own.unsqueeze(0) for i, own in enumerate(clients.train)}
     step = functools.partial(train_locally, setup, begin, {}, order)
     step()
     taken = [timed(step)]

@@ -70,7 +70,7 @@ def evaluation(
     context = {"experts": features.to(device())}
 
     def call() -> None:
-        evaluate(method, text, p, context, clients, [0])
+        evaluate(method, text, p, context, clients, torch.tensor([0]))
 
     call()
     line = {

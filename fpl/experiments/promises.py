@@ -16,7 +16,7 @@ from fpl.experiments.values import build
 from fpl.methods import PromptFL
 from fpl.prompts import Clip, PromptTree
 from fpl.rounds import Round, Setup, State, Training, aggregate, begin_run, run_rounds, train_round
-from fpl.state import Clients, Context, Lookup, Server, Tensors, generator, take
+from fpl.state import Clients, Context, Lookup, Server, Tensors, generator, normals, take
 
 NAMES = ["red square", "red circle", "blue square", "palette", "cat", "golden retriever"]
 N_CLIENTS = 12
@@ -100,10 +100,12 @@ def gradients(small: Setup) -> str:
     index = torch.stack([*clients.train])
     x = getattr(clients, method.inputs)[index]
     reads = take(context, slice(None))
-    method.loss(small.text, p, reads, x, clients.labels[index]).sum().backward()
+    draw = partial(normals, x, small.seeds.order, range(len(clients)), (1, 0))
+    y = clients.labels[index]
+    _, found = method.gradients(small.text, p, reads, x, y, draw)
     without = []
     for name, value in p.items():
-        alive = value.grad is not None and bool(value.grad.flatten(1).norm(dim=1).min() > 0)
+        alive = name in found and bool(found[name].flatten(1).norm(dim=1).min() > 0)
         if not alive and value.numel() and name not in method.idle:
             without.append(name)
     if not without:

@@ -21,11 +21,12 @@ from fpl.data.world import VERSION, WORLDS
 from fpl.experiments import places, values
 from fpl.experiments.values import build, check_choice, load, of_type, plain
 from fpl.methods import METHODS, PromptFL
+from fpl.more_methods import MORE
 from fpl.released.methods import RELEASED
 from fpl.rounds import Training
 
 # Everything in the package that can be a row of a table.
-ROWS: dict[str, type[PromptFL]] = METHODS | RELEASED | CONTROLS | ABLATIONS
+ROWS: dict[str, type[PromptFL]] = METHODS | MORE | RELEASED | CONTROLS | ABLATIONS
 # How the names begin under which Python knows files of one's own.
 OWN = "fpl_own_"
 SEEDS = "seeds"  # how many, said by a table, a row or a method

@@ -202,8 +202,9 @@ class PlaceholderAnchor(FedPGP):
     key = "fedpgp_placeholder"
     title = "released: FedPGP's anchor alone"
 
-    def template(self):
-        return "X " * self.n_ctx + "{}."
+    def context(self, text: PromptTree, down, client_ids, clients: Clients):
+        placeholder = replace(self, anchor="X " * self.n_ctx + "{}.")
+        return super(PlaceholderAnchor, placeholder).context(text, down, client_ids, clients)
 
 
 @dataclass(frozen=True)

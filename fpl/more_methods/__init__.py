@@ -1,0 +1,13 @@
+"""Methods that came after pFedMoAP, or beside it: each states only what differs from PromptFL.
+
+`prompts` learn prompts in another way; `features` learn on image features, without a text tower's
+gradient; `private` have what a step draws at random: dropout, or noise. Shapes and symbols are
+those of fpl.methods.
+"""
+
+from fpl.methods import PromptFL
+from fpl.more_methods import features, private, prompts
+
+MORE: dict[str, type[PromptFL]] = {
+    kind.key: kind for kind in (*prompts.ROWS, *features.ROWS, *private.ROWS)
+}
