@@ -1,5 +1,7 @@
 """Fixtures that several test modules share. Annotated shapes are checked while tests run."""
 
+import shutil
+
 import jaxtyping
 import pytest
 import torch
@@ -9,11 +11,13 @@ import torch.nn.functional as F
 CORE = "prompts gate state methods rounds controls transport privacy released.methods"
 CHECKED = [f"fpl.{name}" for name in CORE.split()]
 with jaxtyping.install_import_hook(CHECKED, "checking.check"):
-    from helpers import Here, build, standing_in
+    from helpers import BACKBONE, DATA, Here, build, standing_in
     from helpers.tiny import NAMES, SMALL, make, tiny_model
 
     from fpl.controls import CONTROLS
-    from fpl.experiments import runner
+    from fpl.data import encoders, extraction
+    from fpl.data.manifest import read_manifest
+    from fpl.experiments import records, runner
     from fpl.methods import METHODS
     from fpl.prompts import Clip, PromptTree
     from fpl.state import Clients
@@ -66,3 +70,19 @@ def here(world, monkeypatch):
     monkeypatch.setattr(runner, "ProcessPoolExecutor", Here)
     with standing_in(world):
         yield world
+
+
+@pytest.fixture(scope="module")
+def patched(world):
+    """The world, with patches of its images."""
+    with standing_in(world):
+        images = read_manifest(DATA.folder / "manifest.csv")
+        extraction.extract(images, encoders.load(BACKBONE.name), DATA.patches, "patches")
+    return world
+
+
+@pytest.fixture
+def alone(here):
+    """Standing in the world, where there are no records."""
+    shutil.rmtree(records.RECORDS, ignore_errors=True)
+    return here

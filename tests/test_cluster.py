@@ -34,12 +34,6 @@ def dask(world, tmp_path_factory):
         yield made
 
 
-@pytest.fixture
-def alone(here):
-    shutil.rmtree(records.RECORDS, ignore_errors=True)
-    return here
-
-
 def content(folder=None):
     return {path.name: path.read_bytes() for path in (folder or records.RECORDS).iterdir()}
 

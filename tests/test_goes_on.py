@@ -7,14 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import BACKBONE, DATA, PARAMS, python
+from helpers import PARAMS, python
+from helpers.runs import small
 from safetensors.torch import load_file, save_file
 
-from fpl.data import encoders, extraction
-from fpl.data.manifest import read_manifest
 from fpl.experiments import checkpoints, keep, records, runner
 from fpl.experiments.runner import Asked
 from fpl.experiments.settings import ROWS
+
+pytestmark = pytest.mark.usefixtures("patched")
 
 EVERY_ROUND = Asked(every=0, keep=True)
 MANY = 8  # rounds of a run that is killed several times
@@ -34,19 +35,9 @@ def stop_after(number):
     return replace(EVERY_ROUND, follow=follow)
 
 
-def small(row, seed=1, **changes):
+def short(row, seed=1, **changes):
     """Return an experiment of three rounds, in which not everybody trains."""
-    kind = ROWS[row]
-    sizes = {"n_ctx": 2, "n_experts": 2, "d_gate": 16, "heads": 4, "rank": 1, "n_base": 1}
-    own = {name: size for name, size in sizes.items() if name in kind.__dataclass_fields__}
-    if row == "pfedmoap_oneword":
-        own["n_ctx"] = 1
-    wanted = own | {"rounds": 3, "participation": 0.75, **changes}
-    return PARAMS.experiment(row, seed, **{k: v for k, v in wanted.items() if can(row, k)})
-
-
-def can(row, name):
-    return name not in ROWS[row].training
+    return small(row, seed, **{"rounds": 3, "participation": 0.75, **changes})
 
 
 def files_of(experiment):
@@ -66,16 +57,6 @@ def undisturbed(experiment):
     found = files_of(experiment)
     shutil.rmtree(records.RECORDS)
     return found
-
-
-@pytest.fixture
-def alone(here):
-    """In the small world, with patches of its images and without records."""
-    shutil.rmtree(records.RECORDS, ignore_errors=True)
-    if not DATA.patches.exists():
-        images = read_manifest(DATA.folder / "manifest.csv")
-        extraction.extract(images, encoders.load(BACKBONE.name), DATA.patches, "patches")
-    return here
 
 
 def goes_on(experiment):
@@ -103,21 +84,21 @@ def rounds_of(experiment):
 
 @pytest.mark.parametrize("row", ROWS)
 def test_every_row_goes_on_as_if_nothing_had_happened(row, alone):
-    goes_on(small(row))
+    goes_on(short(row))
 
 
 @pytest.mark.parametrize("row", ["pfedmoap", "pfedmoap_released", "fedpgp"])
 def test_on_two_threads_too(row, alone):
     torch.set_num_threads(2)
     try:
-        goes_on(small(row))
+        goes_on(short(row))
     finally:
         torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("changes", [{"epsilon": 5.0}, {"mechanism": "clipping"}, {"lam": 0.1}])
 def test_with_noise_clipping_and_other_settings_too(changes, alone):
-    goes_on(small("pfedmoap", **changes))
+    goes_on(short("pfedmoap", **changes))
 
 
 def stopped(experiment):
@@ -127,9 +108,9 @@ def stopped(experiment):
     return checkpoint_of(experiment).path
 
 
-@pytest.mark.parametrize("other", [small("pfedmoap", 2), small("pfedmoap", lam=0.1), small("coop")])
+@pytest.mark.parametrize("other", [short("pfedmoap", 2), short("pfedmoap", lam=0.1), short("coop")])
 def test_no_run_goes_on_from_the_checkpoint_of_another(other, alone):
-    experiment = small("pfedmoap")
+    experiment = short("pfedmoap")
     want = undisturbed(experiment)
     shutil.copy(stopped(other), checkpoint_of(experiment).path)
     with pytest.warns(UserWarning, match="is of another run: its run begins again"):
@@ -138,10 +119,10 @@ def test_no_run_goes_on_from_the_checkpoint_of_another(other, alone):
 
 
 def test_nor_from_one_of_another_version_of_torch(alone, monkeypatch):
-    path = stopped(small("promptfl"))
+    path = stopped(short("promptfl"))
     monkeypatch.setattr(checkpoints, "torch", SimpleNamespace(__version__="0.1"))
     with pytest.warns(UserWarning, match="is of another run"):
-        assert checkpoint_of(small("promptfl")).read() == ([], None)
+        assert checkpoint_of(short("promptfl")).read() == ([], None)
     assert path.exists()
 
 
@@ -177,7 +158,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_not_used(damage, alone):
-    experiment = small("promptfl")
+    experiment = short("promptfl")
     want = undisturbed(experiment)
     damage(stopped(experiment))
     with pytest.warns(UserWarning, match="checkpoint is damaged: its run begins again"):
@@ -186,17 +167,17 @@ def test_a_damaged_checkpoint_is_named_and_not_used(damage, alone):
 
 
 def test_a_fresh_run_takes_no_checkpoint(alone):
-    stopped(small("promptfl"))
+    stopped(short("promptfl"))
     lines = []
     asked = Asked(
-        fresh=True, follow=lambda line: lines.append(checkpoint_of(small("promptfl")).path.exists())
+        fresh=True, follow=lambda line: lines.append(checkpoint_of(short("promptfl")).path.exists())
     )
-    runner.sweep([small("promptfl")], asked=asked)
+    runner.sweep([short("promptfl")], asked=asked)
     assert lines == [False, False, False]
 
 
 def test_checkpoints_come_as_often_as_asked_and_take_a_small_share_of_the_time(alone, monkeypatch):
-    experiment = small("promptfl", rounds=12)
+    experiment = short("promptfl", rounds=12)
     now, written = [100.0], []
     monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now[0])
 

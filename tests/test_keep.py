@@ -6,11 +6,9 @@ import shutil
 import pytest
 import torch
 import yaml
-from helpers import BACKBONE, DATA, PARAMS, refuses, standing_in
-from helpers.runs import equal
+from helpers import BACKBONE, DATA, refuses, standing_in
+from helpers.runs import equal, small
 
-from fpl.data import encoders, extraction
-from fpl.data.manifest import read_manifest
 from fpl.experiments import assemble, cache, keep, records, runner, settings, stored
 from fpl.experiments.runner import Asked
 from fpl.experiments.settings import ROWS
@@ -18,14 +16,7 @@ from fpl.methods import PromptFL
 from fpl.state import take
 
 KEEP = Asked(keep=True)
-SMALL = {"n_ctx": 2, "n_base": 1, "n_experts": 2, "d_gate": 16, "heads": 4, "participation": 0.75}
-
-
-def small(row, **changes):
-    """Return a run in which not everybody takes part."""
-    own = {f.name for f in dataclasses.fields(ROWS[row])} | {"participation"}
-    wanted = {k: v for k, v in SMALL.items() if k in own - {*ROWS[row].training}} | changes
-    return PARAMS.experiment(row, 1, **wanted | ({"n_ctx": 1} if "oneword" in row else {}))
+PART = {"participation": 0.75}  # not everybody takes part
 
 
 def kept_of(experiment):
@@ -33,19 +24,10 @@ def kept_of(experiment):
     return keep.read(path.with_suffix(keep.SUFFIX))
 
 
-@pytest.fixture(scope="module")
-def patched(world):
-    """The small world, with patches of its images."""
-    with standing_in(world):
-        images = read_manifest(DATA.folder / "manifest.csv")
-        extraction.extract(images, encoders.load(BACKBONE.name), DATA.patches, "patches")
-    return world
-
-
 @pytest.mark.parametrize("row", ROWS)
 def test_the_file_has_what_the_last_round_was_evaluated_with(row, patched):
     with standing_in(patched):
-        experiment = small(row)
+        experiment = small(row, **PART)
         kept = kept_of(experiment)
         setup = assemble.setup_of(experiment)
         *_, last = assemble.rounds_of(experiment)
@@ -74,7 +56,7 @@ def rows_of(tensors):
 @pytest.mark.parametrize("row", ROWS)
 def test_it_has_nothing_of_the_images_unless_they_are_what_a_method_reads(row, patched):
     with standing_in(patched):
-        (path,) = runner.sweep([small(row)], asked=KEEP)
+        (path,) = runner.sweep([small(row, **PART)], asked=KEEP)
         tensors, _ = stored.read(path.with_suffix(keep.SUFFIX))
         _, feats = cache.load_cached(DATA, BACKBONE, "cpu")
     images = {tuple(row.tolist()) for row in feats.feats}
@@ -84,14 +66,14 @@ def test_it_has_nothing_of_the_images_unless_they_are_what_a_method_reads(row, p
 
 def test_what_is_equal_for_several_stands_once(patched):
     with standing_in(patched):
-        (path,) = runner.sweep([small("promptfl")], asked=KEEP)
+        (path,) = runner.sweep([small("promptfl", **PART)], asked=KEEP)
         tensors, _ = stored.read(path.with_suffix(keep.SUFFIX))
     received = tensors["cohorts"]["0"]["received"]["ctx"]
     assert received["rows"].shape == (1, 2, 16) and received["place"].tolist() == [0] * 4
 
 
 def test_a_run_whose_file_is_missing_or_damaged_is_made_again(here):
-    experiment = small("promptfl")
+    experiment = small("promptfl", **PART)
     (path,) = runner.sweep([experiment])
     before, file = path.read_bytes(), path.with_suffix(keep.SUFFIX)
     file.unlink(missing_ok=True)
@@ -130,7 +112,7 @@ def test_the_class_of_a_method_of_ones_own_is_said_by_whoever_reads(here):
     class Mine(PromptFL):
         key = "mine"
 
-    experiment = dataclasses.replace(small("promptfl"), row="mine", method=Mine(n_ctx=2))
+    experiment = dataclasses.replace(small("promptfl", **PART), row="mine", method=Mine(n_ctx=2))
     *_, last = assemble.rounds_of(experiment)
     clip, _ = cache.load_cached(DATA, BACKBONE, "cpu")
     keep.write(here / "mine.safetensors", keep.of_run(assemble.setup_of(experiment), last, clip))

@@ -16,36 +16,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import BACKBONE, DATA, PARAMS, refuses, store_clip
-from helpers.runs import equal, near
+from helpers.runs import equal, near, small
 from PIL import Image
 
 from fpl import cli
-from fpl.data import encoders, extraction, features
+from fpl.data import encoders, features
 from fpl.data.manifest import read_manifest
-from fpl.experiments import assemble, keep, predict, records, runner
+from fpl.experiments import assemble, keep, predict, runner
 from fpl.experiments.metrics import NO_CLASS
 from fpl.experiments.runner import Asked
 from fpl.experiments.settings import ROWS
 
+pytestmark = pytest.mark.usefixtures("patched", "alone")
+
 KEPT = Path("kept.safetensors")
 NEVER = 1  # the client that is not drawn
-SIZES = {"n_ctx": 2, "n_experts": 2, "d_gate": 16, "heads": 4, "rank": 1, "n_base": 1}
 # of a new client: without images, and those whose own part is as it was drawn
 OWN_IMAGES = {"pfedprompt", "majority", "zeroshot_own", "ridge_own"}
 NOTHING_TRAINED = {"coop", "fedamp", "untrained", "gate_alone", "coop_adapter"}
 PARTLY = {"fedper", "fedotp", "fedpgp", "own_gate", "fedotp_released", "fedpgp_released"}
 PARTLY |= {"fedpgp_two", "fedpgp_placeholder"}
 EVERYBODY = "ridge_all"
-
-
-def small(row, **changes):
-    """Return an experiment of a row with settings that fit the tiny CLIP."""
-    kind = ROWS[row]
-    wanted = {name: n for name, n in SIZES.items() if name in kind.__dataclass_fields__}
-    if row == "pfedmoap_oneword":
-        wanted["n_ctx"] = 1
-    own = {k: v for k, v in changes.items() if k not in kind.training}
-    return PARAMS.experiment(row, 1, **wanted | own)
 
 
 @functools.cache
@@ -65,16 +56,6 @@ def learn(row, **changes):
     about = {"images": DATA.name, "backbone": dataclasses.asdict(BACKBONE)}
     keep.write(KEPT, keep.of_run(setup, last, clip(), **about))
     return last, setup, predict.restore(KEPT, clip())
-
-
-@pytest.fixture
-def here(here):
-    """In the small world, with patches of its images and no records."""
-    shutil.rmtree(records.RECORDS, ignore_errors=True)
-    if not DATA.patches.exists():
-        manifest = read_manifest(DATA.folder / "manifest.csv")
-        extraction.extract(manifest, clip(), DATA.patches, "patches")
-    return here
 
 
 @pytest.fixture

@@ -22,13 +22,6 @@ LONG = [PARAMS.experiment("promptfl", seed, rounds=60) for seed in (1, 2, 3, 4)]
 
 
 @pytest.fixture
-def alone(here):
-    """In the small world, without records."""
-    shutil.rmtree(records.RECORDS, ignore_errors=True)
-    return here
-
-
-@pytest.fixture
 def dask(tmp_path):
     """A scheduler without workers."""
     with cluster(tmp_path) as made:

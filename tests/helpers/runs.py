@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import torch
 
 from fpl import rounds
+from fpl.experiments.settings import ROWS
 from fpl.methods import METHODS
 from fpl.rounds import Seeds, Setup, Training
 from fpl.state import take
+from helpers import PARAMS
 from helpers.tiny import error, make
 
 # Methods that train something.
@@ -20,6 +22,20 @@ LEARNING = {
 RUN = Training(rounds=3, local_epochs=2, batch_size=4, lr=0.02, gate_lr=0.05)
 HALF = dataclasses.replace(RUN, participation=0.5)
 SEEDS = Seeds(init=3, order=4)
+
+
+# Settings that fit the tiny CLIP and the small world.
+SIZES = {"n_ctx": 2, "n_base": 1, "n_experts": 2, "d_gate": 16, "heads": 4, "rank": 1}
+
+
+def small(row, seed=1, **changes):
+    """Return an experiment in the small world; what the row itself fixes stays as it is."""
+    kind = ROWS[row]
+    wanted = {name: n for name, n in SIZES.items() if name in kind.__dataclass_fields__}
+    if row == "pfedmoap_oneword":
+        wanted["n_ctx"] = 1
+    own = {name: value for name, value in changes.items() if name not in kind.training}
+    return PARAMS.experiment(row, seed, **wanted | own)
 
 
 def like(kind, method):
