@@ -20,12 +20,14 @@ from fpl.data.text import one_line
 from fpl.experiments import values
 from fpl.experiments.assemble import seeds_of
 from fpl.methods import METHODS, PromptFL
+from fpl.more_methods import MORE
 from fpl.rounds import Seeds, Training
 from fpl.state import Clients, Tensors
 
 # Of a model's provenance what must be the same for all; its name is a path, which need not be.
 MODEL = ("architecture", "weights", "transform")
 KINDS = ("join", "train", "evaluate")  # what a server asks
+ROWS: dict[str, type[PromptFL]] = METHODS | MORE
 Words = dict[str, str | int | float | bool]
 
 
@@ -85,7 +87,7 @@ class Agreement:
     @cached_property
     def rules(self) -> PromptFL:
         """The method, with its settings. Raises ValueError for unknown ones."""
-        kind = METHODS[values.check_choice(self.method, METHODS, f"method of {self.name}")]
+        kind = ROWS[values.check_choice(self.method, ROWS, f"method of {self.name}")]
         return values.build(kind, self.settings, kind.key)
 
     @cached_property
@@ -112,6 +114,12 @@ class Agreement:
         if choice in ("oracle", "disjoint"):
             needs = "needs how many images of each class every site has, which stays there"
             raise ValueError(f"{self.name}: choice {choice} {needs}: take knn")
+        if self.rules.in_step:
+            every = "averages gradients in every step, and sites meet once a round"
+            raise ValueError(f"{self.name}: {self.rules.title} {every}: take another method")
+        if getattr(self.rules, "noise", 0):
+            known = "is drawn from the agreed seed, so whoever knows that takes it away again"
+            raise ValueError(f"{self.name}: noise in a step {known}: take noise 0, and epsilon")
         if self.run.optimiser == "shared":
             left = "would carry what a site has computed to the next"
             raise ValueError(f"{self.name}: a shared optimiser {left}: take fresh")

@@ -233,7 +233,7 @@ def noise_of(method: PromptFL, training: Training) -> float:
     if not training.epsilon:
         return 0.0
     leaves_more = type(method).after_cohort is not PromptFL.after_cohort
-    if training.optimiser == "shared" or leaves_more:
+    if training.optimiser == "shared" or leaves_more or method.in_step:
         left = "clients of this row leave each other things that are no uploads"
         raise ValueError(f"{left}: use epsilon 0, not {training.epsilon}, or another row")
     if not method.shared:

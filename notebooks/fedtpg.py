@@ -21,6 +21,7 @@ class FedTPG(PromptFL):
     prompt is learnt and nothing is private. Uploads and downloads m w + 2 d w + 2 w hidden numbers.
     """
 
+    key = "fedtpg_simplified"
     title = "FedTPG (simplified)"
     source = "Qiu et al., ICLR 2024 (arXiv 2310.06123)"
     shared = ("queries", "keys", "values", "inner", "outer")

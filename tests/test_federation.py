@@ -12,16 +12,17 @@ from helpers.runs import equal, near
 from helpers.tiny import NAMES, SMALL
 
 from federation import protocol, server
-from federation.protocol import Parcel, agreement_of, model_of
+from federation.protocol import ROWS, Parcel, agreement_of, model_of
 from federation.server import Answer, Coordinator
 from federation.site import Site, read_images
 from fpl import prompts
 from fpl.experiments import stored, verbs
 from fpl.experiments.settings import part_of
-from fpl.methods import METHODS
+from fpl.methods import PromptFL
 from fpl.prompts import PromptTree
 from fpl.rounds import Setup, run_rounds
 
+APART = [name for name, kind in ROWS.items() if not kind.in_step]
 SITES = ("north", "south", "west", "east")
 MADE_OF = {"architecture": "a", "weights": "w", "transform": "t"}
 TRAINING = {"rounds": 3, "local_epochs": 1, "batch_size": 4, "lr": 0.02, "gate_lr": 0.05}
@@ -39,9 +40,11 @@ def tower(clip):
 
 
 def agreed(method="pfedmoap", settings=None, evaluate="every", **training):
-    settings = part_of(SMALL, METHODS[method]) | (settings or {})
+    kind = ROWS[method]
+    settings = part_of(SMALL, kind) | (settings or {})
     said = {"name": "rehearsal", "sites": SITES, "classes": NAMES, "method": method, "seed": 4}
-    training = TRAINING | training
+    fixed = kind.training  # by the method itself
+    training = {k: v for k, v in TRAINING.items() if k not in fixed} | training
     content = said | {"model": MADE_OF, "settings": settings, "training": training}
     return agreement_of(content | {"noise": "named", "evaluate": evaluate}, "the test")
 
@@ -145,7 +148,7 @@ def compare(agreement, folder, coordinator, rounds, same, skip=None):
             assert torch.equal(accuracy(agreement, folder, r.number), r.accuracy)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", APART)
 def test_bits_are_those_of_the_loop(method, tower, people, tmp_path, monkeypatch):
     monkeypatch.setitem(prompts.BUDGET, "cpu", 1)  # every client by itself, as at its site
     agreement = agreed(method, participation=0.75)
@@ -171,7 +174,7 @@ def test_updates_are_released_at_the_site(method, tower, people, tmp_path, monke
     assert not near(other.server.params, coordinator.server.params)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", APART)
 def test_a_site_sends_what_is_shared_and_nothing_else(method, tower, people, tmp_path):
     agreement = agreed(method, evaluate="last", rounds=2)
     coordinator, wire = federate(agreement, tmp_path, tower, people)
@@ -342,6 +345,16 @@ def test_what_needs_images_on_the_server_is_refused(choice):
     refuses(lambda: agreed("pfedmoap", {"choice": choice}), [choice, "class", "knn"])
 
 
+def test_what_clients_exchange_in_every_step_is_refused():
+    assert set(ROWS) - set(APART) == {"dpfpl"}
+    refuses(lambda: agreed("dpfpl"), ["rehearsal", "DP-FPL", "every step", "another method"])
+
+
+def test_noise_that_whoever_knows_the_seed_can_take_away_is_refused():
+    noise = {"bound": 1.0, "noise": 1.0}
+    refuses(lambda: agreed("fedsept", noise), ["noise in a step", "agreed seed", "epsilon"])
+
+
 def test_what_cannot_be_agreed_on_is_refused():
     refuses(lambda: agreed("promptfl", optimiser="shared"), ["shared", "fresh"])
     refuses(lambda: agreed("pfedmoap", {"n_expert": 2}), ["n_expert", "n_experts"])
@@ -362,7 +375,7 @@ def test_agreements_are_read_from_yaml(tower, tmp_path):
     path = tmp_path / "agreement.yaml"
     path.write_text("name: x\nsites: [a, b]\nclasses: [cat, dog]\nmethod: promptfl\n")
     found = protocol.read(path, tower.provenance | {"model": "where it lies"})
-    assert found.model == model_of(MADE_OF) and found.rules == METHODS["promptfl"]()
+    assert found.model == model_of(MADE_OF) and found.rules == PromptFL()
     path.write_text(path.read_text() + "model: {}\n")
     refuses(lambda: protocol.read(path, tower.provenance), ["model", "own CLIP"])
 
