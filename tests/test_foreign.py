@@ -3,9 +3,12 @@
 Nothing in their files is run.
 """
 
+import contextlib
 import hashlib
 import io
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,13 +16,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import arrow as written
 from helpers import refuses, standing_in
 
 from fpl import cli
-from fpl.data import features, foreign, pack
+from fpl.data import arrow, features, foreign, pack
 from fpl.experiments import runner, settings
 
 N, D = 12, 5
+WIDE = 128  # joint width that every gate fits
 NAMES = ["sea bass", "plaice", "cod"]
 FEATS = np.random.default_rng(0).normal(size=(N, D)).astype(np.float32) * 7
 LABELS = np.arange(N) % len(NAMES)
@@ -78,8 +83,42 @@ def csv(feats=FEATS, labels=LABELS, split=SPLIT):
     return Path("cache.csv")
 
 
+def columns(feats=FEATS, labels=LABELS, split=SPLIT):
+    """The columns of a data set of Hugging Face that has others besides."""
+    name = np.array([f"picture {i}" for i in range(len(feats))]).tolist()
+    return {"file": name, "embedding": feats, "label": labels, "split": split.tolist()}
+
+
+def ragged():
+    """Vectors of which one is shorter."""
+    found = np.empty(N, object)
+    found[:] = [row[: D - (i == 4)] for i, row in enumerate(FEATS)]
+    return found
+
+
+def dataset(feats=FEATS, labels=LABELS, split=SPLIT):
+    """A folder of one Dataset in three files, whose column split says the splits."""
+    written.save(Path("cache"), columns(feats, labels, split), shards=3)
+    return Path("cache")
+
+
+def dataset_dict(feats=FEATS, labels=LABELS, split=SPLIT):
+    """A folder of a DatasetDict, whose splits are named as on the hub."""
+    whole = {"embedding": feats, "label": labels}
+    parts = {"train": "train", "validation": "val", "test": "test"}
+    splits = {k: {n: x[split == v] for n, x in whole.items()} for k, v in parts.items()}
+    written.save_splits(Path("cache"), {k: part for k, part in splits.items()})
+    return Path("cache")
+
+
 ARRAYS = [arrays, npz, csv]
-KINDS = [tip, *ARRAYS]
+KINDS = [tip, *ARRAYS, dataset, dataset_dict]
+ONE_FILE = {  # of a folder, to damage
+    tip: "test_f.pt",
+    arrays: "features.npy",
+    dataset: "data-00001-of-00003.arrow",
+    dataset_dict: "test/data-00000-of-00001.arrow",
+}
 
 
 def bring(source, **options):
@@ -108,8 +147,11 @@ def test_the_provenance_has_the_hash_of_every_file_that_was_read(kind):
     source = kind()
     bring(source)
     said = features.load(PATH).provenance["sources"]
-    read = [source] if source.is_file() else [p for p in source.iterdir() if "1shots" not in p.name]
-    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in read}
+    folder = source.parent if source.is_file() else source
+    read = [source] if source.is_file() else [path for path in source.rglob("*") if path.is_file()]
+    read = [path for path in read if not re.search("1shots|dataset_info", path.name)]
+    named = {path.relative_to(folder).as_posix(): path for path in read}
+    files = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in named.items()}
     assert dict(part.split(" ") for part in said.split(", ")) == files
 
 
@@ -229,7 +271,7 @@ def test_pickles_are_refused_and_not_run(folder):
 @pytest.mark.parametrize("size", [0, 10, 100])
 def test_cut_files_are_refused(kind, size):
     source = kind()
-    path = source if source.is_file() else source / {tip: "test_f.pt"}.get(kind, "features.npy")
+    path = source / ONE_FILE[kind] if source.is_dir() else source
     path.write_bytes(path.read_bytes()[:size])
     refused(source)
 
@@ -300,6 +342,17 @@ def test_the_command_imports_a_cache(capsys):
     assert (made["model"], made["data"], made["weights"]) == ("ViT-B/32", "own", "imported")
 
 
+def test_the_command_reads_text_features_and_a_column(capsys):
+    written.save(Path("cache"), {**columns(), "other": FEATS})
+    np.save("t.npy", text_features())
+    cli.main(["features", "import", "cache", *COMMAND, "--text", "t.npy", "--column", "embedding"])
+    assert features.load(PATH).text.shape == (3, D)
+    with pytest.raises(SystemExit, match="t2.npy"):
+        cli.main(["features", "import", "cache", *COMMAND, "--text", "t2.npy", "--column", "other"])
+    with pytest.raises(SystemExit, match="--text"):
+        cli.main(["features", "--text", "t.npy"])
+
+
 def test_the_command_says_what_it_lacks():
     source = str(npz())
     with pytest.raises(SystemExit, match="--classes FILE"):
@@ -312,11 +365,17 @@ def test_the_command_says_what_it_lacks():
     assert not PATH.exists()
 
 
+def bring_more(**options):
+    """Import 120 images, with text features of the classes or without."""
+    feats = np.random.default_rng(2).normal(size=(120, WIDE))
+    source = npz(feats, np.arange(120) % 3, np.where(np.arange(120) % 2, "train", "test"))
+    bring(source, force=True, **options)
+
+
 @pytest.fixture
 def imported():
     """Settings of features that came without a text tower."""
-    feats = np.random.default_rng(2).normal(size=(120, D))
-    bring(npz(feats, np.arange(120) % 3, np.where(np.arange(120) % 2, "train", "test")))
+    bring_more()
     return settings.Settings(
         data=settings.Data(name="own", store="fish"),
         backbone=settings.Backbone("imported"),
@@ -325,11 +384,143 @@ def imported():
     )
 
 
-@pytest.mark.parametrize("row", settings.ROWS)
-def test_rows_that_read_features_run_and_others_say_what_lacks(row, imported):
-    experiment = imported.experiment(row, 1)
-    if row in ("majority", "ridge_own", "ridge_all"):
-        [path] = runner.sweep([experiment])
-        assert len(json.loads(path.read_text())["rounds"]) == 1
+DATASETS = {  # what is in a saved data set, how it is saved, and words of the sentence
+    "no vectors": ({"embedding": LABELS}, {}, ["lacks a column", "vectors"]),
+    "vectors of two lengths": ({"embedding": ragged()}, {}, ["lacks a column", "one length"]),
+    "two columns of vectors": ({"other": FEATS}, {}, ["embedding, other", "--column"]),
+    "whole numbers": ({"embedding": FEATS.astype("i4")}, {}, ["vectors of floats"]),
+    "no labels": ({"label": None}, {}, ["lacks the column label"]),
+    "no split": ({"split": None}, {}, ["lacks the column split"]),
+    "another split": ({"split": ["fold 1"] * N}, {}, ["fold 1"]),
+    "chosen rows": ({}, {"_indices_files": [{"filename": "i.arrow"}]}, ["newer `datasets`"]),
+    "files elsewhere": ({}, {"_data_files": [{"filename": "../a.arrow"}]}, ["leads elsewhere"]),
+    "no files": ({}, {"_data_files": []}, ["names no file"]),
+    "no list of files": ({}, {"_data_files": None}, ["state.json", "damaged"]),
+}
+
+
+@pytest.mark.parametrize("case", DATASETS)
+def test_saved_data_sets_that_cannot_be_features_are_refused(case):
+    changed, state, words = DATASETS[case]
+    whole = {name: x for name, x in (columns() | changed).items() if x is not None}
+    written.save(Path("cache"), whole, **state)
+    refused(Path("cache"), *words)
+
+
+@pytest.mark.parametrize("names", [["../cache"], [], "train", None])
+def test_splits_of_a_saved_data_set_lie_in_its_folder(names):
+    dataset_dict()
+    Path("cache/dataset_dict.json").write_text(json.dumps({"splits": names}))
+    refused(Path("cache"), "dataset_dict.json")
+
+
+def test_a_column_may_be_named():
+    written.save(Path("cache"), {**columns(), "other": -FEATS})
+    assert bring(Path("cache"), hints=foreign.Hints(column="embedding"))
+    cosine = (features.load(PATH).feats.numpy() * FEATS).sum(1)
+    assert cosine.min() > 0
+    refuses(lambda: bring(Path("cache"), hints=foreign.Hints(column="emb")), ["'emb'"])
+    shutil.rmtree("cache")
+    refuses(lambda: bring(tip(), hints=foreign.Hints(column="emb")), ["no columns"])
+
+
+def test_lists_of_one_length_are_vectors():
+    lists = np.empty(N, object)
+    lists[:] = [*FEATS]
+    written.save(Path("cache"), columns(lists))
+    assert bring(Path("cache"))
+    assert features.load(PATH).feats.shape == (N, D)
+
+
+@pytest.mark.parametrize("at", range(0, 900, 7))
+def test_damaged_streams_are_refused_or_read_otherwise(at):
+    """Whatever byte is wrong: no crash, and no more memory than the file has."""
+    whole = written.stream({"embedding": FEATS, "label": LABELS, "split": SPLIT.tolist()})
+    assert at < len(whole)
+    for value in (0, 127, 255):
+        bad = bytearray(whole)
+        bad[at] = value
+        with contextlib.suppress(Exception):
+            found = arrow.read(io.BytesIO(bytes(bad)))
+            assert sum(x.nbytes for x in found.values()) < 10 * len(whole)
+
+
+TEXTS = {  # text features, and words of the sentence
+    "fewer classes": (np.ones((2, D)), ["(2, 5)", "(3, 5)"]),
+    "another width": (np.ones((3, 7)), ["(3, 7)", "(5, 3)"]),
+    "not finite": (np.full((3, D), np.inf), ["3 classes", "not finite"]),
+    "zero": (np.zeros((D, 3)), ["3 classes", "zero"]),
+    "no numbers": (np.full((3, D), "x"), ["real numbers"]),
+    "one axis": (np.ones(3 * D), ["(15,)"]),
+    "a pickle": (np.full((3, D), None), ["no pickle is run"]),
+}
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_text_features_that_do_not_fit_are_refused(case):
+    text, words = TEXTS[case]
+    np.save("t.npy", text)
+    source = npz()
+    refuses(lambda: bring(source, hints=foreign.Hints(Path("t.npy"))), ["t.npy", *words])
+    assert not PATH.exists()
+
+
+def test_as_many_classes_as_dimensions_are_refused_with_text_only():
+    source = npz(FEATS[:, :3])
+    np.save("t.npy", np.eye(3))
+    refuses(
+        lambda: bring(source, hints=foreign.Hints(Path("t.npy"))), ["(3, 3)", "nobody can tell"]
+    )
+    assert bring(source)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("place", ["option.pt", "option.npy", "cache/clip_weights.pt"])
+def test_text_features_come_in_at_unit_length(place, turned):
+    source = tip()
+    text = text_features()
+    kept = np.ascontiguousarray(text.T) if turned else text
+    if place.endswith(".pt"):
+        torch.save(torch.from_numpy(kept), place)
     else:
-        refuses(lambda: runner.sweep([experiment]), ["without a text tower", "only rows that read"])
+        np.save(place, kept)
+    hints = foreign.Hints(Path(place) if "option" in place else None)
+    assert bring(source, hints=hints)
+    found = features.load(PATH)
+    wanted = text / np.linalg.norm(text, axis=1, keepdims=True)
+    assert np.abs(found.text.numpy() - wanted).max() < 1e-3
+    said = found.provenance
+    sha256 = hashlib.sha256(Path(place).read_bytes()).hexdigest()
+    assert f"{Path(place).name} {sha256}" in said["sources"] and "template" in said["text"]
+    parts = {"feats": PATH, "patches": Path("no"), "views": Path("no")}
+    assert pack.export(parts, "own", Path("p"))["classes"] == "3"
+
+
+def test_without_text_features_the_provenance_says_none():
+    bring(npz())
+    found = features.load(PATH)
+    assert found.text is None and found.provenance["text"] == "none"
+
+
+NOTHING = ("majority", "ridge_own", "ridge_all", "afl")  # of the text
+TEXT = ("zeroshot", "zeroshot_own", "fedclip", "zslp", "zeroshot_memory")
+
+
+def text_features(width=D):
+    """Text features of the three names, not at unit length."""
+    return np.random.default_rng(3).normal(size=(len(NAMES), width)).astype(np.float32)
+
+
+@pytest.mark.parametrize("row", settings.ROWS)
+@pytest.mark.parametrize("text", [False, True])
+def test_rows_run_on_what_was_imported_and_others_say_what_lacks(row, text, imported):
+    if text:
+        np.save("text.npy", text_features(WIDE))
+        bring_more(hints=foreign.Hints(Path("text.npy")))
+    experiment = imported.experiment(row, 1)
+    if row in NOTHING or text and row in TEXT:
+        [path] = runner.sweep([experiment])
+        assert json.loads(path.read_text())["classes"] == NAMES
+    else:
+        words = "no text tower" if row not in TEXT else "--text FILE"
+        refuses(lambda: runner.sweep([experiment]), [words])

@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 
 SETTINGS = {"params", "set", "on"}
 MADE = {"workers", "views", "patches", "all", "skip_bad", "fresh", "rehash", "cluster"}
+OF_OTHERS = ("classes", "model", "text", "column")  # what is said of features that others made
 READ = {  # options by what reads them
     "extract": SETTINGS | MADE,
     "export": SETTINGS,
-    "import": {*SETTINGS, "force", "classes", "model"},
+    "import": {*SETTINGS, "force", *OF_OTHERS},
     "verify": set(),
 }
 # How long a pack may be read before it counts as one on which HDF5 hangs.
@@ -68,6 +69,15 @@ def add(parser: Parser) -> None:
         help="import the features of others: their class names, one a line, in label order",
     )
     parser.add_argument("--model", default="", metavar="NAME", help="what made these features")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="a .pt or .npy with text features of their classes, which zero-shot rows read",
+    )
+    parser.add_argument(
+        "--column", default="", metavar="NAME", help="of a Hugging Face data set, the features'"
+    )
     switches = {
         "--patches": "also write the file of patch features, which FedOTP reads",
         "--all": "of every data set of the tables, all that their rows read",
@@ -155,7 +165,7 @@ def unpack(options: Options) -> None:
     source = read_settings(options).source(options.on)
     data = source.data
     named = options.file.is_dir() or options.file.suffix.lower() in foreign.SUFFIXES
-    if named or options.classes or options.model:
+    if named or any(getattr(options, name) for name in OF_OTHERS):
         bring(options, data)
         return
     model = source.backbone.name
@@ -175,7 +185,8 @@ def bring(options: Options, data: Data) -> None:
         raise ValueError(f"{data.manifest} lists the images of {data.name}: {own}")
     about = {"data": data.name} | ({"model": options.model} if options.model else {})
     path = data.features
-    is_new = foreign.bring(options.file, options.classes, path, about, options.force)
+    hints = foreign.Hints(options.text, options.column)
+    is_new = foreign.bring(options.file, options.classes, path, about, options.force, hints)
     say(f"features: {path}{'' if is_new else ', which was there already'}")
 
 

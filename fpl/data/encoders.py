@@ -20,12 +20,12 @@ from jaxtyping import Float
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.pretrained import hf_hub_download
 from open_clip.transform import Compose, InterpolationMode, Normalize, Resize, ToTensor
-from open_clip.transformer import TextTransformer, VisionTransformer
+from open_clip.transformer import VisionTransformer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fpl.data.files import sha256
-from fpl.prompts import Clip
+from fpl.prompts import Clip, PromptTree
 
 # the files of a model in a repository of the hub or in a folder
 CONFIG = "open_clip_config.json"
@@ -33,9 +33,15 @@ WEIGHTS = "open_clip_model.safetensors"
 PICKLED = "open_clip_pytorch_model.bin"  # the weights in older repositories
 IMPORTED = "imported"  # in the place of a model: of features that came without one
 NO_TOWER = (
-    "these features were imported and come without a text tower: "
-    "only rows that read features can run"
+    "this row encodes prompts, and what was imported has no text tower: "
+    "take a row that encodes none, or make the features with `fpl features`"
 )
+NO_TEXT = (
+    "this row reads text features, and none were imported: "
+    "import again with --text FILE, or take a row that reads no text"
+)
+SCALE = 100.0  # exp(logit_scale) of OpenAI's models, at which CLIP's training stops it
+AT_ONCE = 256  # clients, where no prompt is encoded
 LOCAL = "local-dir:"
 HUB = "hf-hub:"
 QUICK = "-quickgelu"
@@ -79,7 +85,7 @@ def load(
             "or leave it empty for CLIP's own"
         )
     if name == IMPORTED:
-        return without_towers(image_tower, device)
+        return without_towers(image_tower)
     source, file, options = resolve(name, str(weights or ""))
     check_plain(file)
     pretrained = None if source.startswith(LOCAL) else str(file)
@@ -101,30 +107,59 @@ def load(
     return Clip(model.to(device), transform, open_clip.get_tokenizer(source), provenance)
 
 
-class Absent(nn.Module):
-    """Stands where a prompt enters the text tower that imported features do not have."""
+class WithoutTower(PromptTree):
+    """The classes of imported features, which have no text tower.
 
-    def forward(self, x: Tensor) -> Tensor:
+    Where methods read a PromptTree, this one has names, sizes, the scale and, if text features were
+    imported too, these for any template. Whatever needs a text tower raises ValueError.
+
+    names: of classes. dim: the joint width d. text: unit features of the names.
+    """
+
+    def __init__(self, names: Sequence[str], dim: int, text: Float[Tensor, "c d"] | None = None):
+        nn.Module.__init__(self)
+        self.names = list(names)
+        self.n_cls = len(self.names)
+        self.dim = dim
+        self.scale = SCALE
+        self.text = text
+
+    @property
+    def at_once(self) -> int:
+        """How many clients may train as one batch."""
+        return AT_ONCE
+
+    @property
+    def width(self) -> int:
+        """There is no width of a prompt: raise ValueError."""
+        raise ValueError(NO_TOWER)
+
+    def zero_shot(self, template: str = "") -> Float[Tensor, "c d"]:
+        """Return the text features that were imported, which the template does not change."""
+        if self.text is None:
+            raise ValueError(NO_TEXT)
+        return self.text
+
+    def words(self, text: str) -> Tensor:
+        """Raise ValueError."""
+        raise ValueError(NO_TOWER)
+
+    def forward(self, ctx: Tensor) -> Tensor:
         """Raise ValueError."""
         raise ValueError(NO_TOWER)
 
 
-def without_towers(image_tower: bool, device: str) -> Clip:
+def without_towers(image_tower: bool) -> Clip:
     """Return what stands in for the CLIP of imported features (fpl.data.foreign).
 
-    Class names have tokens and prompts a place, of width 1, as for any row. Whoever encodes a
-    prompt gets a ValueError. Raises ValueError where an image tower is asked for.
+    Raises ValueError where an image tower is asked for.
     """
     if image_tower:
         raise ValueError(
             "features that were imported come without a model: "
             "set `backbone` in params.yaml to one that is to encode images"
         )
-    tower = TextTransformer(width=1, heads=1, layers=1, output_dim=1)
-    tower.logit_scale = nn.Parameter(torch.zeros(()))
-    tower.transformer.resblocks[0].ln_1 = Absent()
-    frozen = tower.eval().requires_grad_(False).to(device)
-    return Clip(frozen, provenance={"weights": IMPORTED})
+    return Clip(nn.Identity(), provenance={"weights": IMPORTED})
 
 
 def architecture(source: str) -> str:

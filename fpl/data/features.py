@@ -2,7 +2,8 @@
 
 The file holds feats (n, d) f16, labels (n,) i64, the strings split, domain and image_id (n,), and
 classes (c,) in label order; where the manifest has them, client (n,); where images were left out,
-skipped (k,), their ids. Attributes are the provenance as JSON, and a SHA-256 over provenance and
+skipped (k,), their ids; where others made the features and gave them, text (c, d) f16, unit text
+features of the classes. Attributes are the provenance as JSON, and a SHA-256 over provenance and
 content, names, types and shapes included. In front are 512 bytes with the SHA-256 of all that
 follows, which is compared before HDF5 opens the file: damage can make it crash or hang. Features
 are stored in half precision and loaded as unit vectors in single precision: half-precision logits
@@ -46,10 +47,10 @@ COMMANDS = {  # what a file can hold of an image, and the command that makes it
 }
 CONTENT = tuple(COMMANDS)
 COLUMNS = ("labels", "split", "domain", "image_id", "classes")
-OPTIONAL = ("client", "rows", "skipped")  # columns that a file has where they say something
+OPTIONAL = ("client", "rows", "skipped", "text")  # that a file has where they say something
 DIMENSIONS = {"feats": 2, "patches": 3, "views": 3}
 # The columns that are no text.
-NUMBERS = {**dict.fromkeys(CONTENT, "f2"), "labels": "i8", "rows": "i8"}
+NUMBERS = {**dict.fromkeys((*CONTENT, "text"), "f2"), "labels": "i8", "rows": "i8"}
 INFORMATION = ("precision", "batch")  # provenance that no request is compared with
 LIBRARIES = ("torch", "open_clip_torch", "torchvision", "pillow")
 PICTURES = {  # how they are read, by whether they are to be upright
@@ -81,6 +82,7 @@ class Features:
     client: whom each image belongs to, where the manifest says it.
     rows: of views, the numbers of their images in the file of pooled features.
     skipped: ids of images that could not be read and are left out.
+    text: unit text features of the classes in single precision, where they were imported.
     """
 
     feats: Float[Tensor, "images *M d"]
@@ -94,6 +96,7 @@ class Features:
     client: np.ndarray | None = None
     rows: Int[Tensor, " images"] | None = None
     skipped: list[str] = field(default_factory=list)
+    text: Float[Tensor, "c d"] | None = None
 
 
 def of_features(manifest: Manifest, features: Features) -> Manifest:
@@ -243,10 +246,8 @@ def load(
     finite = [part.isfinite().flatten(1).all(1) for part in feats.split(PART)]
     bad = (~torch.cat(finite)).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(
-            f"{path}: features of {len(bad)} images are not finite, "
-            f"the first is {data['image_id'][bad[0]]}: extract again"
-        )
+        first = f"the first is {data['image_id'][bad[0]]}: extract again"
+        raise ValueError(f"{path}: features of {len(bad)} images are not finite, {first}")
     if content == "feats":
         feats = F.normalize(feats.float(), dim=-1)
     rows = torch.from_numpy(data["rows"]).to(device) if "rows" in data else None
@@ -260,8 +261,19 @@ def load(
         client=data.get("client"),
         rows=rows,
         skipped=list(data.get("skipped", ())),
+        text=text_in(data, path, device),
         **columns,
     )
+
+
+def text_in(data: Mapping[str, Any], path: Path, device: str) -> Float[Tensor, "c d"] | None:
+    """Return a file's unit text features. Raises ValueError for some that are not finite."""
+    if "text" not in data:
+        return None
+    text = F.normalize(torch.from_numpy(data["text"]).float(), dim=-1)
+    if not text.isfinite().all():
+        raise ValueError(f"{path} has text features that are not finite: import them again")
+    return text.to(device)
 
 
 def read(path: Path, content: str) -> tuple[dict[str, Any], dict[str, str], str]:
@@ -302,6 +314,10 @@ def check_columns(group: h5py.Group, content: str) -> None:
         place = f"{content}/{name}"
         fine = is_inside(data) and is_of_type(data, name)
         require(fine, f"has something else in the place of {place}")
+        if name == "text":
+            wanted = (len(group["classes"]), group[content].shape[-1])
+            require(data.shape == wanted, f"has {place} of shape {data.shape}, not {wanted}")
+            continue
         require(data.ndim == DIMENSIONS.get(name, 1), f"has {place} of shape {data.shape}")
         fits = len(data) == images or name in ("classes", "skipped")
         require(fits, f"has {len(data)} {place} for {images} images")

@@ -1,15 +1,18 @@
 """Caches of image features that others made, read into a features file of ours.
 
-Four kinds are read:
+Five kinds are read:
   a folder in Tip-Adapter's layout: keys_Ks.pt (d, n) and values_Ks.pt (n, c), one-hot, of which
     those with the most shots are the training images, and test_f.pt (n, d), test_l.pt (n,), and so
     for val, which are the training images where there are no keys;
   a folder with features.npy (n, d), labels.npy (n,) and split.npy (n,);
   one .npz with these three arrays;
-  a .csv or .parquet with the columns label, split and numbered ones, such as f0, f1, ..
+  a .csv or .parquet with the columns label, split and numbered ones, such as f0, f1, ..;
+  a folder that `save_to_disk` of Hugging Face's `datasets` has written, with a column of vectors
+    and the column label: a DatasetDict, or a Dataset with the column split.
 
-Nothing in them is run: a file that needs a pickle is refused. The result has no text tower, and its
-provenance says so.
+Text features (c, d) or (d, c) of the classes may come with them: in a file of their own, or in a
+folder as one of TEXTS. Nothing in all this is run: a file that needs a pickle is refused. The
+result has no text tower, and its provenance says so.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import json
 import re
 import zipfile
 from collections.abc import Callable, Mapping
@@ -29,7 +33,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fpl.data import extraction, pictures
+from fpl.data import arrow, extraction, pictures
+from fpl.data.datasets.layouts import JSON
+from fpl.data.datasets.own import SPELT
 from fpl.data.encoders import IMPORTED
 from fpl.data.features import Refused, require, written
 from fpl.data.files import atomic_write
@@ -43,40 +49,59 @@ ARRAYS = {  # by name, what they hold
     "labels": "one whole number from 0 on for each image",
     "split": f"one of the words {', '.join(SPLITS)} for each image",
 }
+TEXTS = ("clip_weights.pt", "text.npy")  # text features in a folder
+DICT, STATE = "dataset_dict.json", "state.json"  # of `datasets`: of several data sets, and of one
+TEXT = "imported; a row's template does not change them"
 SUFFIXES = (".npz", ".npy", ".csv", ".parquet", ".pt")
 SHOTS = re.compile(r"keys_(\d+)shots\.pt")
 NUMBERED = re.compile(r"(\D*)(\d+)")  # of columns: what all have in front, and the number
 Part = tuple[str, np.ndarray, np.ndarray]
 
 
+@dataclass(frozen=True)
+class Hints:
+    """What a source does not say by itself.
+
+    text: a .pt or .npy with text features of the classes. column: that of the features, in a data
+    set that has several columns of vectors.
+    """
+
+    text: Path | None = None
+    column: str = ""
+
+
 @dataclass
 class Cache:
     """What a source holds: features (n, d), labels (n,), splits and ids of n images.
 
-    kind: of the source, in words. sums: SHA-256 of each of its files, by name.
+    kind: of the source, in words. root: the folder that it is in. sums: SHA-256 of each file that
+    was read, by its name in this folder.
     """
 
     kind: str
+    root: Path
     feats: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
     labels: np.ndarray = field(default_factory=lambda: np.empty(0, int))
     split: list[str] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
     sums: dict[str, str] = field(default_factory=dict)
 
-    def open(self, path: Path) -> io.BytesIO:
-        """Read a file and note its hash. Raises OSError, and Refused beyond SIZE."""
+    def open(self, path: Path, most: int = SIZE) -> io.BytesIO:
+        """Read a file and note its hash. Raises OSError, and Refused beyond so many bytes."""
+        inside = path.is_relative_to(self.root)
+        name = path.relative_to(self.root).as_posix() if inside else path.name
         try:
-            content = pictures.content(path, SIZE)
+            content = pictures.content(path, most)
         except FileNotFoundError:
             raise FileNotFoundError(f"there is no file {path}") from None
         except ValueError as e:
-            raise Refused(f"has {path.name}, which is not read: {e}") from None
-        self.sums[path.name] = hashlib.sha256(content).hexdigest()
+            raise Refused(f"has {name}, which is not read: {e}") from None
+        self.sums[name] = hashlib.sha256(content).hexdigest()
         return io.BytesIO(content)
 
-    def decode(self, path: Path, call: Callable[[io.BytesIO], Any]) -> Any:
+    def decode(self, path: Path, call: Callable[[io.BytesIO], Any], most: int = SIZE) -> Any:
         """Return what a file holds. Raises as `open`, and Refused for what cannot be decoded."""
-        raw = self.open(path)
+        raw = self.open(path, most)
         try:
             check_unpacked(raw)
             return call(raw)
@@ -88,7 +113,12 @@ class Cache:
 
 
 def bring(
-    source: Path, classes: Path, path: Path, about: Mapping[str, str], force: bool = False
+    source: Path,
+    classes: Path,
+    path: Path,
+    about: Mapping[str, str],
+    force: bool = False,
+    hints: Hints = Hints(),
 ) -> bool:
     """Write the features of a source, at unit length, to `path`, and return whether they are new.
 
@@ -101,23 +131,53 @@ def bring(
     """
     try:
         names = classes_of(classes)
-        cache = read(source, len(names))
+        cache = read(source, len(names), hints.column)
         check(cache, len(names))
-        feats = unit(cache.feats)
+        feats = unit(cache.feats, "images")
     except Refused as e:
         raise ValueError(f"{source} {e}") from e
-    made = provenance(cache, about)
+    text = read_text(cache, source, hints.text, (len(names), feats.shape[1]))
+    made = provenance(cache, {**about, "text": "none" if text is None else TEXT})
     before = checksum_of(path) if path.exists() else ""
     with atomic_write(path) as temporary:
         with written(temporary) as f:
             extraction.create(f, listed(cache, names), "feats", feats.shape[1:], made)
             f["feats"][:] = feats
+            if text is not None:
+                f["text"] = text
         is_new = checksum_of(temporary) != before
         if is_new and path.exists() and not force:
             raise ValueError(
                 f"{path} would be replaced by other features: move it away or give --force"
             )
     return is_new
+
+
+def read_text(
+    cache: Cache, source: Path, given: Path | None, shape: tuple[int, int]
+) -> np.ndarray | None:
+    """Return unit text features (c, d) from the file that is given or lies in a folder.
+
+    shape: c and d. Raises OSError, and ValueError for what cannot be text features of the classes.
+    """
+    there = [source / name for name in TEXTS if (source / name).is_file()]
+    path = given or next(iter(there), None)
+    if path is None:
+        return None
+    try:
+        is_array = path.suffix.lower() == ".npy"
+        load = np.lib.format.read_array
+        text = cache.decode(path, load) if is_array else tensor_of(cache, path)
+        require(text.dtype.kind in "fiu", "has no real numbers")
+        turned = shape[::-1]
+        found = f"has the shape {text.shape}"
+        fits = text.shape in (shape, turned)
+        require(fits, f"{found}, not {shape} or {turned}, which are classes and width")
+        same = "as many classes as their width: nobody can tell which is which, so leave them out"
+        require(shape != turned, f"{found}, {same}")
+        return unit(text if text.shape == shape else text.T, "classes")
+    except Refused as e:
+        raise ValueError(f"{path}, read as text features, {e}") from e
 
 
 def provenance(cache: Cache, about: Mapping[str, str]) -> dict[str, str]:
@@ -162,15 +222,19 @@ def classes_of(path: Path) -> list[str]:
     return [*first]
 
 
-def read(source: Path, n_cls: int) -> Cache:
+def read(source: Path, n_cls: int, column: str = "") -> Cache:
     """Read a source of whatever kind. Raises OSError, and Refused with what is wrong."""
     suffix = source.suffix.lower()
     if source.is_dir():
         named = {path.name for path in source.iterdir()}
+        if {DICT, STATE} & named:
+            return read_datasets(source, column)
+        require(not column, f"has no columns, of which {column!r} could be one")
         if "features.npy" in named:
             return read_arrays(source)
         tip = "test_f.pt" in named or any(map(SHOTS.fullmatch, named))
-        require(tip, "has neither test_f.pt, as Tip-Adapter's caches have, nor features.npy")
+        known = f"test_f.pt, as Tip-Adapter's caches have, nor features.npy, nor {STATE}"
+        require(tip, f"has neither {known}")
         return read_tip_adapter(source, n_cls)
     if not source.exists():
         raise FileNotFoundError(f"there is no file {source}")
@@ -185,7 +249,7 @@ def read(source: Path, n_cls: int) -> Cache:
 
 def read_tip_adapter(folder: Path, n_cls: int) -> Cache:
     """Read a folder in Tip-Adapter's layout."""
-    cache = Cache("a cache in Tip-Adapter's layout")
+    cache = Cache("a cache in Tip-Adapter's layout", folder)
     parts = parts_of(cache, folder, n_cls)
     for name, (_, feats, labels) in parts.items():
         fits = feats.ndim == 2 and labels.shape == feats.shape[:1]
@@ -249,7 +313,7 @@ def labels_of(one_hot: np.ndarray, n_cls: int) -> np.ndarray:
 
 def read_arrays(folder: Path) -> Cache:
     """Read a folder of three .npy files."""
-    cache = Cache("NumPy arrays")
+    cache = Cache("NumPy arrays", folder)
     for name in ARRAYS:
         require((folder / f"{name}.npy").exists(), f"lacks {name}.npy: {ARRAYS[name]}")
     load = np.lib.format.read_array
@@ -259,7 +323,7 @@ def read_arrays(folder: Path) -> Cache:
 
 def read_npz(path: Path) -> Cache:
     """Read an .npz of three arrays."""
-    cache = Cache("NumPy arrays in one file")
+    cache = Cache("NumPy arrays in one file", path.parent)
 
     def load(raw: io.BytesIO) -> list[np.ndarray]:
         with np.load(raw, allow_pickle=False) as arrays:
@@ -270,10 +334,76 @@ def read_npz(path: Path) -> Cache:
     return filled(cache, *cache.decode(path, load))
 
 
+def read_datasets(folder: Path, column: str) -> Cache:
+    """Read a folder of `datasets`: of a DatasetDict, or of one Dataset that says the splits."""
+    cache = Cache("a data set that Hugging Face's `datasets` saved", folder)
+    if not (folder / DICT).exists():
+        columns = columns_of(cache, folder)
+        require("split" in columns, f"lacks the column split: {ARRAYS['split']}")
+        words = [as_split(word) for word in columns["split"].tolist()]
+        return filled(cache, *vectors_of(columns, column), np.array(words))
+    names = cache.decode(folder / DICT, names_of_splits, JSON)
+    parts = [vectors_of(columns_of(cache, folder / name), column) for name in names]
+    require(bool(parts), f"has a {DICT} that names no split")
+    widths = {feats.shape[1] for feats, _ in parts}
+    require(len(widths) == 1, f"has splits of different widths, {sorted(widths)}")
+    feats, labels = (np.concatenate(found) for found in zip(*parts))
+    words = [as_split(name) for name, (_, own) in zip(names, parts) for _ in own]
+    return filled(cache, feats, labels, np.array(words))
+
+
+def names_of_splits(raw: io.BytesIO) -> list[str]:
+    """Return the folders of a DatasetDict. Raises Refused for others than in its own."""
+    names = json.load(raw)["splits"]
+    inside = isinstance(names, list) and all(Path(name).name == name for name in names)
+    require(inside, f"has a {DICT} that leads elsewhere")
+    return names
+
+
+def names_of_files(raw: io.BytesIO) -> list[str]:
+    """Return the files of a Dataset. Raises Refused for others than in its folder."""
+    state = json.load(raw)
+    chosen = any(value for key, value in state.items() if key.startswith("_indices"))
+    require(not chosen, f"has a {STATE} that chooses among rows: save it with a newer `datasets`")
+    names = [file["filename"] for file in state["_data_files"]]
+    require(all(Path(name).name == name for name in names), f"has a {STATE} that leads elsewhere")
+    return names
+
+
+def columns_of(cache: Cache, folder: Path) -> dict[str, np.ndarray]:
+    """Return the columns of a Dataset that all of its files have."""
+    names = cache.decode(folder / STATE, names_of_files, JSON)
+    require(bool(names), f"has a {STATE} that names no file")
+    files = [cache.decode(folder / name, arrow.read) for name in names]
+    alike = {}
+    for name in set.intersection(*map(set, files)):
+        parts = [file[name] for file in files]
+        if len({part.shape[1:] for part in parts}) == 1:
+            alike[name] = np.concatenate(parts)
+    return alike
+
+
+def vectors_of(columns: Mapping[str, np.ndarray], column: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return features and labels. column: that of the features, "" for the only one of vectors."""
+    vectors = sorted(name for name, values in columns.items() if values.ndim == 2)
+    named = f"the column {column!r}" if column else "a column"
+    chosen = [name for name in vectors if name == (column or name)]
+    require(bool(chosen), f"lacks {named} of vectors of floats, all of one length")
+    several = f"has the columns of vectors {', '.join(vectors)}: name one with --column"
+    require(len(chosen) == 1, several)
+    require("label" in columns, f"lacks the column label: {ARRAYS['labels']}")
+    return columns[chosen[0]], columns["label"]
+
+
+def as_split(word: str) -> str:
+    """Return a split as we spell it; what is none stays as it is, cut to what can be shown."""
+    return SPELT.get(str(word).lower(), str(word)[:20])
+
+
 def read_table(path: Path) -> Cache:
     """Read a table of vectors."""
     suffix = path.suffix.lower()
-    cache = Cache(f"a table ({suffix})")
+    cache = Cache(f"a table ({suffix})", path.parent)
     if suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ValueError(
             f"{path} is not read without pyarrow: install it, or save the table as .csv"
@@ -331,18 +461,18 @@ def check(cache: Cache, n_cls: int) -> None:
         require(split in cache.split, f"has no images of the split {split}")
 
 
-def unit(feats: np.ndarray) -> np.ndarray:
+def unit(feats: np.ndarray, what: str) -> np.ndarray:
     """Return features (n, d) at unit length, in half precision as they are stored.
 
-    Raises Refused for a row that is not finite or zero.
+    what: of which each row is one. Raises Refused for a row that is not finite or zero.
     """
     rows = feats.astype(np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
         length = np.linalg.norm(rows, axis=1, keepdims=True)
     bad = np.flatnonzero(~np.isfinite(length))
-    require(not len(bad), f"has features of {len(bad)} images that are not finite")
+    require(not len(bad), f"has features of {len(bad)} {what} that are not finite")
     bad = np.flatnonzero(length == 0)
-    require(not len(bad), f"has features of {len(bad)} images that are zero")
+    require(not len(bad), f"has features of {len(bad)} {what} that are zero")
     return (rows / length).astype(np.float16)
 
 

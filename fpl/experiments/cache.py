@@ -97,7 +97,12 @@ def text_of(
 ) -> PromptTree:
     """Return the prompts of the classes numbered from the first to before the second."""
     clip, feats = load_cached(data, backbone, device)
-    return PromptTree(clip, feats.classes[slice(*classes)], n_ctx, precision=precision)
+    these = slice(*classes)
+    names = feats.classes[these]
+    if backbone.name == encoders.IMPORTED:
+        text = None if feats.text is None else feats.text[these]
+        return encoders.WithoutTower(names, feats.feats.shape[1], text)
+    return PromptTree(clip, names, n_ctx, precision=precision)
 
 
 @cached_by_features(maxsize=1)

@@ -25,12 +25,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fpl.controls import Control
-from fpl.data import encoders
+from fpl.data.encoders import IMPORTED
 from fpl.data.files import check_writable
 from fpl.data.processes import begin_worker, starting_workers
 from fpl.experiments import answers, keep, records
-from fpl.experiments.assemble import clients_of, domains_of, rounds_of, setup_of
+from fpl.experiments.assemble import clients_of, domains_of, rounds_of, setup_of, text_for
 from fpl.experiments.cache import device, load_cached
 from fpl.experiments.checkpoints import EVERY, Checkpoint
 from fpl.experiments.fingerprint import code_fingerprint, file_of
@@ -221,15 +220,14 @@ def make(
     """Make one run, from its last checkpoint if there is one.
 
     The caller has worked out by what it is found: the code may change meanwhile. Raises ValueError
-    where the features did, and for a row that reads prompts where they came without a text tower.
+    where the features did, and for a row that needs a text tower where they came without one.
     """
     source = experiment.source
     clip, feats = load_cached(source.data, source.backbone, device())
     if feats.sha256 != key.features:
         changed = "has changed since this command began: call it again"
         raise ValueError(f"{source.data.features} {changed}")
-    if source.backbone.name == encoders.IMPORTED and not isinstance(experiment.method, Control):
-        raise ValueError(encoders.NO_TOWER)
+    check_tower(experiment)
     follow = asked.follow or (lambda line: None)
     if asked.fresh:
         checkpoint.remove()
@@ -250,6 +248,16 @@ def make(
     backbone = dataclasses.asdict(source.backbone)
     learnt = keep.of_run(setup, last, clip, record["clients"], **about, backbone=backbone)
     return Made(record, learnt)
+
+
+def check_tower(experiment: Experiment) -> None:
+    """Raise ValueError for a row that learns prompts from features without a text tower.
+
+    It draws them at the beginning, and asks for their width. What else needs a tower, such as a
+    fixed prompt, is refused where it is encoded.
+    """
+    if experiment.source.backbone.name == IMPORTED:
+        experiment.method.init(text_for(experiment, (0, None)), torch.Generator())
 
 
 def line_of(r: Round) -> dict[str, Any]:
