@@ -1,6 +1,5 @@
 """Promise: AFL and FedCLIP compute what their released code computes, whole runs included."""
 
-import functools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,8 +7,9 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, refuses
-from helpers.more_private import Found, altered, failing, given, shaken, stored
+from helpers import refuses
+from helpers.more_private import Found, altered, case_of, failing, finding, given, shaken, stored
+from helpers.more_prompts import files
 from helpers.runs import RUN, equal, play
 from helpers.tiny import NAMES, error, make, stored_clip
 
@@ -267,36 +267,18 @@ CASES = {
     "fedclip_step": (fedclip_step, ("image_raw", "labels", "w1", "b1", "w2", "b2", "emb_rows")),
     "fedclip_run": (fedclip_run, ("init.w1", "init.b2", "lr", "weight_decay")),
 }
-FOLDER = ROOT / "tests" / "data" / "golden2"
-FILES = sorted(path.stem for path in FOLDER.glob("*.npz") if path.stem.startswith(("afl", "fedc")))
-
-
-def case_of(name):
-    """Return what is found of a file, as a function, and the inputs to change."""
-    (kind,) = [kind for kind in CASES if name.startswith(kind)]
-    return CASES[kind]
-
-
-@pytest.fixture(scope="module")
-def found():
-    """Return a function of a file's name: what it stores, and what is found of it."""
-
-    @functools.cache
-    def of(name):
-        z = stored(name)
-        return z, [*case_of(name)[0](z)]
-
-    return of
+FILES = files("afl", "fedclip")
+found = finding(CASES)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_what_is_computed_is_what_is_stored(name, found):
+def test_what_is_computed_is_what_is_stored(name):
     z, case = found(name)
     assert case and not failing(case, z)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_perturbed_value_fails(name, found):
+def test_a_perturbed_value_fails(name):
     z, case = found(name)
     for one in case:
         changed = {**z, one.name: altered(z[one.name], one.limit)}
@@ -305,7 +287,7 @@ def test_a_perturbed_value_fails(name, found):
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_perturbed_input_fails(name):
-    z, (case, inputs) = stored(name), case_of(name)
+    z, (case, inputs) = stored(name), case_of(CASES, name)
     for key in filter(z.__contains__, inputs):
         changed = {**z, key: shaken(z[key])}
         assert failing(case(changed), z), key

@@ -3,12 +3,9 @@
 Where the release loses steps or mixes clients, a loop in helpers does so around our functions.
 """
 
-import functools
-
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT
 from helpers.more_private import (
     FACTORISED,
     THEIRS,
@@ -16,6 +13,7 @@ from helpers.more_private import (
     Found,
     altered,
     apart,
+    case_of,
     clients_noise,
     dpfpl_method,
     dpfpl_run,
@@ -26,6 +24,7 @@ from helpers.more_private import (
     failing,
     fedsept_method,
     fedsept_tensors,
+    finding,
     given,
     shaken,
     sigma_of,
@@ -33,6 +32,7 @@ from helpers.more_private import (
     text_of,
     unit,
 )
+from helpers.more_prompts import files
 
 from fpl.more_methods.private import alike, of_each_image, route
 
@@ -236,38 +236,18 @@ CASES = {
     "fedsept_accountant": (fedsept_accounts, ("local_size", "delta")),
     "mgp": (mgp, ("features_raw", "image_raw")),
 }
-FOLDER = ROOT / "tests" / "data" / "golden2"
-FILES = sorted(
-    path.stem for path in FOLDER.glob("*.npz") if path.stem.startswith(("dpfpl", "fedsept", "mgp"))
-)
-
-
-def case_of(name):
-    """Return what is found of a file, as a function, and the inputs to change."""
-    (kind,) = [kind for kind in CASES if name.startswith(kind)]
-    return CASES[kind]
-
-
-@pytest.fixture(scope="module")
-def found():
-    """Return a function of a file's name: what it stores, and what is found of it."""
-
-    @functools.cache
-    def of(name):
-        z = stored(name)
-        return z, [*case_of(name)[0](z)]
-
-    return of
+FILES = files("dpfpl", "fedsept", "mgp")
+found = finding(CASES)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_steps_and_runs_are_those_stored(name, found):
+def test_steps_and_runs_are_those_stored(name):
     z, case = found(name)
     assert case and not failing(case, z)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_perturbed_value_fails(name, found):
+def test_a_perturbed_value_fails(name):
     z, case = found(name)
     for one in case:
         assert one.name in failing(case, {**z, one.name: altered(z[one.name], one.limit)})
@@ -276,7 +256,7 @@ def test_a_perturbed_value_fails(name, found):
 @pytest.mark.filterwarnings("ignore:Optimal order")
 @pytest.mark.parametrize("name", FILES)
 def test_a_perturbed_input_fails(name):
-    z, (case, inputs) = stored(name), case_of(name)
+    z, (case, inputs) = stored(name), case_of(CASES, name)
     for key in filter(z.__contains__, inputs):
         changed = {**z, key: shaken(z[key])}
         assert failing(case(changed), z), key

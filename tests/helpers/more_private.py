@@ -4,6 +4,7 @@
 of its method), and return what a golden file stores of them.
 """
 
+import functools
 import math
 from typing import NamedTuple
 from unittest import mock
@@ -46,6 +47,24 @@ def is_near(found, z):
     if not found.limit:
         return torch.equal(got, want)
     return bool((got - want).abs().max() <= found.limit * want.abs().max())
+
+
+def case_of(cases, name):
+    """Return what is found of a file, as a function, and the inputs to change."""
+    (kind,) = [kind for kind in cases if name.startswith(kind)]
+    return cases[kind]
+
+
+def finding(cases):
+    """Return a function of a file's name: what it stores, and what is found of it."""
+
+    @functools.cache
+    def of(name):
+        z = stored(name)
+        case, _ = case_of(cases, name)
+        return z, [*case(z)]
+
+    return of
 
 
 def failing(case, z):
