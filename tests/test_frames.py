@@ -287,6 +287,24 @@ def test_the_last_round_is_reported_never_the_best():
         assert stats.reporting_rule() in note
 
 
+def test_a_row_passes_that_is_clearly_above_every_base():
+    lines = {
+        "new - coop": ("above", 0.01),
+        "new - ridge": ("above", 0.02),
+        "old - coop": ("above", 0.01),
+        "old - ridge": ("above", 0.06),  # Holm's adjustment leaves nothing of it
+        "other - coop": ("below", 0.01),
+        "other - ridge": ("above", 0.01),
+    }
+    table = pd.DataFrame.from_dict(lines, orient="index", columns=["verdict", "holm"])
+    table = table.rename_axis("pair")
+    assert tables.passing(table, ["coop", "ridge"]) == ["new"]
+    assert tables.passing(table, ["coop"]) == ["new", "old"]
+    assert tables.passing(table.iloc[4:5], ["coop"]) == []
+    several = pd.concat({"a": table, "b": table.iloc[:1]}, names=["data"])
+    assert tables.passing(several, ["coop", "ridge"]) == ["new, a"]
+
+
 def test_a_table_of_differences_says_one_interval_a_verdict_and_holms_p():
     made, labels = some_runs()
     runs = records.frame(store(made[:12]), labels[:12])

@@ -351,6 +351,69 @@ def test_dassls_split_of_office_home_is_kept(tmp_path):
     assert Counter(r["split"] for r in manifest.rows) == {"train": 20, "test": 4}
 
 
+def split_line(name, root):
+    """What the checklist expects of the layout, what it found, and what it says is to be done."""
+    table = datasets.checklist(name, root).set_index("item")
+    return [*table.loc["layout that is read"]]
+
+
+@pytest.mark.parametrize(("folder", "layout", "domains"), [OFFICE[0], OFFICE[3]])
+def test_no_layout_of_office_home_is_said_to_have_a_papers_split(folder, layout, domains, tmp_path):
+    office_world(tmp_path / folder, domains)
+    assert split_line("office_home", tmp_path) == [layout, layout, ""]
+    office_world(tmp_path / "office_home_dg", ["art"], "train")
+    office_world(tmp_path / "office_home_dg", ["art"], "val", [9])
+    alone = tmp_path / "office_home_dg"
+    assert split_line("office_home", alone) == ["dassl", "dassl", ""]
+
+
+@pytest.mark.parametrize("lists", [True, False])
+def test_the_split_of_pacs_is_the_authors_and_no_papers(lists, tmp_path):
+    pacs_world(tmp_path, lists=lists)
+    todo = "" if lists else "the authors' split is in the files of the kfold layout"
+    assert split_line("pacs", tmp_path) == ["kfold", "kfold" if lists else "folders", todo]
+
+
+@pytest.mark.parametrize("name", ["ucf101", "sun397"])
+def test_the_split_that_papers_use_is_asked_for_where_it_is_not_there(name, tmp_path):
+    make(name, tmp_path)
+    todo = "the paper's split is in the files of the coop layout"
+    assert split_line(name, tmp_path) == ["coop", "official", todo]
+
+
+SIZES = {  # images for training and testing, as CoOp's paper and the authors print them
+    "eurosat": (13_500, 8_100),
+    "ucf101": (7_639, 3_783),
+    "fgvc_aircraft": (3_334, 3_333),
+    "stanford_cars": (6_509, 8_041),
+    "sun397": (15_880, 19_850),
+    "pacs": (8_977, 1_014),
+    "office_home": (12_469, 3_119),
+}
+ALL = {"pacs": 9_991, "office_home": 15_588}  # images of the whole set
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_are_the_published_ones(name):
+    dataset = datasets.get(name)
+    for layout in dataset.layouts.values():
+        if name in ALL and layout.train:
+            assert layout.train + layout.test == ALL[name]
+    best = dataset.layouts[dataset.best]
+    assert (best.train, best.test) == SIZES[name]
+
+
+# a fifth of each domain, rounded up, is for testing; images of each domain
+DOMAINS = {"pacs": [2_048, 2_344, 1_670, 3_929], "office_home": [2_427, 4_365, 4_439, 4_357]}
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_a_fifth_of_each_domain_makes_the_sizes_of_plain_folders(name):
+    layout = datasets.get(name).layouts["folders"]
+    assert sum(DOMAINS[name]) == ALL[name]
+    assert layout.test == sum(-(-images // 5) for images in DOMAINS[name])
+
+
 def test_another_class_and_a_half_domain_of_office_home_are_named(tmp_path):
     root = tmp_path / "office_home_dg"
     office_world(root, ["art"], "train")

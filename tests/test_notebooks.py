@@ -49,7 +49,8 @@ for command in (["features", "--patches"], ["features", "--all"], ["sweep"]):
 def project(tmp_path_factory) -> Path:
     """A copy of the project with tiny settings."""
     root = tmp_path_factory.mktemp("project")
-    for name in ("fpl", "notebooks", "data/demo_clip", "data/label_prior"):
+    given = ("data/demo_clip", "data/label_prior", "data/class_names", "real")
+    for name in ("fpl", "notebooks", *given, "results/expected/real"):
         shutil.copytree(
             files.ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__")
         )

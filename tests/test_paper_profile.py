@@ -19,7 +19,7 @@ from fpl.bench import plan
 from fpl.bench.plan import Rates, Tower
 from fpl.controls import CONTROLS
 from fpl.data import datasets, partitions
-from fpl.experiments import notebook, records, settings, tables, values
+from fpl.experiments import notebook, records, settings, tables, transfer, values
 from fpl.methods import METHODS, FedOTP, FedPGP, PFedMoAP
 from fpl.released import splits
 
@@ -130,13 +130,65 @@ def test_hyperparameters_are_the_published_ones(table, row, key, values):
 
 def test_the_profiles_have_the_same_tables_and_methods():
     demo = settings.read(Path(__file__).parents[1] / "params.yaml")
-    more = {name for released in COMPARED.values() for name in released}
+    more = {name for released in COMPARED.values() for name in released} | LEFT_OUT.keys()
     assert [name for name in PAPER.tables if name not in more] == [*demo.tables]
     assert more < {*PAPER.tables} and PAPER.methods == values.merge(demo.methods, SCRIPTS)
     assert {e.row for _, e in PAPER.runs("table1")} >= {*METHODS, *CONTROLS}
     used = {PAPER.source(name).data.name for name in PAPER.contents()}
-    assert used == {*[*datasets.DATASETS][:9]}  # those of pFedMoAP; the others have no table yet
-    assert {*datasets.DATASETS} == {*tables.PRINTED}
+    assert used == {*datasets.DATASETS} == {*tables.PRINTED}
+
+
+ELEVEN = FIVE | {"eurosat", "ucf101", "fgvc_aircraft", "stanford_cars", "sun397"}  # and ImageNet
+LEFT_OUT = {"leave_one_out_pacs": "pacs", "leave_one_out_office_home": "office_home"}
+
+
+def test_coops_data_sets_are_asked_for_novel_classes_as_fedpgps_are():
+    found = [e for _, e in PAPER.runs("base_to_novel")]
+    assert {e.source.data.name for e in found} == ELEVEN
+    for e in found:
+        is_eurosat = e.source.data.name == "eurosat"
+        assert e.partition.kind == ("dirichlet" if is_eurosat else "pathological")
+        assert (e.partition.classes, e.partition.shots, e.partition.clients) == ("base", 8, 10)
+        assert e.source.backbone.name == VIT and e.run.batch_size == 8
+
+
+@pytest.mark.parametrize("name", sorted(ELEVEN))
+def test_ten_clients_can_share_the_base_classes(name):
+    """Of as many classes as the whole set has, each with images."""
+    (e, *_) = [e for _, e in PAPER.runs("base_to_novel") if e.source.data.name == name]
+    classes = datasets.get(name).classes
+    labels = np.tile(np.arange(classes), 60)
+    split = np.repeat(["train", "test"], [40 * classes, 20 * classes])
+    train, test = partitions.make(e.partition, labels, split, 1)
+    assert min(map(len, train + test)) > 0
+
+
+@pytest.mark.parametrize("table", LEFT_OUT)
+def test_each_domain_is_left_out_once_and_each_other_one_is_a_client(table):
+    name = LEFT_OUT[table]
+    found = [e for _, e in PAPER.runs(table)]
+    domains = [*datasets.get(name).domains]
+    assert {e.source.data.name for e in found} == {name}
+    assert {e.partition.held_out for e in found} == {*domains}
+    assert {e.partition.clients for e in found} == {len(domains) - 1}
+    assert {e.run.participation for e in found} == {1.0}
+
+
+@pytest.mark.parametrize("name", ["pacs", "office_home"])
+def test_data_sets_with_domains_are_dealt_as_office_caltech10_is(name):
+    runs = [e for _, e in PAPER.runs("table3") if e.source.data.name == name]
+    own, office = (PAPER.source(on) for on in (name, "office_caltech10"))
+    assert runs and own.partition == office.partition and own.run == office.run
+    assert own.backbone == office.backbone
+
+
+def test_what_was_learnt_is_tried_on_all_other_data_sets_of_the_encoder():
+    others = [source.data.name for source in transfer.others(PAPER, "caltech101_vit")]
+    assert len(others) == len({*others}) and {*others} >= ELEVEN - {"caltech101"}
+    tables = ("across", "across_domains")
+    assert all(PAPER.tables[table].keep for table in tables)
+    sources = {e.source.name for table in tables for _, e in PAPER.runs(table)}
+    assert sources == {"caltech101_vit", "domainnet10"}
 
 
 def test_fedotp_and_fedpgp_run_as_their_own_scripts_say():

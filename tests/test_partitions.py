@@ -469,6 +469,7 @@ def test_columns_that_cannot_be(settings, sentence):
         ({"shots": -1}, "greater than or equal to 0"),
         ({"concentration": 0.0}, "greater than 0"),
         ({"min_size": 0}, "greater than 0"),
+        ({"unseen": -1}, "greater than or equal to 0"),
     ],
 )
 def test_a_setting_says_what_it_may_be(wrong, allowed):

@@ -33,9 +33,9 @@ KEPT = Path("kept.safetensors")
 NEVER = 1  # the client that is not drawn
 # of a new client: without images, and those whose own part is as it was drawn
 OWN_IMAGES = {"pfedprompt", "zeroshot_memory", "majority", "zeroshot_own", "ridge_own"}
-NOTHING_TRAINED = {"coop", "fedamp", "untrained", "gate_alone", "coop_adapter"}
+NOTHING_TRAINED = {"coop", "fedamp", "fedpha", "untrained", "gate_alone", "coop_adapter"}
 PARTLY = {"fedper", "fedotp", "fedpgp", "own_gate", "fedotp_released", "fedpgp_released"}
-PARTLY |= {"fedsept", "dpfpl", "fedpgp_two", "fedpgp_placeholder"}
+PARTLY |= {"promptfolio", "fedsept", "dpfpl", "fedpgp_two", "fedpgp_placeholder"}
 EVERYBODY = "ridge_all"
 
 

@@ -14,7 +14,7 @@ from helpers import ROOT
 from helpers.tiny import NAMES, error, golden, stored_clip, tiny_model
 
 from fpl.data.encoders import load
-from fpl.prompts import PRECISIONS, Clip, Precision, PromptTree, words
+from fpl.prompts import PRECISIONS, Clip, Precision, PromptTree
 
 LONGEST = " ".join(["cat"] * 58)  # with SOS, 16 context vectors, the full stop and EOS: 77 tokens
 LISTS = {
@@ -218,7 +218,7 @@ def test_golden_context_made_of_words(case):
         z[f"{case}.text"],
         F.normalize(z[f"{case}.features_raw"], dim=-1),
     )
-    ctx = words(clip, phrase)
+    ctx = PromptTree(clip, z["classnames"]).words(phrase)
     text = PromptTree(clip, z["classnames"], n_ctx=len(ctx))
     assert torch.equal(ctx, z[f"{case}.ctx"])
     assert error(text(ctx), want) < 5e-6

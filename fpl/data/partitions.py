@@ -75,6 +75,8 @@ class Partition:
     classes: "base" deals the first ceil(c / 2) of the c labels only, the rest are novel.
     held_out: a domain of which nobody has images. With kind "domain" and as many clients as there
         are other domains, every domain is one client, as in FedPGP (Cui et al., ICML 2024).
+    unseen: how many of the clients never train; which ones, `is_unseen` says. Controls that read
+        everybody's images read theirs, too.
     """
 
     kind: Literal["pathological", "even", "dirichlet", "domain", "iid", "pachinko", "column"] = (
@@ -90,14 +92,26 @@ class Partition:
     shot_seed: NonNegativeInt = 0
     classes: Literal["all", "base"] = "all"
     held_out: str = ""
+    unseen: NonNegativeInt = 0
 
     def __post_init__(self):
-        leaves_out = self.classes != "all" or self.held_out
+        leaves_out = self.classes != "all" or self.held_out or self.unseen
         if leaves_out and (self.form, self.loader) != ("ours", "right"):
             raise ValueError(
-                "the released splits have all classes and domains: use form ours and loader right, "
-                "or leave none out"
+                "the released splits have all classes, domains and clients: use form ours and "
+                "loader right, or leave none out"
             )
+        if self.unseen >= self.clients:
+            of_all = f"unseen {self.unseen} of {self.clients} clients"
+            raise ValueError(f"{of_all} leaves nobody who trains: give a smaller number")
+
+
+def is_unseen(client: ndarray, unseen: int | ndarray, clients: int | ndarray) -> ndarray:
+    """Say of clients, by their numbers, whether they are among the `unseen` that never train.
+
+    These stand evenly among all, and so in every domain: 2 of 10 clients are the numbers 4 and 9.
+    """
+    return (client + 1) * unseen // clients > client * unseen // clients
 
 
 def make(

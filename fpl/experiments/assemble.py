@@ -16,7 +16,7 @@ from fpl.experiments.cache import device, load_cached, patches_of, text_of, view
 from fpl.experiments.settings import Experiment
 from fpl.prompts import PromptTree
 from fpl.released import splits
-from fpl.rounds import Round, Seeds, Setup, State, Training, run_rounds
+from fpl.rounds import Round, Seeds, Setup, State, Training, run_rounds, select
 from fpl.state import Clients
 
 
@@ -39,7 +39,10 @@ def make_clients(experiment: Experiment, device: str) -> Clients:
         )
     whole = Clients(feats.feats, feats.labels, [], [], len(feats.classes), patches, views, place)
     clients = deal(whole, feats, experiment.partition, experiment.seed)
-    return replace(clients, turns=turns_of(experiment, feats))
+    turns = turns_of(experiment, feats)
+    if experiment.partition.unseen:
+        turns = turns_of_seen(experiment, clients)
+    return replace(clients, turns=turns)
 
 
 def turns_of(experiment: Experiment, feats: Features) -> list[Tensor] | None:
@@ -57,6 +60,20 @@ def turns_of(experiment: Experiment, feats: Features) -> list[Tensor] | None:
     splits.make(asked, labels, feats.split, split_seed, feats.domain, rng)
     picks = splits.participants(asked.clients, run.participation, run.rounds, rng)
     return turns(torch.from_numpy(picks), asked.clients)
+
+
+def turns_of_seen(experiment: Experiment, clients: Clients) -> list[Tensor]:
+    """Return who trains in each round where some clients never do.
+
+    The others are drawn as all are elsewhere; `participation` is a share of them.
+    """
+    asked, run = experiment.partition, experiment.run
+    unseen = partitions.is_unseen(np.arange(asked.clients), asked.unseen, asked.clients)
+    seen = torch.from_numpy(np.flatnonzero(~unseen))
+    train, test = ([part[i] for i in seen] for part in (clients.train, clients.test))
+    others = replace(clients, train=train, test=test)
+    order = seeds_of(run, experiment.seed).order
+    return [seen[select(others, run, order, number)] for number in range(run.rounds)]
 
 
 def deal(whole: Clients, feats: Features, asked: Partition, seed: int) -> Clients:

@@ -447,11 +447,12 @@ def check_trained(one: Classifier, begin: Tensors) -> None:
 
 @torch.enable_grad()
 def used_of(one: Classifier) -> list[str]:
-    """Return the tensors of a client on which its logits depend."""
+    """Return the tensors of a client on which its logits depend, and not by rounding alone."""
     p = {name: value.detach().requires_grad_() for name, value in one.p.items()}
     t = one.method.encode(one.text, p, one.reads)
     z = replace(one, t=t, p=p).logits(one.example())
     if not z.requires_grad:
         return []
     found = torch.autograd.grad(z.sum(), [*p.values()], allow_unused=True)
-    return [name for name, slope in zip(p, found, strict=True) if slope is not None]
+    used = [name for name, slope in zip(p, found, strict=True) if slope is not None]
+    return [name for name in used if name not in one.method.idle]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -17,11 +18,12 @@ from pandas import DataFrame, Series
 from fpl.data import world
 from fpl.data.datasets import DATASETS
 from fpl.data.files import ROOT, atomic_write
-from fpl.data.partitions import GLOBAL
+from fpl.data.partitions import GLOBAL, is_unseen
 from fpl.data.text import cell, markdown
 from fpl.experiments import answers, records
 from fpl.experiments.notebook import TABLES
 from fpl.experiments.stats import (
+    ABOVE,
     RUN,
     by_seed,
     holm,
@@ -34,6 +36,9 @@ from fpl.experiments.stats import (
     spread,
     verdict,
 )
+
+if TYPE_CHECKING:  # it loads torch, which few tables need
+    from fpl.experiments.settings import Source
 
 Make = Callable[..., DataFrame]
 Keys = str | Sequence[str]  # a column, or several
@@ -51,11 +56,13 @@ SCORES = {  # what stands beside the accuracy, and the column of `with_metrics` 
     "ECE": "ece",
     "global": GLOBAL,
 }
+BESIDE_EACH_OTHER = [*SCORES, "HM", "personal", "seen", "unseen", "own"]  # see `results`
+OTHER = "on {}"  # the accuracy on another data set, see `with_others`
 DECIMALS = {  # columns that Markdown shows with two decimals
     *POINTS,
     *GENERALISATION,
     "accuracy",
-    *(f"{name}{end}" for name in SCORES for end in ("", " low", " high")),
+    *(f"{name}{end}" for name in BESIDE_EACH_OTHER for end in ("", " low", " high")),
     *(f"{name} std" for name in GENERALISATION),
     *("difference", "noise", "paper", "l2 norm", BESIDE),
     *("worst", "10th percentile", "std over clients"),
@@ -105,6 +112,26 @@ NOTE_SCORES = (
     "these classes; `ECE`, the expected calibration error of the class that is said, in 15 bins; "
     "and `global`, the accuracy on the test images of all clients. `worst client` is the lowest "
     "accuracy of a client."
+)
+NOTE_RESULTS = (
+    "In %, after the last round: means over clients, and of these over seeds with their 95 % "
+    "t-interval (low, high)."
+)
+NOTE_GLOBAL = (
+    f"{NOTE_RESULTS} `personal` is the accuracy of each client's model on its own test images, "
+    "`global` that on the test images of all clients, and HM their harmonic mean, of each seed."
+)
+NOTE_UNSEEN = (
+    f"{NOTE_RESULTS} `seen` is the mean over the clients that train, `unseen` over those that "
+    "never do and are tested with what the server sends, on their own test images. `down` is how "
+    "many numbers a client receives. Where it is 0, and where clients are tested with prompts of "
+    "their own (FedAMP, FedPHA), an unseen client has what every client begins with. Rows that use "
+    "a client's own training images do so for unseen clients, too."
+)
+NOTE_OTHERS = (
+    f"{NOTE_RESULTS} `own` is the accuracy of each client's model on its own test images. The "
+    "other columns have it on all test images of other data sets, under their class names; "
+    "nothing was trained there. A row that is bound to the classes of training has none."
 )
 NOTE_LEDGER = (
     "What it costs to do as the released code does: accuracy with it minus accuracy without it, on "
@@ -192,11 +219,15 @@ def summary(runs: DataFrame, key: Keys = "method") -> DataFrame:
 
     Each seed counts with its mean over clients.
     """
-    values = by_seed(runs, key)
+    table = of_seeds(by_seed(runs, key))
+    return (100 * table[POINTS]).assign(seeds=table["seeds"].astype(int))
+
+
+def of_seeds(values: Series) -> DataFrame:
+    """Return what `over_seeds` says of values by seed, the last level of their index."""
     levels = [*range(values.index.nlevels - 1)]
     groups = values.groupby(level=levels, sort=False, dropna=False)
-    table = groups.apply(lambda seeds: over_seeds(list(seeds))).unstack()
-    return (100 * table[POINTS]).assign(seeds=table["seeds"].astype(int))
+    return groups.apply(lambda seeds: over_seeds(list(seeds))).unstack()
 
 
 def titled(runs: DataFrame, key: Keys = "method") -> DataFrame:
@@ -218,15 +249,16 @@ def marked(table: DataFrame) -> DataFrame:
 def add_paper(table: DataFrame, runs: DataFrame, other: Series, label: str) -> None:
     """Add the paper's means on the same data set to a table of methods, as column `paper`.
 
-    other: where the paper does not have the data set, these means by method stand in their place,
-    in a column called `label`.
+    other: where the paper does not have the images, as those of a drawn world, these means by
+    method stand in their place, in a column called `label`. Other papers' data sets have no such
+    column.
     """
     names = table["row"].map(published_name)
     same = same_data(main_results(), runs).set_index("method")["mean"]
-    if same.empty:
-        table[label] = names.map(other)
-    else:
+    if not same.empty:
         table["paper"] = names.map(same)
+    elif not runs["images"].isin(PRINTED).all():
+        table[label] = names.map(other)
 
 
 @several
@@ -451,6 +483,20 @@ def sentences(table: DataFrame, names: Sequence[str] = ()) -> str:
     return "\n".join(said)
 
 
+def passing(table: DataFrame, bases: Sequence[str]) -> list[str]:
+    """Return the rows that are clearly above all the bases, Holm's adjustment included.
+
+    table: as `differences`, with pairs named "row - base"; on several data sets, a row's name says
+    on which.
+    """
+    flat = table.reset_index()
+    clear = flat[(flat["verdict"] == ABOVE) & (flat["holm"] < 0.05)]
+    names = clear["pair"].str.rsplit(" - ", n=1)
+    where = names.str[0] + (", " + clear["data"] if "data" in clear else "")
+    passed = names.str[1].groupby(where, sort=False).agg(set)
+    return [str(name) for name, found in passed.items() if found >= {*bases}]
+
+
 @several
 def clients(runs: DataFrame) -> DataFrame:
     """Return for each method the mean over clients and how unequal they are, as `stats.spread`."""
@@ -524,13 +570,49 @@ def with_metrics(runs: DataFrame) -> DataFrame:
     """
     from fpl.experiments.metrics import scores as of_clients  # it loads torch: few tables need it
 
-    last = last_round(runs)
-    found = {}
-    for run in last["run"].unique():
+    def found(run: str) -> DataFrame:
         answered = answers.read(records.RECORDS / f"{run}.json")
-        found[run] = of_clients(answered).drop(columns="accuracy")
-    lines = last.join(pd.concat(found, names=["run"]), on=["run", "client"])
+        return of_clients(answered).drop(columns="accuracy")
+
+    lines = with_found(runs, found)
     return lines.assign(worst_client=lines.groupby(RUN)["accuracy"].transform("min"))
+
+
+def with_found(runs: DataFrame, found: Make) -> DataFrame:
+    """Return the last round of runs with what `found` says of each run's clients, by its name."""
+    last = last_round(runs)
+    of_runs = {run: found(run) for run in last["run"].unique()}
+    return last.join(pd.concat(of_runs, names=["run", "client"]), on=["run", "client"])
+
+
+def with_others(runs: DataFrame, sources: Sequence[Source]) -> DataFrame:
+    """Return the last round of runs with each client's accuracy on other data sets.
+
+    The column of a data set is called by OTHER. sources: as `fpl.experiments.transfer.others` gives
+    them. The runs must have kept what they learnt: their table says `keep: true`. Raises
+    FileNotFoundError where they have not.
+    """
+    from fpl.experiments.transfer import accuracies  # it loads torch
+
+    def found(run: str) -> DataFrame:
+        return DataFrame({OTHER.format(to.name): accuracies(run, to) for to in sources})
+
+    return with_found(runs, found)
+
+
+def with_unseen(runs: DataFrame) -> DataFrame:
+    """Return the last round of runs with the accuracy of seen and unseen clients in two columns.
+
+    seen_accuracy is that of clients that train, unseen_accuracy of those that never do; others have
+    nan there. Raises ValueError where a run has no unseen clients.
+    """
+    last = last_round(runs)
+    columns = [last[name].to_numpy() for name in ("client", "unseen", "clients")]
+    if not (columns[1] > 0).all():
+        raise ValueError("these runs have no unseen clients: set `unseen` for their table")
+    never = is_unseen(*columns)
+    seen, unseen = (last["accuracy"].where(these) for these in (~never, never))
+    return last.assign(seen_accuracy=seen, unseen_accuracy=unseen)
 
 
 @several
@@ -541,14 +623,48 @@ def scores(runs: DataFrame, key: str = "method") -> DataFrame:
     "high" behind the name. NOTE_SCORES says what they are.
     """
     lines = with_metrics(runs)
-    table = summary(lines, key)
-    for name, column in SCORES.items():
-        found = summary(lines.assign(accuracy=lines[column]), key)
-        for end in ("mean", "low", "high"):
-            table[f"{name} {end}".removesuffix(" mean")] = found[end]
-    named = titles(runs) if key == "method" else {}
-    table.insert(0, "row", [named.get(value, str(value)) for value in table.index])
-    return marked(table.round(2))
+    table = summary(lines, key).join(intervals(means(lines, SCORES, key)))
+    return marked(with_rows(table, runs).round(2))
+
+
+@several
+def results(
+    runs: DataFrame, columns: Mapping[str, str], key: str = "method", hm: bool = False
+) -> DataFrame:
+    """Return several results of each row beside each other, with 95 % intervals over seeds.
+
+    columns: of each name the column of the runs, as in {"personal": "accuracy", "global": GLOBAL}.
+    hm: with the harmonic mean of all, of each seed's means over clients, as "HM". A line per value
+    of `key`, in percent; a row that lacks a result has neither it nor HM.
+    """
+    found = means(last_round(runs), columns, key)
+    seeds = found.groupby(level=key, sort=False).size()
+    if hm:
+        found["HM"] = len(columns) / (1 / found).sum(axis=1, skipna=False)
+    table = intervals(found).assign(seeds=seeds)
+    return marked(with_rows(table, runs).round(2))
+
+
+def means(lines: DataFrame, columns: Mapping[str, str], key: str) -> DataFrame:
+    """Return means over clients of several results by their names, for each (key, seed)."""
+    groups = lines.groupby([key, "seed"], sort=False, dropna=False)
+    return DataFrame({name: groups[column].mean() for name, column in columns.items()})
+
+
+def intervals(found: DataFrame) -> DataFrame:
+    """Return of each column of `means`, in percent, the mean over seeds and its interval's ends."""
+    table: dict[str, Series] = {}
+    for name, values in found.items():
+        over = 100 * of_seeds(values)
+        table |= {name: over["mean"], f"{name} low": over["low"], f"{name} high": over["high"]}
+    return DataFrame(table)
+
+
+def with_rows(table: DataFrame, runs: DataFrame) -> DataFrame:
+    """Return a table with its rows' names in front; methods have their printed ones."""
+    named = titles(runs) if table.index.name == "method" else {}
+    rows = [named.get(value, str(value)) for value in table.index]
+    return table.assign(row=rows)[["row", *table]]
 
 
 def metrics(table: DataFrame, path: Path = TABLES / "10_table1" / "metrics.json") -> None:
@@ -565,8 +681,9 @@ def save(table: DataFrame, name: str, folder: Path = TABLES, note: str = "") -> 
     with atomic_write(folder / f"{name}.csv") as temporary:
         table.to_csv(temporary, lineterminator="\n")
     shown = table.reset_index()
-    for column in DECIMALS.intersection(shown):
-        if shown[column].dtype == float:
+    for column in shown:
+        decimal = column in DECIMALS or str(column).startswith(OTHER.format(""))
+        if decimal and shown[column].dtype == float:
             shown[column] = shown[column].map("{:.2f}".format, na_action="ignore")
     text = markdown(shown.fillna(""), disable_numparse=True)
     with atomic_write(folder / f"{name}.md") as temporary:

@@ -167,6 +167,9 @@ def split(data: Features, seed: int = 1, **partition: Any) -> Split:
     dealt as asked.
     """
     asked = build(Partition, partition, "split")
+    if asked.unseen:
+        instead = "leave it out, or use `fpl run`"
+        raise ValueError(f"split.unseen is for runs of a settings file: {instead}")
     nobody: list[Tensor] = []
     labels = data.labels.cpu().numpy()
     names = partitions.client_names(asked, labels, data.domain, data.client)

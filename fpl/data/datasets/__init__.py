@@ -156,9 +156,9 @@ def checklist(name: str, root: Path) -> pd.DataFrame:
         if not reason:
             folder, used, _ = find(name, root)
             sizes = dataset.sizes(used)
-            split = f"the paper's split is in the files of the {dataset.best} layout"
-            todo = split if used != dataset.best else ""
-            table.append(("layout that is read", dataset.best, used, todo))
+            best = dataset.best if dataset.split else used
+            todo = f"{dataset.split} is in the files of the {best} layout" if used != best else ""
+            table.append(("layout that is read", best, used, todo))
         table += missing_files(dataset, folder, used)
     if reason:
         table.append(("manifest", "readable", "no", reason))

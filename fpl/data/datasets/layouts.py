@@ -70,7 +70,8 @@ class Dataset:
     title: its name as the paper prints it
     position: its place in lists
     folders: names that its folder may have under the data root; downloads go to the first
-    layouts: the first whose files are there is read, and the very first has the paper's split
+    layouts: the first whose files are there is read
+    split: what split the very first layout has; empty where it is not one of a paper
     page, terms: its web page, and its terms of use in our words
     domains: the printed name of each domain, where it has several
     """
@@ -85,10 +86,11 @@ class Dataset:
     terms: str
     files: tuple[File, ...]
     domains: Mapping[str, str] = field(default_factory=dict)
+    split: str = "the paper's split"
 
     @property
     def best(self) -> str:
-        """The name of the layout that has the paper's split."""
+        """The name of the layout that goes before the others."""
         return next(iter(self.layouts))
 
     def places(self, root: Path) -> list[Path]:

@@ -74,4 +74,5 @@ DATASET = Dataset(
         Domain("product"): "Product",
         Domain("real_world"): "Real World",
     },
+    split="",
 )

@@ -68,4 +68,5 @@ DATASET = Dataset(
         "photo": "Photo",
         "sketch": "Sketch",
     },
+    split="the authors' split",
 )

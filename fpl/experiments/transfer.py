@@ -1,0 +1,54 @@
+"""What runs learnt on one data set, tried on another: all its test images, under its class names.
+
+Nothing is trained and no record is written: a run that has kept what it learnt is evaluated anew,
+so the result is always of the features that are there. Data sets can be added to runs of long ago.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fpl.experiments.cache import device, load_cached, patches_of, text_of
+from fpl.experiments.predict import restore
+from fpl.experiments.settings import Settings, Source
+from fpl.rounds import Setup, evaluate_cohorts, mean_right
+from fpl.state import Clients
+
+
+def others(settings: Settings, name: str) -> list[Source]:
+    """Return the data sets of all tables that the backbone of this one sees, but for its images."""
+    own = settings.source(name)
+    sources = {own.data.name: own}
+    for source in map(settings.source, settings.contents()):
+        if source.backbone == own.backbone:
+            sources.setdefault(source.data.name, source)
+    return [*sources.values()][1:]
+
+
+def accuracies(run: str | Path, source: Source) -> list[float]:
+    """Return the accuracy of every client of a run on the test images of a data set.
+
+    The text features, and what clients read (experts and the like), are made of its class names,
+    from what each client has received. A method that is bound to the classes of training
+    (`transfers`) has nan. run: its record, the file that it kept, or the name of these.
+    Raises FileNotFoundError for a run that has kept nothing, and ValueError where the features are
+    of another CLIP than the run's.
+    """
+    data, backbone, on = source.data, source.backbone, device()
+    clip, feats = load_cached(data, backbone, on)
+    model = restore(run, clip)
+    kept = model.kept
+    method, n = kept.method, kept.n
+    if not method.transfers:
+        return [math.nan] * n
+    text = text_of(data, backbone, on, method.n_ctx, precision=kept.training.precision)
+    patches = patches_of(data, backbone, on) if method.inputs == "patches" else None
+    test = [torch.from_numpy(np.flatnonzero(feats.split == "test")).to(on)] * n
+    clients = Clients(feats.feats, feats.labels, test, test, text.n_cls, patches)
+    setup = Setup(method, model.text, clients, kept.training, kept.seeds)
+    found = evaluate_cohorts(setup, kept.cohorts, kept.deployed, text, clients)
+    return mean_right(found).tolist()
