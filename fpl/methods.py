@@ -115,9 +115,10 @@ class PromptFL:
         self, text: PromptTree, p: Tensors, context: Tensors, x: Images, y: Labels, draw: Draw
     ) -> tuple[PerClient, Tensors]:
         """Return the loss of a step and what the optimiser gets; draw: what the step draws."""
-        loss = self.loss(text, p, context, x, y)
-        found = torch.autograd.grad(loss.sum(), [*p.values()], allow_unused=True)
-        return loss, {k: v for k, v in zip(p, found, strict=True) if v is not None}
+        own = {name: value.detach().requires_grad_() for name, value in p.items()}
+        loss = self.loss(text, own, context, x, y)
+        loss.sum().backward()  # torch's counter of operations cannot follow autograd.grad
+        return loss, {k: v.grad for k, v in own.items() if v.grad is not None}
 
     def optimiser(self, groups: list[Any], momentum: float, decay: float) -> Optimizer:
         """Return what makes the steps; each tensor is a group, by `name`; the loop sets its lr."""
