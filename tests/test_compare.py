@@ -156,8 +156,13 @@ def test_the_repository_knows_every_tolerance():
     assert names >= {*expected.MEASURED}
     assert all(name in names or name in rows for name in expected.TOLERANCE)
     wide = {name: most for name, most in expected.TOLERANCE.items() if most > 3}
-    pairs = {"pFedMoAP - FedOTP", "fedotp - coop", "fedotp - ridge_own"}
-    assert {*wide} == {"fedotp", *pairs} and max(wide.values()) == 5
+    pairs = {name for name in wide if name.startswith(("fedotp - ", "promptfolio - "))}
+    rest = {"fedotp", "promptfolio", "pFedMoAP - FedOTP"}
+    assert {*wide} == {*rest, *pairs} and max(wide.values()) == 5
     assert all(tolerance > 0 for tolerance in [*expected.TOLERANCE.values(), expected.USUAL])
     table = pd.read_csv(ROOT / expected.EXPECTED / "10_table1/table1.csv", index_col="method")
     assert table.loc["fedotp", "high"] - table.loc["fedotp", "low"] > 2 * wide["fedotp"]
+    newer = ROOT / expected.EXPECTED / "24_since_then/since_then.csv"
+    table = pd.read_csv(newer, index_col="row")
+    reach = table.loc["promptfolio", "high"] - table.loc["promptfolio", "low"]
+    assert reach > 2 * wide["promptfolio"]
