@@ -6,16 +6,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import pandas as pd
-import torch
-import torch.nn.functional as F
 
-from fpl.bench.counting import CountingEncoder, count_round
 from fpl.bench.measure import timed
+from fpl.bench.plan import encodings, tower_of
 from fpl.experiments.assemble import setup_of
 from fpl.experiments.settings import Experiment
-from fpl.methods import PromptFL
-from fpl.rounds import Setup, begin_run, select, train_round
-from fpl.state import Clients, count_numbers
+from fpl.rounds import begin_run, select, train_round
+from fpl.state import count_numbers
 
 
 def costs(experiments: Mapping[str, Experiment]) -> pd.DataFrame:
@@ -29,32 +26,13 @@ def costs(experiments: Mapping[str, Experiment]) -> pd.DataFrame:
     lines = {}
     for label, experiment in experiments.items():
         setup = setup_of(experiment)
-        trained, read = encodings(setup)
+        n = len(setup.clients)
+        short = replace(setup.training, local_epochs=1)
+        tower = tower_of(experiment.source.backbone)
+        trained, read = encodings(setup.method, n, short, tower)
         numbers = count_numbers(begin_run(setup).local)
-        lines[label] = {"numbers": numbers, "trained": trained, "read": read}
+        lines[label] = {"numbers": numbers, "trained": trained, "read": read / n}
     return pd.DataFrame.from_dict(lines, orient="index").rename_axis("label")
-
-
-def encodings(setup: Setup) -> tuple[float, float]:
-    """Return how many prompts a client encodes: with a gradient in a step, without in a round.
-
-    Counted in the second round of a run with a text tower that only counts, where each client has
-    one step, of a batch of two images.
-    """
-    n = len(setup.clients)
-    encoder = CountingEncoder(setup.text.width, setup.text.dim)
-    gen = torch.Generator().manual_seed(0)
-    patches = torch.randn(4 * n, 2, encoder.dim, generator=gen)
-    feats = F.normalize(patches[:, 0], dim=-1)
-    parts = torch.arange(4 * n).split(2)
-    labels = torch.arange(4 * n) % encoder.n_cls
-    clients = Clients(feats, labels, parts[:n], parts[n:], encoder.n_cls, patches)
-    rounds = min(setup.training.rounds, 2)
-    asked = {"rounds": rounds, "local_epochs": 1, "batch_size": 2, "participation": 1.0}
-    method: PromptFL = setup.method
-    small = replace(setup.training, **asked)
-    trained, read = count_round(method, encoder, clients, small)
-    return trained / n, read / n
 
 
 def seconds(experiments: Mapping[str, Experiment]) -> pd.Series:
