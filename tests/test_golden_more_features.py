@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import refuses
-from helpers.more_private import Found, altered, case_of, failing, finding, given, shaken, stored
+from helpers.more_private import Found, altered, failing, finding, given, unnoticed
 from helpers.more_prompts import files
 from helpers.runs import RUN, equal, play
 from helpers.tiny import NAMES, error, make, stored_clip
@@ -287,10 +287,7 @@ def test_a_perturbed_value_fails(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_perturbed_input_fails(name):
-    z, (case, inputs) = stored(name), case_of(CASES, name)
-    for key in filter(z.__contains__, inputs):
-        changed = {**z, key: shaken(z[key])}
-        assert failing(case(changed), z), key
+    assert not unnoticed(CASES, name)
 
 
 # What the methods promise besides

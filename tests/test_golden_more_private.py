@@ -13,7 +13,6 @@ from helpers.more_private import (
     Found,
     altered,
     apart,
-    case_of,
     clients_noise,
     dpfpl_method,
     dpfpl_run,
@@ -26,11 +25,11 @@ from helpers.more_private import (
     fedsept_tensors,
     finding,
     given,
-    shaken,
     sigma_of,
     stored,
     text_of,
     unit,
+    unnoticed,
 )
 from helpers.more_prompts import files
 
@@ -256,10 +255,7 @@ def test_a_perturbed_value_fails(name):
 @pytest.mark.filterwarnings("ignore:Optimal order")
 @pytest.mark.parametrize("name", FILES)
 def test_a_perturbed_input_fails(name):
-    z, (case, inputs) = stored(name), case_of(CASES, name)
-    for key in filter(z.__contains__, inputs):
-        changed = {**z, key: shaken(z[key])}
-        assert failing(case(changed), z), key
+    assert not unnoticed(CASES, name)
 
 
 @pytest.mark.parametrize("name", ["fedsept_step_eval", "fedsept_step_dropout"])
