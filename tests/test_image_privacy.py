@@ -213,7 +213,7 @@ WRONG = {
     "noise of nothing": (DPFPL, {"noise": 1.0}, ["noise 1.0", "set bound too"]),
     "noise of nothing, FedSEPT": (FedSEPT, {"noise": 1.0}, ["noise 1.0", "set bound too"]),
     "too large a rank": (DPFPL, {"rank": 5}, ["rank 5", "n_ctx 4"]),
-    "heads": (FedSEPT, {"heads": 3}, ["heads 3", "feature width 32"]),
+    "heads": (FedSEPT, {"heads": 3}, ["heads 3", "width 32"]),
 }
 
 

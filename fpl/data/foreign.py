@@ -466,8 +466,8 @@ def unit(feats: np.ndarray, what: str) -> np.ndarray:
 
     what: of which each row is one. Raises Refused for a row that is not finite or zero.
     """
-    rows = feats.astype(np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
+        rows = feats.astype(np.float64)
         length = np.linalg.norm(rows, axis=1, keepdims=True)
     bad = np.flatnonzero(~np.isfinite(length))
     require(not len(bad), f"has features of {len(bad)} {what} that are not finite")

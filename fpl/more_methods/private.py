@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import SGD
 
 from fpl.methods import Images, Labels, PromptFL
+from fpl.more_methods.prompts import check_heads
 from fpl.prompts import PromptTree
 from fpl.state import Clients, Draw, PerClient, Tensors, generator
 
@@ -49,7 +50,29 @@ def clipped(each: Each, bound: float) -> Each:
 
 
 @dataclass(frozen=True)
-class FedSEPT(PromptFL):
+class Noisy(PromptFL):
+    """PromptFL whose gradients may be clipped to l2 norm `bound` and get noise in units of it."""
+
+    bound: NonNegativeFloat = 0.0
+    noise: NonNegativeFloat = 0.0
+
+    def check(self, text: PromptTree, clients: Clients):
+        if self.noise and not self.bound:
+            raise ValueError(f"noise {self.noise} is in units of bound, which is 0: set bound too")
+
+    def hidden(self, name: str, each: Each, b: int, draw: Draw, among: int = 1) -> Tensor:
+        """Return the mean of what b images say, each clipped, and N(0, (noise bound / b)^2).
+
+        among: of how many clients the mean is taken, which share out that noise.
+        """
+        if not self.bound:
+            return each.mean(1)
+        std = self.noise * self.bound / b / math.sqrt(among)
+        return clipped(each, self.bound).mean(1) + std * draw(name, *each.shape[2:])
+
+
+@dataclass(frozen=True)
+class FedSEPT(Noisy):
     """Shared experts of low rank, mixed for each image by a router that stays at the client.
 
     Expert k's prompt is A_k B_0 + R: A (k, m, rank) is shared, R (m, w) private, B_0 (rank, w) a
@@ -78,20 +101,15 @@ class FedSEPT(PromptFL):
     heads: PositiveInt = 4
     lam: NonNegativeFloat = 10.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    bound: NonNegativeFloat = 0.0
-    noise: NonNegativeFloat = 0.0
 
     def check(self, text: PromptTree, clients: Clients):
-        check_noise(self.bound, self.noise)
-        if text.dim % self.heads:
-            wrong = f"heads {self.heads} does not divide the feature width {text.dim}"
-            raise ValueError(f"{wrong}: take a divisor")
+        super().check(text, clients)
+        check_heads(self.heads, text.dim)
 
     def init(self, text: PromptTree, gen):
-        m, w = self.n_ctx, text.width
-        a = 0.02 * torch.randn(self.experts, m, self.rank, generator=gen)
-        b0 = 0.02 * torch.randn(self.rank, w, generator=gen)
-        prompt = {"a": a, "b0": b0, "r": torch.zeros(m, w)}
+        a = 0.02 * torch.randn(self.experts, self.n_ctx, self.rank, generator=gen)
+        b0 = 0.02 * torch.randn(self.rank, text.width, generator=gen)
+        prompt = {"a": a, "b0": b0, "r": torch.zeros(self.n_ctx, text.width)}
         return prompt | router_init(text.dim, self.experts, gen)
 
     def ctx(self, p):
@@ -106,15 +124,14 @@ class FedSEPT(PromptFL):
         return super().loss(text, p, context, x, y) + self.lam * alike(p["a"])
 
     def gradients(self, text: PromptTree, p, context, x, y, draw):
-        uniform = torch.special.ndtr(draw("dropout", y.shape[1], self.heads))
-        kept = (uniform >= self.dropout) / (1 - self.dropout)
+        b = y.shape[1]
+        kept = dropped(self.dropout, draw("dropout", b, self.heads))
         if not self.bound:
             return super().gradients(text, p, {"kept": kept}, x, y, draw)
         each_kept = {"kept": kept.flatten(0, 1).unsqueeze(1)}
         losses, each = of_each_image(self, text, p, each_kept, x, y)
-        noise = self.noise * self.bound * draw("noise", *p["a"].shape[1:])
-        private = (clipped(each["a"], self.bound).sum(1) + noise) / y.shape[1]
-        return losses.mean(1), {k: v.mean(1) for k, v in each.items()} | {"a": private}
+        found = {name: value.mean(1) for name, value in each.items()}
+        return losses.mean(1), found | {"a": self.hidden("noise", each["a"], b, draw)}
 
     def optimiser(self, groups, momentum, decay):
         for group in groups:
@@ -122,10 +139,10 @@ class FedSEPT(PromptFL):
         return SGD(groups, 0.0, momentum)
 
 
-def check_noise(bound: float, noise: float) -> None:
-    """Raise ValueError for noise without a bound, which says how large it is."""
-    if noise and not bound:
-        raise ValueError(f"noise {noise} is in units of bound, which is 0: set bound too")
+def dropped(share: float, drawn: Float[Tensor, "n b h"]) -> Float[Tensor, "n b h"]:
+    """Return factors that drop a share of what normal numbers stand for and keep its mean."""
+    uniform = torch.special.ndtr(drawn)
+    return (uniform >= share) / (1 - share)
 
 
 def router_init(d: int, k: int, gen: torch.Generator) -> Tensors:
@@ -167,53 +184,22 @@ NOISED = KEPT | {"dplora": ("u", "v"), "dpfpl": ("u", "v")}
 
 
 @dataclass(frozen=True)
-class DPFPL(PromptFL):
-    """DP-FPL: a shared prompt P_g and a private P_l whose gradient is taken through a noisy sketch.
+class WithLowRank(Noisy):
+    """A shared prompt P_g with a private part, in DP-FPL's five forms, by factorization.
 
-    In every step P_l = U V + E anew, U = GS(P_l Q), V = GS(P_l^T U)^T, Q (w, rank) drawn, GS being
-    Gram and Schmidt's. Of the prompt P_g + P_l the gradients dP_g, dU and dV are clipped and get
-    noise; P_l's is dU' V + U dV' + sign U U^T dU' V, dU' = dU / 10, dV' = dV / 10. All clients step
-    with the mean of dP_g. sign 1 and the 10 are the release's; -1 is the projection (N4).
-
-    bound > 0: clip_by "image" scales the gradients of single images, each tensor's by itself, to
-    that l2 norm at most; "batch", as released, those of the whole batch, which hides no image (N5).
-    Each tensor gets N(0, (noise bound / b)^2); for P_g of n clients that is shared out, 1 / n of
-    it each, so that the mean has what hides an image in it, and the server sees less: trust it, or
-    sum securely. Epsilon: fpl.audit.image_privacy; the release's counts rounds for steps (N6).
-    factorization: what else the release has: promptfl P_g, fedotp P_g + P_l, fedpgp P_g + U V, both
-    learnt, dplora P_g + U V without E, in evaluation with a Q that is always the same (N7).
-    Training sets are cut to the smallest. Steps count: the release keeps the last of each round
-    (N1), with the private gradient of its last client for all (N2) and one momentum (N3).
-    Uploads and downloads m w in every step, keeps m w.
+    promptfl: P_g alone; fedotp: P_g + P_l; fedpgp: P_g + U V, both learnt; dpfpl: P_g + P_l with
+    P_l = U V + E; dplora: P_g + U V without E. In the last two U = GS(P_l Q), V = GS(P_l^T U)^T
+    with Q (w, rank), in evaluation one that is always the same (N7); GS is Gram and Schmidt's.
     """
 
-    key = "dpfpl"
-    title = "DP-FPL"
-    source = "Tran et al., ICLR 2025 (arXiv 2501.13904)"
-    in_step = True
     rank: PositiveInt = 8
     factorization: Literal["promptfl", "fedotp", "fedpgp", "dplora", "dpfpl"] = "dpfpl"
-    sign: Annotated[int, Field(ge=-1, le=1)] = 1
-    bound: NonNegativeFloat = 0.0
-    noise: NonNegativeFloat = 0.0
-    clip_by: Literal["image", "batch"] = "image"
 
     def check(self, text: PromptTree, clients: Clients):
-        check_noise(self.bound, self.noise)
+        super().check(text, clients)
         if self.rank > self.n_ctx:
             wrong = f"rank {self.rank} is above n_ctx {self.n_ctx}"
             raise ValueError(f"{wrong}: a prompt of that length has no larger rank")
-
-    def clients(self, clients: Clients):
-        least = min(map(len, clients.train))
-        spread = [len(index) * torch.arange(least) // least for index in clients.train]
-        pairs = zip(clients.train, spread, strict=True)
-        return replace(clients, train=[index[at.to(index.device)] for index, at in pairs])
-
-    @property
-    def noised(self) -> tuple[str, ...]:
-        """Of what a step releases gradients."""
-        return "ctx", *NOISED[self.factorization]
 
     def init(self, text: PromptTree, gen):
         m, w = self.n_ctx, text.width
@@ -238,6 +224,44 @@ class DPFPL(PromptFL):
             return p["ctx"] + low["u"] @ low["v"]
         return p["ctx"] + p.get("local", 0)
 
+
+@dataclass(frozen=True)
+class DPFPL(WithLowRank):
+    """DP-FPL: a shared prompt and a private one whose gradient is taken through a noisy sketch.
+
+    In every step U and V are made anew with another Q. Of the prompt the gradients dP_g, dU and dV
+    are clipped and get noise; P_l's is dU' V + U dV' + sign U U^T dU' V, dU' = dU / 10, dV' = dV /
+    10. All clients step with the mean of dP_g. sign 1 and the 10 are the release's; -1 is the
+    projection (N4).
+
+    bound > 0: clip_by "image" scales the gradients of single images, each tensor's by itself, to
+    that l2 norm at most; "batch", as released, those of the whole batch, which hides no image (N5).
+    Each tensor gets N(0, (noise bound / b)^2); for P_g of n clients that is shared out, 1 / n of
+    it each, so that the mean has what hides an image in it, and the server sees less: trust it, or
+    sum securely. Epsilon: fpl.audit.image_privacy; the release's counts rounds for steps (N6).
+    Training sets are cut to the smallest. Steps count: the release keeps the last of each round
+    (N1), with the private gradient of its last client for all (N2) and one momentum (N3).
+    Uploads and downloads m w in every step, keeps m w.
+    """
+
+    key = "dpfpl"
+    title = "DP-FPL"
+    source = "Tran et al., ICLR 2025 (arXiv 2501.13904)"
+    in_step = True
+    sign: Annotated[int, Field(ge=-1, le=1)] = 1
+    clip_by: Literal["image", "batch"] = "image"
+
+    def clients(self, clients: Clients):
+        least = min(map(len, clients.train))
+        spread = [len(index) * torch.arange(least) // least for index in clients.train]
+        pairs = zip(clients.train, spread, strict=True)
+        return replace(clients, train=[index[at.to(index.device)] for index, at in pairs])
+
+    @property
+    def noised(self) -> tuple[str, ...]:
+        """Of what a step releases gradients."""
+        return "ctx", *NOISED[self.factorization]
+
     def gradients(self, text: PromptTree, p, context, x, y, draw):
         own = {name: value.detach() for name, value in p.items()}
         low = self.factors(own, draw("factors", own["ctx"].shape[-1], self.rank))
@@ -254,22 +278,21 @@ class DPFPL(PromptFL):
 
         Of P_g, and of U and V where there are any, else of P_l.
         """
+        n, b = batch[1].shape
         alone = self.bound > 0 and self.clip_by == "image"
         loss, slope = slopes(text, self.prompt(p, low), batch, alone)
-        parts = {"ctx": slope, "local": slope}
-        if low:
-            parts["u"] = slope @ low["v"].mT.unsqueeze(1)
-            parts["v"] = low["u"].mT.unsqueeze(1) @ slope
-        if not self.bound:
-            return loss, {name: parts[name].mean(1) for name in self.noised}
-        n, b = batch[1].shape
-        std = self.noise * self.bound / b
-        scale = dict.fromkeys(self.noised, std) | {"ctx": std / math.sqrt(n)}
-        found = {}
-        for name in self.noised:
-            noise = scale[name] * draw(name, *parts[name].shape[2:])
-            found[name] = clipped(parts[name], self.bound).mean(1) + noise
-        return loss, found
+        each = of_parts(slope, low)
+        among = {"ctx": n}
+        return loss, {k: self.hidden(k, each[k], b, draw, among.get(k, 1)) for k in self.noised}
+
+
+def of_parts(slope: Each, low: Tensors) -> Tensors:
+    """Return the gradients for P_g and P_l, and those for U and V where there are any."""
+    found = {"ctx": slope, "local": slope}
+    if low:
+        found["u"] = slope @ low["v"].mT.unsqueeze(1)
+        found["v"] = low["u"].mT.unsqueeze(1) @ slope
+    return found
 
 
 def slopes(

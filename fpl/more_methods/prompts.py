@@ -179,8 +179,7 @@ class FedTPG(Guided):
 
     def check(self, text: PromptTree, clients: Clients):
         super().check(text, clients)
-        if text.width % self.heads:
-            raise ValueError(f"heads {self.heads} is no divisor of width {text.width}: take one")
+        check_heads(self.heads, text.width)
 
     def init(self, text: PromptTree, gen):
         return network(self.n_ctx, text.width, text.dim, self.self_depth, gen)
@@ -194,6 +193,12 @@ class FedTPG(Guided):
 
     def aggregate(self, server, client_ids, uploads, sizes):
         return super().aggregate(server, client_ids, uploads, torch.ones_like(sizes))
+
+
+def check_heads(heads: int, width: int) -> None:
+    """Raise ValueError for heads of attention that do not share out a width."""
+    if width % heads:
+        raise ValueError(f"heads {heads} is no divisor of width {width}: take one")
 
 
 def network(m: int, w: int, d: int, depth: int, gen: torch.Generator) -> Tensors:

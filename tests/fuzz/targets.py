@@ -16,16 +16,18 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.io
-from helpers import BACKBONE, DATA, PARAMS, ROOT, build, standing_in
+import torch
+from helpers import BACKBONE, DATA, PARAMS, ROOT, arrow, build, standing_in
 from helpers.pickles import python2
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from fpl.cli.ending import OURS, SENTENCES
-from fpl.data import datasets, features, manifest, matlab, pack, pickled, pictures, text
+from fpl.data import datasets, features, foreign, manifest, matlab, pack, pickled, pictures, text
 from fpl.data.datasets import own
 from fpl.experiments import answers, assemble, cache, keep, records, report, stored, values
 from fpl.experiments import settings as settings_of
@@ -397,6 +399,49 @@ def test_files_of_matlab(fuzz, tmp_path):
         outcome(matlab.read, path)
 
     fuzz(st.one_of(*map(damaged, written)), read)
+
+
+def caches(folder):
+    """Write what others may have cached; return each source and its files to damage."""
+    feats = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    labels = np.arange(8) % 2
+    split = np.array(["train"] * 4 + ["val"] * 2 + ["test"] * 2)
+    np.savez(folder / "cache.npz", features=feats, labels=labels, split=split)
+    table = pd.DataFrame(feats, columns=[f"f{i}" for i in range(4)])
+    table.assign(label=labels, split=split).to_csv(folder / "cache.csv", index=False)
+    columns = {"embedding": feats, "label": labels, "split": split.tolist()}
+    arrow.save(folder / "saved", columns)
+    tip = folder / "tip"
+    tip.mkdir()
+    for name, x in {"val_f": feats[4:6], "val_l": labels[4:6]}.items():
+        torch.save(torch.from_numpy(x), tip / f"{name}.pt")
+        torch.save(torch.from_numpy(x), tip / f"{name.replace('val', 'test')}.pt")
+    sources = {folder / "cache.npz": ["."], folder / "cache.csv": ["."], tip: ["val_f.pt"]}
+    return sources | {folder / "saved": ["data-00000-of-00001.arrow", "state.json"]}
+
+
+def test_caches_of_others(fuzz, tmp_path):
+    found = [
+        (source, source / name) for source, names in caches(tmp_path).items() for name in names
+    ]
+    whole = {path: path.read_bytes() for _, path in found}
+    names = tmp_path / "names.txt"
+    names.write_text("a\nb\n")
+    made = tmp_path / "made.h5"
+
+    def read(given):
+        (source, path), content = given
+        path.write_bytes(content)
+        made.unlink(missing_ok=True)
+        for _ in outcome(foreign.bring, source, names, made, {"data": "own"}):
+            length = features.load(made).feats.norm(dim=1)
+            assert (length - 1).abs().max() < 1e-2
+        path.write_bytes(whole[path])
+
+    damage = st.sampled_from(found).flatmap(
+        lambda one: st.tuples(st.just(one), damaged(whole[one[1]]))
+    )
+    fuzz(damage, read)
 
 
 KINDS = "PNG RGBA, PNG I;16, PNG P, JPEG RGB, GIF P, TIFF F, TIFF CMYK, BMP RGB, WEBP RGB, PPM L"
