@@ -15,8 +15,7 @@ from fpl.methods import PromptFL, ZeroShot
 from fpl.prompts import PromptTree
 from fpl.state import Clients, Ids
 
-# Penalties between which a ridge regression chooses.
-PENALTIES = [10.0**k for k in range(-3, 4)]
+PENALTIES = [10.0**k for k in range(-3, 4)]  # between which a ridge regression chooses
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,7 @@ from torch import Tensor
 
 from fpl.state import Tensors
 
-# Up to here the accountant's exp(epsilon) times a normal tail stays within double precision.
-LARGEST = 500.0
+LARGEST = 500.0  # up to here exp(epsilon) times a normal tail stays within double precision
 
 
 @functools.cache

@@ -1,7 +1,5 @@
 """The frozen CLIP's text tower as a function of a learnable prompt.
 
-`PromptTree` encodes the prompts of all classes as one tree of tokens.
-
 Shapes: n clients, c classes, m context length, w text width, d joint width, t nodes of the tree.
 """
 
@@ -22,9 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 Precision = Literal["single", "bfloat16", "half"]
 PRECISIONS = {"single": torch.float32, "bfloat16": torch.bfloat16, "half": torch.float16}
-# Nodes encoded at once: more are not faster on a CPU, a GPU wants more work.
-BUDGET = {"cpu": 2048, "cuda": 8192}
-GROUP = 48  # nodes with attention between them, besides the shared ones: few waste little
+BUDGET = {"cpu": 2048, "cuda": 8192}  # nodes encoded at once: more are not faster on a CPU
+# Numbers between blocks for whose backward pass everything is kept; for more, these numbers only.
+KEPT = {"cpu": 2**25, "cuda": 2**27}
+# Nodes besides the shared ones: up to ALONE all have attention between them, more in groups.
+ALONE, GROUP = 128, 48
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,11 @@ class PromptTree(nn.Module):
     axes are clients. The text tower is causal, so the prompts "[SOS] v_1 .. v_m NAME." of all
     classes share their beginning, and nothing behind EOS matters. The tree has the m + 1 shared
     nodes and then a trie of the class names. Its nodes stand in one sequence, each with the
-    position it has in its own prompt, and each attends to its ancestors only. The weights are
-    open_clip's own. Features and gradients are those of the 77-token prompts, up to rounding.
+    position it has in its own prompt, and each attends to its ancestors only. Features and
+    gradients are those of open_clip's 77-token prompts, up to rounding.
 
     names: of classes; underscores are read as spaces. tail: follows the name ("." in CoOp).
-    budget: nodes encoded at once, or one prompt. Where one has more, or where there are more
-    prompts than two for each client that trains at once, only what goes from block to block is kept
-    for the backward pass. precision: of the transformer's matrix products;
+    budget: nodes encoded at once, or one prompt. precision: of the transformer's matrix products;
     prompts, sums between blocks, norms, features and their gradients stay in single.
     Raises ValueError for a tower that is not causal and for a name that is too long.
     """
@@ -78,6 +76,7 @@ class PromptTree(nn.Module):
         self.n_cls = len(self.names)
         self.width = int(tower.token_embedding.weight.shape[1])
         self.dim = width_of(tower.text_projection)
+        self.between = self.width * len(tower.transformer.resblocks)
         self.tree = Tree(tower, tokens_of(clip, names, n_ctx, tail), 1 + n_ctx)
         self._clip = clip
         self._tower = [tower]  # in a list: the shared tower is not a submodule of each tree
@@ -107,8 +106,7 @@ class PromptTree(nn.Module):
 
     def forward(self, ctx: Float[Tensor, "*n m w"]) -> Float[Tensor, "*n c d"]:
         flat = ctx.reshape(ctx.shape[:-2].numel(), *ctx.shape[-2:])
-        too_many = len(flat) > 2 * self.at_once or self.n_nodes > self.budget
-        again = too_many and torch.is_grad_enabled() and ctx.requires_grad
+        again = len(flat) * self.n_nodes * self.between > KEPT[ctx.device.type]
         features = torch.cat([self._encode(part, again) for part in flat.split(self.at_once)])
         return features.reshape(*ctx.shape[:-2], *features.shape[1:])
 
@@ -119,7 +117,7 @@ class PromptTree(nn.Module):
         n = len(ctx)
         parts = [tree.sos.expand(n, -1, -1), ctx, tree.suffix.expand(n, -1, -1)]
         x = torch.cat(parts, dim=1) + tree.pos
-        mask = tree.mask.repeat(n, 1, 1, 1)
+        mask = tree.mask.repeat(n, 1, 1, 1) if len(tree.groups) > 1 else tree.mask
         *before, last = tower.transformer.resblocks
         through = partial(checkpoint, self.layer, use_reentrant=False) if again else self.layer
         low = self.precision != "single"
@@ -134,8 +132,8 @@ class PromptTree(nn.Module):
 class Tree(nn.Module):
     """One sequence that holds the prompts of some classes: `shared` equal tokens, then a trie.
 
-    For attention, classes are dealt into g groups of about GROUP nodes behind the shared ones. A
-    group has all ancestors of its nodes. Smaller groups are filled up to r nodes with unseen SOS.
+    For attention, many classes are dealt into g groups of about GROUP nodes behind the shared ones.
+    A group has all ancestors of its nodes. Smaller groups are filled up to r nodes with unseen SOS.
     Buffers: sos (1, w) and suffix (t - shared, w), embeddings; pos (t, w), positions; groups (g, r)
     of nodes; mask (g, 1, r, r), -inf where a node is no ancestor; place (t,) of nodes in groups;
     leaf (c,), the nodes where classes end.
@@ -144,7 +142,7 @@ class Tree(nn.Module):
     def __init__(self, tower: nn.Module, rows: list[list[int]], shared: int):
         super().__init__()
         paths, ids, depth = grow(rows, shared)
-        groups = deal(paths)
+        groups = deal(paths, GROUP if len(ids) > ALONE else ALONE)
         members, sees = ancestors(groups, shared)
         place = {node: at for at, node in enumerate(sum(members, []))}
         leaf = [path[-1] for group in groups for path in group]
@@ -180,12 +178,12 @@ def grow(rows: list[list[int]], shared: int) -> tuple[list[list[int]], list[int]
     return paths, ids, depth
 
 
-def deal(paths: list[list[int]]) -> list[list[list[int]]]:
-    """Return the paths in groups of at most GROUP nodes, or of one path; their order stays."""
+def deal(paths: list[list[int]], most: int) -> list[list[list[int]]]:
+    """Return the paths in groups of at most so many nodes, or of one path; their order stays."""
     groups: list[list[list[int]]] = [[]]
     for path in paths:
         together = {*sum(groups[-1], path)}
-        if groups[-1] and len(together) > GROUP:
+        if groups[-1] and len(together) > most:
             groups.append([])
         groups[-1].append(path)
     return groups
@@ -214,11 +212,16 @@ def layer(
 ) -> Float[Tensor, "n read w"]:
     """Run one block of the transformer with attention within groups; return it at `nodes`."""
     attn = block.attn
-    qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)[:, tree.groups]
-    heads = qkv.flatten(0, 1).unflatten(-1, (3, attn.num_heads, -1))
-    q, k, v = heads.permute(2, 0, 3, 1, 4)
+    qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
+    dealt = len(tree.groups) > 1
+    if dealt:
+        qkv = qkv[:, tree.groups].flatten(0, 1)
+    q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    if not dealt:
+        q, mask = q[:, :, nodes], mask[:, :, nodes]
     z = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
-    z = z.unflatten(0, (len(x), -1)).flatten(1, 2)[:, tree.place[nodes]]
+    if dealt:
+        z = z.unflatten(0, (len(x), -1)).flatten(1, 2)[:, tree.place[nodes]]
     x = x[:, nodes] + block.ls_1(attn.out_proj(z))
     return x + block.ls_2(mlp(block.mlp, block.ln_2(x)))
 

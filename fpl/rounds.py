@@ -37,6 +37,7 @@ from fpl.state import (
 )
 
 TEST_ROWS = 512  # images that are classified at once
+Elsewhere = Mapping[str, tuple[PromptTree, Clients]]  # clients with other test images, by name
 
 
 @checked_dataclass(frozen=True)
@@ -175,9 +176,6 @@ class Round:
     def accuracy(self) -> PerClient:
         """Of every client, in [0, 1]."""
         return mean_right(self.answers)
-
-
-Elsewhere = Mapping[str, tuple[PromptTree, Clients]]  # clients with other test images, by name
 
 
 def run_rounds(

@@ -16,6 +16,7 @@ from torch import Tensor
 MAX_ITERATIONS = 100
 THRESHOLD = 1e-3
 CHECK = 4  # iterations from one look at what has changed to the next
+FITS = 2**18  # similarities that a processor's cache has room for
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def plan(
     than `thresh` in the mean, over its whole batch, as in the released code. So the truncated plan
     of an image depends on the batch and on the scale of K; the limit depends on neither.
     """
-    at_once = 1 if sim.device.type == "cpu" else len(sim)  # what one client reads fits a cache
+    at_once = max(1, FITS // sim[0].numel()) if sim.device.type == "cpu" else len(sim)
     found = torch.empty_like(sim)  # in memory in the order of `sim`
     counts = []
     for own, out in zip(sim.split(at_once), found.split(at_once), strict=True):

@@ -450,7 +450,7 @@ def test_steps_of_clients(small):
     tokens = (
         1 + 16 + 4 * 6
     )  # one group; in the one layer six of them are read, the others give keys and values
-    forward = 2 * 16 * (tokens * 3 * 16 + 6 * 9 * 16 + 2 * tokens**2)
+    forward = 2 * 16 * (tokens * 3 * 16 + 6 * 9 * 16 + 2 * tokens * 6)
     assert plan.cost(e) == 2 * (3 * 2 * 2 * 2 + 3) * forward
 
 

@@ -14,7 +14,7 @@ from helpers import ROOT
 from helpers.tiny import NAMES, error, golden, stored_clip, tiny_model
 
 from fpl.data.encoders import load
-from fpl.prompts import PRECISIONS, Clip, Precision, PromptTree
+from fpl.prompts import KEPT, PRECISIONS, Clip, Precision, PromptTree
 
 LONGEST = " ".join(["cat"] * 58)  # with SOS, 16 context vectors, the full stop and EOS: 77 tokens
 LISTS = {
@@ -153,13 +153,14 @@ def passes(clip):
         yield seen
 
 
-def test_a_thousand_classes_are_encoded_client_by_client_and_block_by_block(clip):
+def test_a_thousand_classes_are_encoded_client_by_client_and_block_by_block(clip, monkeypatch):
     foods = food101()
     names = [f"{a} {b}" for a in foods[:40] for b in foods[40:65]]
     gen = torch.Generator().manual_seed(1)
     ctx, r = torch.randn(3, 4, 32, generator=gen), torch.randn(3, len(names), 32, generator=gen)
     found, saved = {}, {}
     for budget in (1024, 10**9):
+        monkeypatch.setitem(KEPT, "cpu", budget)
         text, sizes, leaf = (
             PromptTree(clip, names, 4, budget=budget),
             [],
@@ -179,9 +180,10 @@ def test_a_thousand_classes_are_encoded_client_by_client_and_block_by_block(clip
     assert saved[1024] < saved[10**9] / 3
 
 
-def test_for_as_many_clients_as_train_at_once_nothing_is_computed_twice(clip):
+def test_nothing_is_computed_twice_that_there_is_room_for(clip, monkeypatch):
     text = PromptTree(clip, NAMES, 16, budget=3 * PromptTree(clip, NAMES, 16).n_nodes + 1)
     assert text.at_once == 3 and PromptTree(clip, NAMES, 16, budget=1).at_once == 1
+    monkeypatch.setitem(KEPT, "cpu", 6 * text.n_nodes * text.between)
     # of seven: three pieces, each once more in the backward pass
     for n, expected in ((3, 1), (6, 2), (7, 6)):
         with passes(clip) as seen:

@@ -234,7 +234,7 @@ DROPS = {
         "return 1.0 * x + block.ls_2(",
         EVERY,
     ),
-    "the tree": ("prompts.py", "GROUP = 48", "GROUP = 49", EVERY),
+    "the tree": ("prompts.py", "ALONE, GROUP = 128, 48", "ALONE, GROUP = 128, 49", EVERY),
     "who has which images": ("data/partitions.py", "DRAWS = 100", "DRAWS = 99", EVERY),
     "assembling": (
         "experiments/assemble.py",

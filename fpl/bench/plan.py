@@ -37,7 +37,7 @@ from fpl.experiments import records, runner
 from fpl.experiments.cache import device
 from fpl.experiments.settings import Backbone, Data, Experiment, Settings, Source
 from fpl.methods import PromptFL
-from fpl.prompts import GROUP, Clip, PromptTree
+from fpl.prompts import ALONE, GROUP, Clip, PromptTree
 from fpl.rounds import Setup, Training, train_locally
 from fpl.state import Clients
 
@@ -282,14 +282,15 @@ def operations(tower: Tower, shared: int, own: int, classes: int) -> float:
     """Return the operations of encoding one prompt tree, forward.
 
     Every layer has 12 w^2 multiply-adds of two operations for each token, and 2 r^2 w for each
-    group of r. The last has 3 w^2, and the other 9 w^2 for the ends of the classes only.
-    shared: tokens that all classes share. own: the others.
+    group of r. The last has 3 w^2, and the other 9 w^2 for the ends of the classes only, which
+    alone attend there if there is one group. shared: tokens that all classes share. own: others.
     """
     tokens = shared + own
-    groups = math.ceil(own / GROUP)
     maps = (tower.layers - 1) * tokens * 12 + tokens * 3 + classes * 9
-    seen = 2 * (shared + min(own, GROUP)) ** 2
-    return 2.0 * tower.width * (maps * tower.width + tower.layers * groups * seen)
+    seen = tokens * ((tower.layers - 1) * tokens + classes)
+    if own > ALONE:
+        seen = tower.layers * math.ceil(own / GROUP) * (shared + GROUP) ** 2
+    return 2.0 * tower.width * (maps * tower.width + 2 * seen)
 
 
 def cost(experiment: Experiment) -> float:
