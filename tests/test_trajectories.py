@@ -108,7 +108,8 @@ def test_what_was_trained_classifies_as_the_released_code_does(name, at, key, li
     found = evaluate(method, text, p, ran.context, clients, torch.tensor([0]))[0]
     assert torch.equal(found.right, stored.argmax(-1) == ran.z["labels"])
     assert torch.equal(found.predicted, stored.argmax(-1))
-    assert error(found.confidence, stored.softmax(-1).amax(-1)) < limit
+    # of our logits: by how much a share of those stored may differ depends on their size
+    assert error(found.confidence, logits.softmax(-1).amax(-1)) < 5e-6
 
 
 @pytest.mark.parametrize("name", ["moap_k3", "moap_decay"])
