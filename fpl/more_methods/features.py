@@ -59,7 +59,10 @@ class AFL(PromptFL):
         return {"w": w.expand(len(client_ids), *w.shape)}
 
     def encode(self, text: PromptTree, p, context):
-        return solve(p["gram"], p["moment"]).mT
+        first = {name: value[:1] for name, value in p.items()}
+        alike = all((p[name] == value).all() for name, value in first.items())  # the aggregate
+        w = solve(**(first if alike else p))
+        return w.mT.expand(len(p["gram"]), -1, -1)
 
     def loss(self, text: PromptTree, p, context, x, y):
         d, c = p["moment"].shape[1:]
