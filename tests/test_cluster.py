@@ -6,15 +6,17 @@ What happens when workers die, hang or differ is in tests/cluster, which takes m
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import BACKBONE, DATA, PARAMS, refuses
 from helpers.dask import cluster
 
 from fpl import cli
-from fpl.data import encoders, extraction, features
+from fpl.data import encoders, extraction, features, foreign
 from fpl.data.manifest import read_manifest
 from fpl.data.views import Views
 from fpl.experiments import cluster as on_cluster
@@ -106,6 +108,21 @@ def test_methods_of_ones_own_and_runs_that_fail_go_there_too(dask, alone):
     said = "1 of 2 runs failed, promptfl, seed 4: the loss .* is not finite"
     with pytest.raises(RuntimeError, match=said):
         runner.sweep([bad, own], asked=Asked(cluster=dask.address))
+    assert content() == want
+
+
+def test_runs_on_imported_features_need_no_model_there(dask, alone):
+    gen = np.random.default_rng(0)
+    label = np.arange(40) % 2
+    split = np.array(["train", "test"])[np.arange(40) // 20]
+    np.savez("cache.npz", features=gen.normal(size=(40, 8)), labels=label, split=split)
+    Path("names.txt").write_text("a\nb\n")
+    data = settings.Data(name="own", store="brought")
+    foreign.bring(Path("cache.npz"), Path("names.txt"), data.features, {"data": "own"})
+    given = settings.Settings(data, settings.Backbone("imported"), settings.Partition("iid", 2))
+    own = [given.experiment("ridge_own", seed) for seed in (1, 2)]
+    want = made_here(own)
+    runner.sweep(own, asked=Asked(cluster=dask.address))
     assert content() == want
 
 

@@ -128,8 +128,11 @@ def files_of(experiment: Experiment) -> dict[str, Path]:
 
 
 def model_files(backbone: Backbone) -> dict[str, Path]:
-    """Return the files of a model; those of a repository of the hub every worker gets itself."""
-    if backbone.name.startswith(encoders.HUB):
+    """Return the files of a model; those of a repository of the hub every worker gets itself.
+
+    Of imported features there are none.
+    """
+    if backbone.name == encoders.IMPORTED or backbone.name.startswith(encoders.HUB):
         return {}
     if not backbone.name.startswith(encoders.LOCAL):
         return {WEIGHTS: encoders.resolve(backbone.name, backbone.weights)[1]}
