@@ -22,7 +22,7 @@ Precision = Literal["single", "bfloat16", "half"]
 PRECISIONS = {"single": torch.float32, "bfloat16": torch.bfloat16, "half": torch.float16}
 BUDGET = {"cpu": 2048, "cuda": 8192}  # nodes encoded at once: more are not faster on a CPU
 # Numbers between blocks for whose backward pass everything is kept; for more, these numbers only.
-KEPT = {"cpu": 2**25, "cuda": 2**27}
+KEPT = {"cpu": 2**24, "cuda": 2**27}
 # Nodes besides the shared ones: up to ALONE all have attention between them, more in groups.
 ALONE, GROUP = 128, 48
 
