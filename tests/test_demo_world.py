@@ -6,6 +6,7 @@ import json
 import random
 import signal
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import open_clip
@@ -16,7 +17,7 @@ import safetensors
 import torch
 from helpers import ROOT, python, standing_in
 
-from fpl.data import encoders, extraction, features, world
+from fpl.data import encoders, extraction, world
 from fpl.data.manifest import read_manifest
 from fpl.experiments import assemble, settings
 
@@ -177,56 +178,22 @@ def test_the_demo_clip_says_how_it_was_made_and_was_not_trained_on_the_data():
     assert made["seed"] != settings.read(ROOT / "params.yaml").data.seed
 
 
-def cached(data, loaded, monkeypatch, tmp_path):
-    """Whether the repository's features file is that of `data` and of today's drawing code, without
-    drawing everything."""
-    with monkeypatch.context() as patch:
-        patch.setattr(world, "seen", lambda *_: np.zeros((1, 1, 3), np.uint8))
-        manifest = read_manifest(
-            world.make(tmp_path / "blank", data.seed, data.train_per_class, data.test_per_class)
-        )
-    try:
-        stored = features.load(
-            ROOT / data.features, {**loaded.provenance, "manifest": manifest.sha256}
-        )
-    except (FileNotFoundError, ValueError):
-        return False
-    per_class, pixels = data.train_per_class + data.test_per_class, []
-    numbers = range(0, len(manifest.rows), len(manifest.rows) // 40)
-    for number in numbers:
-        rng = world.rng_of(data.seed, number)
-        label = world.CLASSES.index(manifest.classes[number // per_class])
-        image = world.seen(data.name, world.Attributes.draw(rng, label), rng)
-        pixels.append(loaded.transform(PIL.Image.fromarray(image)))
-    return torch.allclose(
-        loaded.model.encode_image(torch.stack(pixels), normalize=True),
-        stored.feats[list(numbers)],
-        rtol=2**-10,
-        atol=1e-5,
-    )
-
-
 @pytest.fixture(scope="module")
 def quality(tmp_path_factory):
-    """Row of the table -> its accuracy by (seed, client) in the world and with the model of
-    params.yaml."""
-    tmp_path, params = tmp_path_factory.mktemp("quality"), settings.read(ROOT / "params.yaml")
-    with standing_in(ROOT):
+    """Row of the table -> its rounds of all seeds, in the world and with the model of params.yaml.
+
+    Of each class there are as many images as clients train on, and 20 for the test.
+    """
+    params = settings.read(ROOT / "params.yaml")
+    few = replace(params.data, train_per_class=params.partition.shots, test_per_class=20)
+    params = replace(params, data=few)
+    folder = tmp_path_factory.mktemp("quality")
+    (folder / "data").mkdir()
+    (folder / "data/demo_clip").symlink_to(DEMO_CLIP)
+    with standing_in(folder):
+        manifest = world.make(few.folder, few.seed, few.train_per_class, few.test_per_class)
         loaded = encoders.load(params.backbone.name, params.backbone.weights or None)
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            ready = cached(params.data, loaded, monkeypatch, tmp_path)
-    if not ready:
-        (tmp_path / "data").mkdir()
-        (tmp_path / "data/demo_clip").symlink_to(DEMO_CLIP)
-    with standing_in(ROOT if ready else tmp_path):
-        if not ready:
-            manifest = world.make(
-                params.data.folder,
-                params.data.seed,
-                params.data.train_per_class,
-                params.data.test_per_class,
-            )
-            extraction.extract(read_manifest(manifest), loaded, params.data.features)
+        extraction.extract(read_manifest(manifest), loaded, few.features)
         yield {
             row: [
                 r for seed in params.seeds for r in assemble.rounds_of(params.experiment(row, seed))
