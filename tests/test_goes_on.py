@@ -79,7 +79,7 @@ def test_every_row_goes_on_as_if_nothing_had_happened(row, alone):
     goes_on(short(row))
 
 
-@pytest.mark.parametrize("row", ["pfedmoap", "pfedmoap_released", "fedpgp"])
+@pytest.mark.parametrize("row", ["pfedmoap", "pfedmoap_released"])
 def test_on_two_threads_too(row, alone):
     torch.set_num_threads(2)
     try:
