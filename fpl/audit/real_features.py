@@ -130,21 +130,26 @@ def tables_of(runs: Mapping[str, DataFrame]) -> dict[str, DataFrame]:
     """Return all tables, by name. runs: of the tables of real/profile.yaml."""
     even = accuracies(runs["even"], "even")
     released = accuracies(runs["released"], "released", "shots")
+    dirichlet = runs["dirichlet"]
+    most = dirichlet[dirichlet["shots"] == SHOTS]
     return {
         "even": even,
         "shots": accuracies(runs["shots"], "even", "shots"),
         "released": released,
-        "dirichlet": accuracies(runs["dirichlet"], "dirichlet", "concentration"),
+        "dirichlet": accuracies(dirichlet, "dirichlet", "concentration", "shots"),
         "even_differences": differences(runs["even"]),
-        "dirichlet_differences": differences(runs["dirichlet"], "concentration"),
+        "dirichlet_differences": differences(most, "concentration"),
         "averaged": averaged(runs["single"]),
         "beside": beside(even, released),
     }
 
 
-def wide(table: DataFrame, over: str) -> DataFrame:
-    """Return the means of a table with a column for each value of one of its columns."""
-    index = ["data set", "backbone", "row"]
+def wide(table: DataFrame, over: str, *also: str) -> DataFrame:
+    """Return the means of a table with a column for each value of one of its columns.
+
+    also: other columns, of which each combination of values has lines of its own.
+    """
+    index = ["data set", "backbone", *also, "row"]
     return table.pivot_table("mean", index, over, sort=False)
 
 
