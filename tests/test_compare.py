@@ -156,8 +156,8 @@ def test_the_repository_knows_every_tolerance():
     assert names >= {*expected.MEASURED}
     assert all(name in names or name in rows for name in expected.TOLERANCE)
     wide = {name: most for name, most in expected.TOLERANCE.items() if most > 3}
-    pairs = {name for name in wide if name.startswith(("fedotp - ", "promptfolio - "))}
-    pairs |= {name for name in wide if name.startswith("promptfl - ") or "- promptfl" in name}
+    moving = ("fedotp - ", "promptfolio - ", "promptfl - ")
+    pairs = {name for name in wide if name.startswith(moving) or name.endswith(" - promptfl")}
     rest = {"fedotp", "promptfolio", "pFedMoAP - FedOTP"}
     assert {*wide} == {*rest, *pairs} and max(wide.values()) == 5
     assert all(tolerance > 0 for tolerance in [*expected.TOLERANCE.values(), expected.USUAL])

@@ -287,9 +287,10 @@ def operations(tower: Tower, shared: int, own: int, classes: int) -> float:
     """
     tokens = shared + own
     maps = (tower.layers - 1) * tokens * 12 + tokens * 3 + classes * 9
-    seen = tokens * ((tower.layers - 1) * tokens + classes)
     if own > ALONE:
         seen = tower.layers * math.ceil(own / GROUP) * (shared + GROUP) ** 2
+    else:
+        seen = tokens * ((tower.layers - 1) * tokens + classes)
     return 2.0 * tower.width * (maps * tower.width + 2 * seen)
 
 
