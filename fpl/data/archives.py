@@ -140,8 +140,9 @@ def extract(
                 raise ValueError(f"{bad} is beyond the limit of {limit} bytes for all")
             if number == MEMBERS:
                 raise ValueError(f"{bad} is beyond the limit of {MEMBERS} members")
-            outside = top and path.parts[:1] != (top,) or only and not set(only) & set(path.parts)
-            if member.folder or outside:
+            outside = top and path.parts[:1] != (top,)
+            unasked = only and not set(only) & set(path.parts)
+            if member.folder or outside or unasked:
                 continue
             with (
                 atomic_write(target / path, one_of_many=True) as temporary,

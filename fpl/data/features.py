@@ -350,11 +350,13 @@ def digest(f: h5py.Group) -> str:
     """Hash provenance and all datasets, in the order of their names, by SHA-256."""
     total = hashlib.sha256(f.attrs["provenance"].encode())
     for name in sorted(f):
-        total.update(json.dumps([name, f[name].dtype.str, f[name].shape]).encode())
-        if f[name].dtype == object:
-            total.update(b"\0".join(f[name][:]))
+        data = f[name]
+        head = json.dumps([name, data.dtype.str, data.shape])
+        total.update(head.encode())
+        if data.dtype == object:
+            total.update(b"\0".join(data[:]))
         else:
-            for part in parts(f[name]):
+            for part in parts(data):
                 total.update(part.data)
     return total.hexdigest()
 

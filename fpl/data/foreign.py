@@ -306,8 +306,8 @@ def labels_of(one_hot: np.ndarray, n_cls: int) -> np.ndarray:
     """Return the labels (n,) that one-hot rows (n, c) stand for."""
     fine = one_hot.ndim == 2 and one_hot.shape[1] == n_cls
     require(fine, f"has values of shape {one_hot.shape} for {n_cls} class names")
-    fine = ((one_hot == 0) | (one_hot == 1)).all() and (one_hot.sum(1) == 1).all()
-    require(fine, "has values that are not one-hot")
+    one_each = bool((one_hot.sum(1) == 1).all())
+    require(one_each and bool(np.isin(one_hot, [0, 1]).all()), "has values that are not one-hot")
     return one_hot.argmax(1)
 
 

@@ -121,7 +121,9 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, true: Tensor) -
     image, text: (b, d), of any length
     true: (b, b), whether the caption of a column is true of the image of a row
     """
-    logits = scale * F.normalize(image.float(), dim=-1) @ F.normalize(text.float(), dim=-1).T
+    image = F.normalize(image.float(), dim=-1)
+    text = F.normalize(text.float(), dim=-1)
+    logits = scale * image @ text.T
     target = true.float()
     to_text = F.cross_entropy(logits, target / target.sum(1, keepdim=True))
     to_image = F.cross_entropy(logits.T, target.T / target.T.sum(1, keepdim=True))
@@ -132,14 +134,17 @@ def shifted(pixels: Tensor, rng: world.Rng, most: int = 4) -> Tensor:
     """Move a batch (b, 3, h, w) by a few pixels and perhaps mirror it, as input of the model."""
     x = F.pad(pixels.float(), [most] * 4, mode="replicate")
     top, left = rng.integers(0, 2 * most + 1, 2)
-    x = x[..., top : top + pixels.shape[-2], left : left + pixels.shape[-1]]
+    height, width = pixels.shape[-2:]
+    x = x[..., top : top + height, left : left + width]
     return normalised(x.flip(-1) if rng.random() < 0.5 else x)
 
 
 def normalised(pixels: Tensor) -> Tensor:
     """Bring pixels of 0 to 255 to the range that the model takes."""
-    mean, std = (torch.tensor(PREPROCESS[name]).view(3, 1, 1) for name in ("mean", "std"))
-    return (pixels.float() / 255 - mean) / std
+    mean = torch.tensor(PREPROCESS["mean"])
+    std = torch.tensor(PREPROCESS["std"])
+    in_one = pixels.float() / 255
+    return (in_one - mean.view(3, 1, 1)) / std.view(3, 1, 1)
 
 
 def encode_captions(model: open_clip.CLIP, tokens: Tensor) -> Tensor:
@@ -178,7 +183,10 @@ def train(folder: Path, recipe: Recipe, workers: int = 2) -> None:
         made = pool.map(partial(draw, seed=recipe.seed), range(total), chunksize=500)
         images, drawn = zip(*tqdm(made, total=total, desc="drawing"), strict=True)
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    codes = [[words.index(vars(what)[name]) for name, words in WORDS.items()] for what in drawn]
+    codes = []
+    for what in drawn:
+        said = vars(what)
+        codes.append([words.index(said[name]) for name, words in WORDS.items()])
     attributes = torch.tensor(codes)
 
     torch.manual_seed(recipe.seed)  # open_clip initialises its modules from the global generator

@@ -126,7 +126,8 @@ def read(path: Path) -> DataFrame:
         stored = record["rounds"][-1]["accuracy"]
         names = record["classes"]
         own = frame.groupby("client")["right"].mean()
-        close = all(math.isclose(a, b, abs_tol=1e-5) for a, b in zip(own, stored, strict=True))
+        pairs = zip(own, stored, strict=True)
+        close = all(math.isclose(a, b, abs_tol=1e-5) for a, b in pairs)
         same = close and frame["label"].max() < len(names)
     except Damaged as error:
         raise Damaged(f"{path}: {error}") from None

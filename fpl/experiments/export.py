@@ -62,8 +62,10 @@ def export(model: Model, client: int | str, path: str | Path) -> Path:
 
 def on_cpu(one: Classifier) -> Classifier:
     """Return a classifier with its tensors on the CPU, where everybody can read them."""
-    p, reads = ({k: v.cpu() for k, v in part.items()} for part in (one.p, one.reads))
-    return replace(one, t=None if one.t is None else one.t.cpu(), p=p, reads=reads)
+    p = {name: value.cpu() for name, value in one.p.items()}
+    reads = {name: value.cpu() for name, value in one.reads.items()}
+    t = None if one.t is None else one.t.cpu()
+    return replace(one, t=t, p=p, reads=reads)
 
 
 def described(model: Model, client: int | str, columns: int) -> str:

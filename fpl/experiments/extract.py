@@ -97,7 +97,8 @@ def tell_doubles(manifest: Manifest) -> None:
     doubles = []
     for row in manifest.rows:
         other = first.setdefault(content.get(row["path"], row["path"]), row)
-        if other["path"] != row["path"] and any(other[k] != row[k] for k in ("split", "class")):
+        differ = any(other[key] != row[key] for key in ("split", "class"))
+        if differ and other["path"] != row["path"]:
             listed = (f"{r['path']} ({r['split']}, {r['class']})" for r in (other, row))
             doubles.append(" and ".join(listed))
     if doubles:

@@ -73,7 +73,8 @@ def part(path: Path, fields: Sequence[str]) -> str:
     if not rows:
         raise ValueError(f"{path}: {'; '.join(choices)} chooses no row")
     titles = [title or name for name, _, title in pairs]
-    return markdown(titles, [[cell(row, name, path) for name, _, _ in pairs] for row in rows])
+    cells = [[cell(row, name, path) for name, _, _ in pairs] for row in rows]
+    return markdown(titles, cells)
 
 
 def chosen(path: Path, choices: Sequence[str]) -> list[dict[str, str]]:
@@ -106,9 +107,11 @@ def table_of(path: Path) -> list[dict[str, str]]:
     if path.suffix == ".csv":
         return list(csv.DictReader(text.splitlines()))
     if path.suffix == ".json":
-        return [{name: str(value) for name, value in row.items()} for row in json.loads(text)]
+        records = json.loads(text)
+        return [{name: str(value) for name, value in row.items()} for row in records]
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    names, _, *rows = [[word.strip() for word in line.strip("|").split("|")] for line in lines]
+    cells = [line.strip("|").split("|") for line in lines]
+    names, _, *rows = [[word.strip() for word in words] for words in cells]
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 

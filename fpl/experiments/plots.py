@@ -182,7 +182,10 @@ def differences(table: DataFrame, far: float = math.inf) -> Figure:
     fig, axes = figure(7.5, sum(heights), len(parts), height_ratios=heights)
     for ax, (name, part) in zip(axes.flat, parts):
         ax.set_title(name)
-        rows = [", ".join(map(str, row)) if isinstance(row, tuple) else row for row in part.index]
+        rows = []
+        for row in part.index:
+            words = row if isinstance(row, tuple) else (row,)
+            rows.append(", ".join(map(str, words)))
         name_rows(ax, [textwrap.fill(row, 42) for row in rows], fontsize=8)
         ax.axvline(0, color="black", linewidth=0.8)
         y = np.arange(len(part))

@@ -61,7 +61,8 @@ class Classifier:
 
     def example(self) -> Float[Tensor, "2 *M d"]:
         """Return unit features of two images, or of three patches of each."""
-        shape = (2, 3, self.text.dim) if self.method.inputs == "patches" else (2, self.text.dim)
+        patches = (3,) if self.method.inputs == "patches" else ()
+        shape = (2, *patches, self.text.dim)
         tensors = (*self.p.values(), *self.reads.values())
         device = next((value.device for value in tensors), torch.device("cpu"))
         return F.normalize(torch.ones(shape, device=device), dim=-1)
@@ -171,8 +172,9 @@ class Model:
         z, reasons = self.logits(images, client)
         require_read(images, reasons)
         z = z.cpu()
-        said = {"predicted": z.argmax(-1).numpy(), "confidence": z.softmax(-1).amax(-1).numpy()}
-        lines = DataFrame({"image": [*map(str, images)], "label": labels, **said})
+        lines = DataFrame({"image": [*map(str, images)], "label": labels})
+        lines["predicted"] = z.argmax(-1).numpy()
+        lines["confidence"] = z.softmax(-1).amax(-1).numpy()
         lines["right"] = lines["label"] == lines["predicted"]
         return Evaluation(
             accuracy=float(lines["right"].mean()),
@@ -422,7 +424,8 @@ def newcomer(model: Model) -> Classifier:
     """
     _, server, cohort = arrive(model, people(model))
     begin = drawn(model)
-    everybody = {k: v.expand(len(server.has_upload), *v.shape[1:]) for k, v in begin.items()}
+    n = len(server.has_upload)
+    everybody = {name: value.expand(n, *value.shape[1:]) for name, value in begin.items()}
     evaluated = model.kept.method.evaluated(server, everybody, lambda p, epochs: p)
     p = take(evaluated, cohort.client_ids)
     one = classifier_of(model, p, take(cohort.context, slice(None)))

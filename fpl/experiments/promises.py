@@ -105,7 +105,10 @@ def gradients(small: Setup) -> str:
     _, found = method.gradients(small.text, p, reads, x, y, draw)
     without = []
     for name, value in p.items():
-        alive = name in found and bool(found[name].flatten(1).norm(dim=1).min() > 0)
+        alive = name in found
+        if alive:
+            sizes = found[name].flatten(1).norm(dim=1)
+            alive = bool(sizes.min() > 0)
         if not alive and value.numel() and name not in method.idle:
             without.append(name)
     if not without:
@@ -130,7 +133,10 @@ def leaves(small: Setup) -> str:
             value[0] += 1
     one = train_round(small, State(local, server), drawn).local
     other = train_round(small, State(changed, server), drawn).local
-    reached = [name for name in one if not torch.equal(one[name][1:], other[name][1:])]
+    reached = []
+    for name, value in one.items():
+        if not torch.equal(value[1:], other[name][1:]):
+            reached.append(name)
     if not reached:
         return ""
     return f"a private tensor of client 0 changed {', '.join(reached)} of others"
@@ -199,7 +205,8 @@ def degenerate(small: Setup) -> str:
         same = replace(small.method, **settings)
         base: PromptFL = build(kind, {"n_ctx": same.n_ctx}, kind.key)
         for one, other in zip(run(small, same), run(small, base), strict=True):
-            equal = all((torch.equal(a.right, b.right) for a, b in zip(one.answers, other.answers)))
+            answers = zip(one.answers, other.answers)
+            equal = all(torch.equal(a.right, b.right) for a, b in answers)
             if not equal or abs(one.loss - other.loss) > NEAR * abs(other.loss):
                 return f"with {settings} it is not {kind.title}, from round {one.number} on"
     return ""
@@ -219,7 +226,8 @@ def far(one: Tensor, other: Tensor, what: str) -> str:
     """Return a sentence where two tensors differ by more than rounding."""
     if not one.numel():
         return ""
-    away = ((one - other).abs().max() / one.abs().max().clamp(min=1e-12)).item()
+    largest = one.abs().max().clamp(min=1e-12)
+    away = ((one - other).abs().max() / largest).item()
     return f"{what} differs by {away:.2g} of its largest number" if away > NEAR else ""
 
 

@@ -343,7 +343,10 @@ def read(path: Path | None = None, changes: Sequence[str] = ()) -> Settings:
     sections = [f.name for f in dataclasses.fields(Settings)]
     for key in content:
         check_choice(key, sections, f"section of {path}")
-    made: dict[str, Any] = {k: build(v, content[k], k) for k, v in SECTIONS.items() if k in content}
+    made: dict[str, Any] = {}
+    for key, cls in SECTIONS.items():
+        if key in content:
+            made[key] = build(cls, content[key], key)
     made["datasets"] = {
         name: source(name, content, own or {}) for name, own in mapping(content, "datasets").items()
     }
@@ -364,7 +367,13 @@ def read(path: Path | None = None, changes: Sequence[str] = ()) -> Settings:
         folder = f"{settings.results}/{settings.data.store or settings.data.name}"
         settings = replace(settings, results=folder)
     check_stores(settings)
-    for row in settings.methods:  # a wrong name or type anywhere is found now, not after an hour
+    check_runs(settings, path)
+    return settings
+
+
+def check_runs(settings: Settings, path: Path) -> None:
+    """Raise ValueError before the first run where one could not be made or there are too many."""
+    for row in settings.methods:
         settings.experiment(row, 1)
     runs = 0
     for name in settings.tables:
@@ -373,7 +382,6 @@ def read(path: Path | None = None, changes: Sequence[str] = ()) -> Settings:
             raise ValueError(
                 f"{path} asks for more than {values.COMBINATIONS} runs: take some away"
             )
-    return settings
 
 
 SECTIONS = {"data": Data, "backbone": Backbone, "partition": Partition, "run": Training}
@@ -422,7 +430,8 @@ def source(name: str, content: Mapping[str, Any], own: Any) -> Source:
         changed = of_type(own.get(key, {}), dict, f"{where}.{key}")
         made[key] = build(cls, {**content.get(key, {}), **changed}, f"{where}.{key}")
     data = made["data"]
-    if data.name == "own" and data.root != content.get("data", {}).get("root") and not data.store:
+    above = content.get("data", {}).get("root")
+    if data.name == "own" and data.root != above and not data.store:
         made["data"] = replace(data, store=name)
     return Source(name, **made)
 

@@ -99,8 +99,10 @@ def spread(runs: DataFrame) -> DataFrame:
     code), not an estimate from a sample. The percentile is interpolated linearly.
     """
     of_run = last_round(runs).groupby(["method", "seed"], sort=False)["accuracy"]
-    measures = {"worst": of_run.min(), "tenth": of_run.quantile(0.1), "std": of_run.std(ddof=0)}
-    return DataFrame(measures).groupby(level="method", sort=False).mean()
+    measures = DataFrame({"worst": of_run.min()})
+    measures["tenth"] = of_run.quantile(0.1)
+    measures["std"] = of_run.std(ddof=0)
+    return measures.groupby(level="method", sort=False).mean()
 
 
 def paired(runs: DataFrame, a: str, b: str, draws: int = 10_000, seed: int = 1) -> Series:

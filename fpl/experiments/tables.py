@@ -285,9 +285,12 @@ def orders(runs: DataFrame) -> DataFrame:
     both = table[theirs.notna()]
     ours, theirs = both["mean"].to_numpy(), theirs.dropna().to_numpy()
     first, second = np.triu_indices(len(both), 1)
-    same = np.sign(ours[first] - ours[second]) == np.sign(theirs[first] - theirs[second])
+    our_order = np.sign(ours[first] - ours[second])
+    their_order = np.sign(theirs[first] - theirs[second])
+    same = our_order == their_order
     line = {"pairs": len(same), "same": int(same.sum()), "share": 100 * same.mean()}
-    return DataFrame([line], index=pd.Index(["orders"], name="what")).round(1)
+    what = pd.Index(["orders"], name="what")
+    return DataFrame([line], index=what).round(1)
 
 
 @several

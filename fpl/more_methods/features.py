@@ -135,8 +135,9 @@ class FedCLIP(ZeroShot):
         if self.contrast == "class":
             return super().loss(text, p, context, x, y)
         z = self.logits(text, self.encode(text, p, context), p, context, x)
-        pairs = z.gather(2, y.unsqueeze(1).expand(-1, y.shape[1], -1))
-        own = torch.arange(y.shape[1], device=y.device).expand_as(y)
+        b = y.shape[1]
+        pairs = z.gather(2, y.unsqueeze(1).expand(-1, b, -1))
+        own = torch.arange(b, device=y.device).expand_as(y)
         return (cross_entropy(pairs, own) + cross_entropy(pairs.mT, own)) / 2
 
     def gradients(self, text: PromptTree, p, context, x, y, draw):

@@ -174,7 +174,9 @@ def alike(a: Float[Tensor, "n k m r"]) -> PerClient:
     k = a.shape[1]
     unit = F.normalize(a.flatten(2), dim=-1)
     others = 1 - torch.eye(k, device=a.device)
-    return (others * (unit @ unit.mT).square()).sum((1, 2)) / max(k * (k - 1), 1)
+    cosine = unit @ unit.mT
+    total = (others * cosine.square()).sum((1, 2))
+    return total / max(k * (k - 1), 1)
 
 
 # By form of DP-FPL: what a client keeps, and what its step releases beside P_g's gradient.
