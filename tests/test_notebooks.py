@@ -35,11 +35,12 @@ QUICK = {
 PREPARE = """
 from functools import partial
 from fpl import cli
-from fpl.experiments import inspect, runner
+from fpl.experiments import inspect, runner, stats, tables
 from helpers import Here
 
 runner.ProcessPoolExecutor = Here
 inspect.related = partial(inspect.related, draws=100)
+stats.paired = tables.paired = partial(stats.paired, draws=100)
 for command in (["features", "--patches"], ["features", "--all"], ["sweep"]):
     cli.main(command)
 """
