@@ -321,7 +321,7 @@ def test_clients_with_turns_train_in_their_order(text, clients):
 def test_under_a_released_split_all_seeds_draw_the_same_clients():
     """By domain the split ends with the same state of NumPy, whatever the seed (D18)."""
     params = settings.read(ROOT / "params.yaml")
-    asked = {"form": "released", "shots": 0, "participation": 0.25}
+    asked = {"form": "released", "shots": 0, "rounds": 15, "participation": 0.25}
     names = ("clipart", "infograph", "painting", "photo", "quickdraw", "sketch")
     images = SimpleNamespace(
         labels=torch.arange(12).repeat(60),
