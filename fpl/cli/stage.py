@@ -156,8 +156,7 @@ def made_by(pipeline: Mapping[str, Any]) -> set[str]:
     for name in ("stages", "features", "outs"):
         node = node.get(name) if isinstance(node, dict) else None
     outs = node if isinstance(node, list) else []  # DVC says what is wrong with others
-    paths = []
+    paths: list[Path] = []
     for out in outs:
-        paths += [*out] if isinstance(out, dict) else [str(out)]
-    images = [Path(path) for path in paths if Path(path).name == "manifest.csv"]
-    return {path.parent.name for path in images}
+        paths += map(Path, out if isinstance(out, dict) else [str(out)])
+    return {path.parent.name for path in paths if path.name == "manifest.csv"}

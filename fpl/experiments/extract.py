@@ -97,8 +97,8 @@ def tell_doubles(manifest: Manifest) -> None:
     doubles = []
     for row in manifest.rows:
         other = first.setdefault(content.get(row["path"], row["path"]), row)
-        differ = any(other[key] != row[key] for key in ("split", "class"))
-        if differ and other["path"] != row["path"]:
+        again = other["path"] != row["path"]
+        if again and any(other[key] != row[key] for key in ("split", "class")):
             listed = (f"{r['path']} ({r['split']}, {r['class']})" for r in (other, row))
             doubles.append(" and ".join(listed))
     if doubles:

@@ -105,10 +105,7 @@ def gradients(small: Setup) -> str:
     _, found = method.gradients(small.text, p, reads, x, y, draw)
     without = []
     for name, value in p.items():
-        alive = name in found
-        if alive:
-            sizes = found[name].flatten(1).norm(dim=1)
-            alive = bool(sizes.min() > 0)
+        alive = name in found and bool(found[name].flatten(1).norm(dim=1).min() > 0)
         if not alive and value.numel() and name not in method.idle:
             without.append(name)
     if not without:
