@@ -99,12 +99,15 @@ def build(folder):
 
 
 def python(folder, *arguments):
-    """Start a process of its own that stands in `folder`."""
+    """Start a process of its own that stands in `folder`.
+
+    It has one thread, as `make test` has: it may fork, and OpenMP's other threads would be missing.
+    """
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": paths},
+        env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": paths},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
