@@ -19,6 +19,7 @@ from torch import Tensor
 from fpl.data.text import one_line
 from fpl.experiments import values
 from fpl.experiments.assemble import seeds_of
+from fpl.experiments.predict import People
 from fpl.methods import METHODS, PromptFL
 from fpl.more_methods import MORE
 from fpl.rounds import Seeds, Training
@@ -192,22 +193,14 @@ class Apart(Sequence):
         raise ValueError("this method reads images of another site: take another one")
 
 
-@dataclass(frozen=True)
-class Everybody(Clients):
-    """All clients, of whom at most one is here."""
-
-    def __post_init__(self) -> None:
-        """Leave it to `Apart` to say what is missing."""
-
-
-def everybody(n: int, i: int, own: Clients) -> Everybody:
+def everybody(n: int, i: int, own: Clients) -> People:
     """Return n clients of whom client i is the one in `own`."""
     train, test = (Apart(n, i, part[0]) for part in (own.train, own.test))
-    return Everybody(own.feats, own.labels, train, test, own.n_cls, own.patches)
+    return People(own.feats, own.labels, train, test, own.n_cls, own.patches)
 
 
-def nobody(n: int, n_cls: int, dim: int, device: str) -> Everybody:
+def nobody(n: int, n_cls: int, dim: int, device: str) -> People:
     """Return n clients as the server has them: without images. dim: joint width."""
     feats = torch.zeros(0, dim, device=device)
     labels = torch.zeros(0, dtype=torch.long, device=device)
-    return Everybody(feats, labels, Apart(n), Apart(n), n_cls, feats.unsqueeze(1))
+    return People(feats, labels, Apart(n), Apart(n), n_cls, feats.unsqueeze(1))

@@ -222,7 +222,7 @@ def read_images(root: Path, folder: Path, clip: Clip, agreement: Agreement) -> C
     with contextlib.chdir(folder):
         found = verbs.features(root, clip, patches=needs_patches)
         if needs_patches:
-            path = verbs.data_of(str(root), clip).patches
+            path = verbs.data_of(str(root), clip).file("patches")
             device = str(found.feats.device)
             patches = features.load(path, found.provenance, device, "patches").feats
     names = [name.replace("_", " ") for name in agreement.classes]

@@ -77,7 +77,8 @@ def patched(world):
     """The world, with patches of its images."""
     with standing_in(world):
         images = read_manifest(DATA.folder / "manifest.csv")
-        extraction.extract(images, encoders.load(BACKBONE.name), DATA.patches, "patches")
+        path = DATA.file("patches")
+        extraction.extract(images, encoders.load(BACKBONE.name), path, "patches")
     return world
 
 

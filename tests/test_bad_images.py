@@ -282,7 +282,7 @@ def test_the_commands(tmp_path, capsys):
     }
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(settings))
     with standing_in(tmp_path):
-        files = [features.file_of(DATA.features, content) for content in features.CONTENT]
+        files = [DATA.file(content) for content in features.CONTENT]
         row = read_manifest(DATA.manifest).rows[0]
         path, whole = DATA.folder / row["path"], DATA.features.read_bytes()
         raw = path.read_bytes()

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.more_prompts import batch, nobody
 from helpers.tiny import error, golden, stored_clip
 
 from fpl.data import encoders
 from fpl.methods import FedOTP, FedProx, PromptFL
 from fpl.prompts import PromptTree
 from fpl.released import methods
-from fpl.state import Clients
 
 
 def names(z):
@@ -24,15 +24,6 @@ def names(z):
     ends = z["token_ids"].argmax(-1).tolist()
     rows = zip(z["token_ids"].tolist(), ends, strict=True)
     return [tokens.decode(row[first : end - 1]).strip() for row, end in rows]
-
-
-def batch(z):
-    return F.normalize(z["image_raw"], dim=-1)[None], z["labels"][None]
-
-
-def nobody(d):
-    """Return clients that no method here looks at."""
-    return Clients(torch.zeros(1, d), torch.zeros(1, dtype=torch.long), [], [], 1)
 
 
 def gradients(value, leaves):

@@ -116,13 +116,13 @@ def test_other_pixels_under_the_same_name_are_other_features(project, clip):
     assert found.image_id[~same].tolist() == ["../../photos/a/0.bmp"]
     assert found.sha256 != before.sha256
     for content in ("patches", "views"):
-        path = features.file_of(OWN.features, content)
+        path = OWN.file(content)
         stale = functools.partial(features.load, path, found.provenance, content=content)
         refuses(stale, ["was made with images "])
     assert once_more(clip, **every)[0] == ""
     assert once_more(clip, **every) == ["", "", ""]
     for content in ("patches", "views"):
-        features.load(features.file_of(OWN.features, content), found.provenance, content=content)
+        features.load(OWN.file(content), found.provenance, content=content)
 
 
 def test_other_pixels_of_the_same_size_and_time_are_found_on_request(project, clip):

@@ -6,7 +6,6 @@ They are those of the released code where that has one, of plain numpy, or count
 import base64
 import dataclasses
 import json
-import shutil
 import subprocess
 import sys
 import zlib
@@ -147,14 +146,7 @@ def test_a_part_that_is_missing_is_refused():
 # Records
 
 
-@pytest.fixture
-def here(here):
-    """Without records."""
-    shutil.rmtree(records.RECORDS, ignore_errors=True)
-    return here
-
-
-def test_a_record_has_what_clients_said_after_the_last_round(here):
+def test_a_record_has_what_clients_said_after_the_last_round(alone):
     experiment = PARAMS.experiment("pfedmoap", 1)
     (path,) = runner.sweep([experiment])
     frame = answers.read(path)
@@ -170,7 +162,7 @@ def test_a_record_has_what_clients_said_after_the_last_round(here):
     assert metrics.confusion(frame, names).to_numpy().sum() == len(frame)
 
 
-def test_a_record_without_answers_or_with_those_of_others_is_refused(here):
+def test_a_record_without_answers_or_with_those_of_others_is_refused(alone):
     one, other = runner.sweep([PARAMS.experiment("promptfl", 1), PARAMS.experiment("majority", 1)])
     record = records.read(one)
     wrong = records.read(other)["answers"]
@@ -310,7 +302,7 @@ def test_what_is_no_class_is_wrong_and_has_a_column_of_its_own():
 
 
 @pytest.fixture
-def runs(here):
+def runs(alone):
     made = [PARAMS.experiment(row, seed) for row in ("promptfl", "majority") for seed in (1, 2)]
     return records.frame(runner.sweep(made))
 

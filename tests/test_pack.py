@@ -24,7 +24,7 @@ from fpl.data.manifest import read_manifest
 from fpl.data.views import Views
 from fpl.experiments import records, runner
 
-FILES = {content: features.file_of(DATA.features, content) for content in features.CONTENT}
+FILES = {content: DATA.file(content) for content in features.CONTENT}
 SETTINGS = {
     "data": {"train_per_class": DATA.train_per_class, "test_per_class": DATA.test_per_class},
     "backbone": {"name": BACKBONE.name},

@@ -264,7 +264,7 @@ def test_it_has_images_as_the_released_code_prepares_them():
 
 def test_two_data_sets_with_the_same_file_of_crops_have_as_many():
     sources = [PAPER.source(name).data for name in PAPER.contents()]
-    crops = {(data.views_file, data.views) for data in sources if data.views}
+    crops = {(data.file("views"), data.views) for data in sources if data.views}
     assert len(crops) == len({path for path, _ in crops}) > 5
 
 

@@ -256,7 +256,7 @@ def test_the_command_makes_both_files(world, tmp_path):
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(settings))
     with standing_in(tmp_path):
         cli.main(["features"])
-        assert not DATA.patches.exists()
+        assert not DATA.file("patches").exists()
         alone = DATA.features.read_bytes()
         cli.main(["features", "--patches"])
         assert DATA.features.read_bytes() == alone
@@ -265,6 +265,6 @@ def test_the_command_makes_both_files(world, tmp_path):
             "shapes_patches.h5",
         ]
         pooled = features.load(DATA.features)
-        assert len(features.load(DATA.patches, pooled.provenance, content="patches").feats) == len(
-            pooled.feats
-        )
+        assert len(
+            features.load(DATA.file("patches"), pooled.provenance, content="patches").feats
+        ) == len(pooled.feats)

@@ -186,7 +186,7 @@ def test_own_photographs_are_turned_and_those_of_other_data_are_not(images, tmp_
 def test_features_are_those_of_the_file(images):
     *_, model = learn("fedotp")
     for content in ("feats", "patches"):
-        path = features.file_of(DATA.features, content)
+        path = DATA.file(content)
         x, _ = model.encode(images, content)
         assert torch.equal(x, features.load(path, content=content).feats)
 

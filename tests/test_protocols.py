@@ -148,7 +148,7 @@ def draw(last=11):
     rows = [r for r in whole.rows if r["split"] == "train" or int(r["label"]) <= last]
     manifest = read_manifest(write_manifest(dataclasses.replace(whole, rows=rows), path))
     clip = encoders.load(BACKBONE.name)
-    for place, content in ((STYLES.features, "feats"), (STYLES.patches, "patches")):
+    for place, content in ((STYLES.features, "feats"), (STYLES.file("patches"), "patches")):
         place.unlink(missing_ok=True)
         extraction.extract(manifest, clip, place, content)
 
@@ -156,7 +156,7 @@ def draw(last=11):
 @pytest.fixture
 def there(patched, here):
     """Standing in the world, with another data set."""
-    if not STYLES.patches.exists():
+    if not STYLES.file("patches").exists():
         draw()
     return patched
 

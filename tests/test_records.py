@@ -31,13 +31,6 @@ FEW = [PARAMS.experiment(row, seed) for row in ROWS for seed in (1, 2)]
 
 
 @pytest.fixture
-def here(here):
-    """Without records."""
-    shutil.rmtree(records.RECORDS, ignore_errors=True)
-    return here
-
-
-@pytest.fixture
 def calls(monkeypatch):
     """Every experiment that is performed, as it is."""
     made = []
@@ -52,7 +45,7 @@ def calls(monkeypatch):
 
 
 @pytest.mark.parametrize("experiment", FEW, ids=lambda e: f"{e.row}-{e.seed}")
-def test_a_record_is_one_line_with_all_settings(experiment, here):
+def test_a_record_is_one_line_with_all_settings(experiment, alone):
     (path,) = runner.sweep([experiment])
     text = path.read_text()
     assert text.endswith("\n") and text.count("\n") == 1
@@ -72,7 +65,7 @@ def test_a_record_is_one_line_with_all_settings(experiment, here):
     assert [p.name for p in records.RECORDS.iterdir()] == [path.name]
 
 
-def test_a_run_is_not_made_twice(here, calls):
+def test_a_run_is_not_made_twice(alone, calls):
     paths = runner.sweep(FEW[:2])
     assert calls and sorted(calls, key=FEW.index) == FEW[:2]
     assert runner.sweep(FEW[:2]) == paths and len(calls) == 2
@@ -84,7 +77,7 @@ def test_a_run_is_not_made_twice(here, calls):
     assert sorted(calls[4:], key=FEW.index) == FEW[:3]
 
 
-def test_records_come_in_the_order_of_the_experiments(here):
+def test_records_come_in_the_order_of_the_experiments(alone):
     paths = runner.sweep(FEW)
     found = [json.loads(path.read_text())["settings"] for path in paths]
     assert found == [experiment.settings() for experiment in FEW]
@@ -98,7 +91,7 @@ TABLES = {
 }
 
 
-def test_a_table_is_read_from_its_index_with_its_labels(here, calls):
+def test_a_table_is_read_from_its_index_with_its_labels(alone, calls):
     params = dataclasses.replace(PARAMS, seeds=(1, 2), tables=TABLES)
     with pytest.raises(FileNotFoundError, match="the runs of table rows .*`fpl sweep rows`"):
         records.of_table("rows")
@@ -120,7 +113,7 @@ def test_a_table_is_read_from_its_index_with_its_labels(here, calls):
     assert stats.varied(pd.concat([varied, other])) == ["row", "n_experts"]
 
 
-def test_a_table_whose_records_are_gone_is_refused(here):
+def test_a_table_whose_records_are_gone_is_refused(alone):
     runner.tables(dataclasses.replace(PARAMS, seeds=(1, 2), tables=TABLES), ["rows"])
     next(records.RECORDS.glob("promptfl*")).unlink()
     with pytest.raises(FileNotFoundError, match="1 of 4 runs of table rows .*`fpl sweep rows`"):
@@ -142,7 +135,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_record_is_named_and_made_again(kind, here, calls):
+def test_a_damaged_record_is_named_and_made_again(kind, alone, calls):
     (path,) = runner.sweep(FEW[:1])
     whole = records.frame([path])
     DAMAGE[kind](path)
@@ -152,14 +145,14 @@ def test_a_damaged_record_is_named_and_made_again(kind, here, calls):
     pd.testing.assert_frame_equal(records.frame([path]), whole)
 
 
-def test_features_that_change_meanwhile_are_in_no_record(here):
+def test_features_that_change_meanwhile_are_in_no_record(alone):
     key = runner.key_of("another hash", FEW[0])
     with pytest.raises(ValueError, match="features.*has changed since this command began"):
         runner.perform(FEW[0], key)
     assert not key.path.exists()
 
 
-def test_a_folder_that_cannot_be_written_is_found_before_training(here, calls):
+def test_a_folder_that_cannot_be_written_is_found_before_training(alone, calls):
     records.RECORDS.parent.mkdir(exist_ok=True)
     records.RECORDS.write_text("in its place")
     with pytest.raises(OSError, match=str(records.RECORDS)):
@@ -168,7 +161,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(here, calls):
     assert calls == []
 
 
-def test_a_sweep_may_keep_a_name_for_notebooks(here, capsys):
+def test_a_sweep_may_keep_a_name_for_notebooks(alone, capsys):
     names = ("data", "backbone", "partition", "run")
     sections = {name: dataclasses.asdict(getattr(PARAMS, name)) for name in names}
     Path("params.yaml").write_text(yaml.safe_dump(sections))
@@ -205,7 +198,7 @@ def test_another_row_seed_features_or_code_is_another_record(monkeypatch):
     assert len(set(paths)) == 5
 
 
-def test_a_failing_run_keeps_the_others(here, calls):
+def test_a_failing_run_keeps_the_others(alone, calls):
     good = FEW[4]
     bad = PARAMS.experiment("promptfl", 2, lr=1e30)
     said = "1 of 2 runs failed, promptfl, seed 2: the loss .* is not finite .*; the others are made"
@@ -306,7 +299,7 @@ def test_a_killed_worker_is_reported_and_the_sweep_goes_on(world, monkeypatch, o
         finishes_as_if_nothing_had_happened(left(), monkeypatch)
 
 
-def test_frame(here):
+def test_frame(alone):
     promptfl = PARAMS.experiment("promptfl", 1)
     fewer = PARAMS.experiment("promptfl", 2, clients=3)
     majority = PARAMS.experiment("majority", 1)
@@ -322,7 +315,7 @@ def test_frame(here):
         assert {k: lines[k].iloc[0] for k in experiment.settings()} == experiment.settings()
 
 
-def test_a_record_of_other_images_or_another_model_is_not_taken(here):
+def test_a_record_of_other_images_or_another_model_is_not_taken(alone):
     runner.sweep(FEW[:1])
     drawn = dataclasses.replace(PARAMS, data=dataclasses.replace(DATA, seed=DATA.seed + 1))
     with pytest.raises(ValueError, match="holds images of .* asked for is .*run `fpl features`"):
@@ -334,7 +327,7 @@ def test_a_record_of_other_images_or_another_model_is_not_taken(here):
 
 
 @pytest.mark.parametrize("held_out", ["", "sketch"])
-def test_clients_of_domains_have_their_names(here, held_out):
+def test_clients_of_domains_have_their_names(alone, held_out):
     changes = {"kind": "domain", "clients": 5 if held_out else 6}
     experiment = PARAMS.experiment("majority", 1, held_out=held_out, **changes)
     frame = records.frame(runner.sweep([experiment]))
@@ -349,7 +342,7 @@ def test_clients_of_domains_have_their_names(here, held_out):
     assert records.frame(runner.sweep([PARAMS.experiment("majority", 1)]))["domain"].eq("").all()
 
 
-def test_the_table_against_the_paper_has_a_line_for_each_domain(here):
+def test_the_table_against_the_paper_has_a_line_for_each_domain(alone):
     domains = {"kind": "domain", "clients": 6}
     zero_shot = [PARAMS.experiment("zeroshot", seed, **domains) for seed in (1, 2)]
     frame = records.frame(runner.sweep(zero_shot))

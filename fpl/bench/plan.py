@@ -32,7 +32,7 @@ from fpl.bench.features import BYTES, draw_photos
 from fpl.bench.measure import timed
 from fpl.bench.parts import draw_clients
 from fpl.bench.ways import load_model, names
-from fpl.data import datasets, encoders, extraction, features, world
+from fpl.data import datasets, encoders, extraction, world
 from fpl.experiments import records, runner
 from fpl.experiments.cache import device
 from fpl.experiments.settings import Backbone, Data, Experiment, Settings, Source
@@ -220,7 +220,7 @@ def features_files(settings: Settings) -> list[File]:
     for name, wanted in settings.contents().items():
         source = settings.source(name)
         for content, images in encoded(source, wanted).items():
-            path = features.file_of(source.data.features, content)
+            path = source.data.file(content)
             found.setdefault(path, File(path, name, content, images))
     return [*found.values()]
 
@@ -372,27 +372,22 @@ def recorded(experiment: Experiment) -> bool:
     return records.is_whole(key.path)
 
 
-def calibrate(settings: Settings, seconds: float = 10, images: int = 0) -> Rates:
-    """Measure the rates of each backbone, with random weights.
-
-    seconds: for how long at most to measure local steps. images: how many to extract (8; on a GPU
-    512).
-    """
+def calibrate(settings: Settings) -> Rates:
+    """Measure the rates of each backbone, with random weights."""
     text: dict[str, float] = {}
     pixels: dict[str, float] = {}
-    number = images or (512 if device() == "cuda" else 8)
     models = {settings.source(name).backbone.name for name in settings.contents()}
     for name in sorted(models):
         clip = load_model(name)
-        text[name] = text_speed(clip, tower_of(Backbone(name)), seconds)
-        pixels[name] = image_speed(clip, number)
+        text[name] = text_speed(clip, tower_of(Backbone(name)))
+        pixels[name] = image_speed(clip, 512 if device() == "cuda" else 8)
     return Rates(text, pixels)
 
 
-def text_speed(clip: Clip, tower: Tower, seconds: float) -> float:
+def text_speed(clip: Clip, tower: Tower) -> float:
     """Return the operations per second of local steps of PromptFL, with the names of Food101.
 
-    As many clients as train at once, or ten, take steps until three in a row are within 5 % or the
+    As many clients as train at once, or ten, take steps until three in a row are within 5 % or ten
     seconds are over.
     """
     text = PromptTree(clip, names(101))
@@ -407,7 +402,7 @@ def text_speed(clip: Clip, tower: Tower, seconds: float) -> float:
     step = functools.partial(train_locally, setup, begin, {}, order)
     step()
     taken = [timed(step)]
-    while sum(taken) < seconds and not is_steady(taken[-3:]):
+    while sum(taken) < 10 and not is_steady(taken[-3:]):
         taken.append(timed(step))
     own = text.n_nodes - 1 - method.n_ctx
     tree = operations(tower, 1 + method.n_ctx, own, text.n_cls)

@@ -16,14 +16,13 @@ from pathlib import Path
 from types import FrameType
 
 from fpl.cli.show import notice
-from fpl.cli.stage import belongs_to_pipeline
+from fpl.cli.stage import PATIENCE, belongs_to_pipeline
 from fpl.data.text import one_line
 
 STOPPED = "stopped; call the same command again to go on"
 # What says in a sentence what a user can mend, and what is of these kinds but says it to nobody.
 SENTENCES = (ValueError, FloatingPointError, OSError, RuntimeError)
 OURS = (UnicodeError, RecursionError, NotImplementedError)
-PATIENCE = 5.0  # seconds that an interrupted command has to end by itself
 NOBODY_READS = 141  # exit status of a program that ends because its output is read no more
 
 

@@ -155,7 +155,7 @@ def files_of(data: Data) -> dict[str, Path]:
     """Return where the settings look for features, by content."""
     from fpl.data import features
 
-    return {content: features.file_of(data.features, content) for content in features.CONTENT}
+    return {content: data.file(content) for content in features.CONTENT}
 
 
 def unpack(options: Options) -> None:

@@ -4,7 +4,6 @@ import logging
 from pathlib import Path
 
 from fpl.cli import stage
-from fpl.cli.ending import PATIENCE
 from fpl.cli.options import Options, Parser, add_set, results_of
 
 
@@ -39,7 +38,7 @@ def run(options: Options) -> None:
     for source in options.source:
         check_notebook(source)
     # a kernel that is being started is not yet one that papermill ends
-    with results_of(options) as results, stage.leaving_nothing(PATIENCE):
+    with results_of(options) as results, stage.leaving_nothing():
         for source in options.source:
             try:
                 notebook.execute(source, results / "notebooks" / source.name, given)

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fpl.cli import compare, stage
-from fpl.cli.ending import PATIENCE
 from fpl.cli.options import Options, Parser
 from fpl.cli.show import notice
 from fpl.data.files import ROOT, file_lock
@@ -53,7 +52,7 @@ def run_dvc(command: Sequence[str], environment: Mapping[str, str], lock: int) -
         try:
             return process.wait()
         except BaseException:
-            stage.end_all(process.pid, PATIENCE)
+            stage.end_all(process.pid)
             raise
 
 

@@ -17,6 +17,7 @@ PIPELINE = "FPL_REPRO"  # variable of the environment: number and start of `fpl 
 DVC = "DVC_STAGE"  # variable that DVC sets: the stage's name
 SAME = 60.0  # seconds by which the start of one process may differ after the clock was corrected
 OFTEN = 0.5  # seconds between two looks at a process
+PATIENCE = 5.0  # seconds that an interrupted command has to end by itself
 
 
 def handed_on() -> dict[str, str]:
@@ -79,7 +80,7 @@ def is_at_work(process: psutil.Process) -> bool:
         return False
 
 
-def end_all(number: int, patience: float) -> None:
+def end_all(number: int) -> None:
     """End a process at once, and its descendants as `end` does.
 
     It is held first, so that it starts no other meanwhile.
@@ -93,11 +94,11 @@ def end_all(number: int, patience: float) -> None:
         top.kill()
     except psutil.NoSuchProcess:
         return
-    end(below, patience)
+    end(below)
 
 
 @contextmanager
-def leaving_nothing(patience: float) -> Iterator[None]:
+def leaving_nothing() -> Iterator[None]:
     """End the processes that were started in the block, and theirs, where it does not end well."""
     import psutil
 
@@ -107,14 +108,14 @@ def leaving_nothing(patience: float) -> Iterator[None]:
         yield
     except BaseException:
         now = this.children(recursive=True)
-        end([process for process in now if process not in before], patience)
+        end([process for process in now if process not in before])
         raise
 
 
-def end(processes: Sequence[psutil.Process], patience: float) -> None:
+def end(processes: Sequence[psutil.Process]) -> None:
     """Ask processes to terminate, and kill those that are at work after some seconds."""
     tell(processes, "terminate")
-    last = time.monotonic() + patience
+    last = time.monotonic() + PATIENCE
     while any(map(is_at_work, processes)) and time.monotonic() < last:
         time.sleep(OFTEN / 10)
     tell(processes, "kill")

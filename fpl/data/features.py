@@ -115,11 +115,6 @@ def of_features(manifest: Manifest, features: Features) -> Manifest:
     return found
 
 
-def file_of(path: Path, content: str) -> Path:
-    """Name the file of some content, beside `path`, the file of pooled features."""
-    return path if content == "feats" else path.with_stem(f"{path.stem}_{content}")
-
-
 def provenance(
     manifest: Manifest, clip: Clip, content: str = "feats", views: Views | None = None
 ) -> dict[str, str]:

@@ -29,6 +29,7 @@ LEVELS = 255  # a confidence is kept in so many steps, hence to 1 / 510
 TYPES = {"|u1", "<u2", "<u4"}  # as numpy calls them: unsigned, of one, two and four bytes
 MOST = 10**8  # images; a file that says more is after memory
 AGAIN = "make the run again with --fresh"
+NO_CLASS = "(no class)"  # what rows with more columns than classes may say, such as fedpgp_two
 
 
 def pack(answers: Sequence[Answers], clients: Clients) -> dict[str, Any]:

@@ -52,9 +52,7 @@ def load_cached(data: Data, backbone: Backbone, device: str) -> tuple[Clip, feat
     Raises ValueError unless the one was made with the other, of the images that are there.
     """
     check_source(data)
-    clip = encoders.load(
-        backbone.name, backbone.weights or None, device, False, backbone.preprocessing
-    )
+    clip = encoders.load(backbone.name, backbone.weights, device, False, backbone.preprocessing)
     there = data.manifest.exists()
     images = {"manifest": sha256(data.manifest)} if there else {"data": data.name}
     return clip, features.load(data.features, clip.provenance | images, device)
@@ -109,7 +107,7 @@ def text_of(
 def patches_of(data: Data, backbone: Backbone, device: str) -> Tensor:
     """Return patch features (images, M, d) in half precision, of the images of the pooled ones."""
     _, feats = load_cached(data, backbone, device)
-    return features.load(data.patches, feats.provenance, device, "patches").feats
+    return features.load(data.file("patches"), feats.provenance, device, "patches").feats
 
 
 @cached_by_features(maxsize=1)
@@ -119,10 +117,11 @@ def views_of(data: Data, backbone: Backbone, device: str) -> tuple[Tensor, Tenso
     Raises ValueError when another number of crops was made than is asked for.
     """
     _, feats = load_cached(data, backbone, device)
-    made = features.load(data.views_file, feats.provenance, device, "views")
+    path = data.file("views")
+    made = features.load(path, feats.provenance, device, "views")
     if made.feats.shape[1] != data.views:
         raise ValueError(
-            f"{data.views_file} has {made.feats.shape[1]} views of an image, asked for are "
+            f"{path} has {made.feats.shape[1]} views of an image, asked for are "
             f"{data.views}: run `fpl features --views {data.views}` or set data.views"
         )
     place = torch.full((len(feats.labels),), -1, device=device)

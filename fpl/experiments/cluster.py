@@ -119,11 +119,8 @@ def files_of(experiment: Experiment) -> dict[str, Path]:
     Raises ValueError for a place that no worker can have.
     """
     data = experiment.source.data
-    found = {str(data.features): data.features}
-    if experiment.method.inputs == "patches":
-        found[str(data.patches)] = data.patches
-    if data.views:
-        found[str(data.views_file)] = data.views_file
+    contents = {"feats", experiment.method.inputs} | ({"views"} if data.views else set())
+    found = {str(data.file(content)): data.file(content) for content in sorted(contents)}
     return found | model_files(experiment.source.backbone)
 
 

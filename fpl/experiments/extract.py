@@ -69,7 +69,7 @@ def make_features(data: Data, clip: Clip, request: Request) -> Iterator[Made]:
     if request.rehash:
         forget(manifest)
     for content in [content for content in features.CONTENT if content in wanted]:
-        path = features.file_of(data.features, content)
+        path = data.file(content)
         made, skipped = features.header(path)
         # patches and views are of the images that have pooled features
         skip_bad = request.skip_bad and content == "feats"

@@ -10,7 +10,6 @@ keeps these: they are what it reads.
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,17 +148,6 @@ def kept_of(
         cohorts=[cohort_of(tensors["cohorts"][key]) for key in sorted(tensors["cohorts"], key=int)],
         about=header["about"],
     )
-
-
-def is_whole(path: Path) -> bool:
-    """Return whether there is a file of what a run learnt, and warn of one that is damaged."""
-    try:
-        return bool(stored.read(path))
-    except FileNotFoundError:
-        return False
-    except Damaged as error:
-        warnings.warn(f"{error}: its run is made again", stacklevel=2)
-        return False
 
 
 def tensors_of(cohort: Cohort) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from torchmetrics.functional.classification import (
     multiclass_recall,
 )
 
+from fpl.experiments.answers import NO_CLASS
+
 BINS = 15  # of equal width, as in Guo et al. (2017)
-NO_CLASS = "(no class)"  # what rows with more columns than classes may say, such as fedpgp_two
 
 
 def scores(frame: DataFrame) -> DataFrame:

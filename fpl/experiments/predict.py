@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from fpl.data import encoders, extraction
 from fpl.experiments import cache, keep
+from fpl.experiments.answers import NO_CLASS
 from fpl.experiments.given import Images, Source, encode, gather, labelled, name_of, require_read
 from fpl.experiments.keep import Kept
 from fpl.experiments.records import RECORDS, Damaged
@@ -286,7 +287,7 @@ def load(kept: Kept, path: Path, device: str) -> Clip:
     known = kept.about.get("backbone") or {"name": name, "weights": "", "preprocessing": ""}
     if "backbone" not in kept.about and not name.startswith((encoders.LOCAL, encoders.HUB)):
         raise ValueError(f"{path} does not say which weights {name} had: give the CLIP as clip")
-    asked = known["name"], known["weights"] or None, device
+    asked = known["name"], known["weights"], device
     return encoders.load(*asked, preprocessing=known["preprocessing"])
 
 
@@ -329,10 +330,6 @@ def classifier_of(model: Model, p: Tensors, reads: Tensors) -> Classifier:
 
 def names_of(kept: Kept, columns: int) -> list[str]:
     """Return the class that each column of logits stands for; some rows have more columns."""
-    if columns == len(kept.classes):
-        return [*kept.classes]
-    from fpl.experiments.metrics import NO_CLASS
-
     return [*kept.classes, *[NO_CLASS] * (columns - len(kept.classes))]
 
 
@@ -361,10 +358,10 @@ class Own(Sequence):
 
 @dataclass(frozen=True)
 class People(Clients):
-    """The clients of a run, whose images are not kept, and behind them a new one."""
+    """Clients whose images are not all here, such as those of a run and behind them a new one."""
 
     def __post_init__(self) -> None:
-        """Leave it to `Own` to say what is missing."""
+        """Leave it to what stands for images, as `Own`, to say what is missing."""
 
 
 def people(model: Model, images: Sequence[Source] = (), labels: Sequence[int] = ()) -> People:

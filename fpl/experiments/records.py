@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,10 +82,10 @@ def key_of(record: Mapping[str, Any]) -> Key:
     return Key(*(record[name] for name in Key._fields))
 
 
-def is_whole(path: Path) -> bool:
-    """Return whether there is a record, and warn of one that is damaged."""
+def is_whole(path: Path, reader: Callable[[Path], Any] = read) -> bool:
+    """Return whether there is a record, or what `reader` reads, and warn of one that is damaged."""
     try:
-        return path.is_file() and bool(read(path))
+        return path.is_file() and bool(reader(path))
     except Damaged as error:
         warnings.warn(f"{error}: its run is made again", stacklevel=2)
         return False

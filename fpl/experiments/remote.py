@@ -214,7 +214,7 @@ def encode(
 def tower(backbone: Backbone, names: tuple[tuple[str, str], ...]) -> Clip:
     """Return the model of some files, name and hash: loaded once, not for every batch."""
     with standing_at(dict(names)):
-        asked = backbone.name, backbone.weights or None, cache.device()
+        asked = backbone.name, backbone.weights, cache.device()
         return encoders.load(*asked, preprocessing=backbone.preprocessing)
 
 

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from fpl.data.encoders import IMPORTED
 from fpl.data.files import check_writable
 from fpl.data.processes import begin_worker, starting_workers
-from fpl.experiments import answers, keep, records
+from fpl.experiments import answers, keep, records, stored
 from fpl.experiments.assemble import clients_of, domains_of, rounds_of, setup_of, text_for
 from fpl.experiments.cache import device, load_cached
 from fpl.experiments.checkpoints import EVERY, Checkpoint
@@ -116,7 +116,7 @@ def is_made(experiment: Experiment, key: Key, asked: Asked) -> bool:
     """Return whether there is all that is asked of a run."""
     if not records.is_whole(key.path):
         return False
-    return not asked.keep or keep.is_whole(key.path.with_suffix(keep.SUFFIX))
+    return not asked.keep or records.is_whole(key.path.with_suffix(keep.SUFFIX), stored.read)
 
 
 def in_workers(todo: Sequence[Run], total: int, jobs: int | None) -> None:

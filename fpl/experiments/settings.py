@@ -74,13 +74,10 @@ class Data:
     def features(self) -> Path:
         return Path("data") / "features" / f"{self.store or self.name}.h5"
 
-    @property
-    def patches(self) -> Path:
-        return self.features.with_stem(f"{self.features.stem}_patches")
-
-    @property
-    def views_file(self) -> Path:
-        return self.features.with_stem(f"{self.features.stem}_views")
+    def file(self, content: str) -> Path:
+        """Where what is made of images is: pooled features, and beside them patches and views."""
+        path = self.features
+        return path if content == "feats" else path.with_stem(f"{path.stem}_{content}")
 
 
 @dataclass(frozen=True)

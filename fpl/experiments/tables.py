@@ -105,14 +105,6 @@ NOTE_CLIENTS = (
     "How unequal clients are: accuracy in % of the worst client of a run, the 10th percentile and "
     "the standard deviation over its clients, after the last round, each averaged over seeds."
 )
-NOTE_SCORES = (
-    "In %, after the last round: means over seeds with their 95 % t-interval (low, high). Of each "
-    "seed, `mean` is the mean accuracy over clients. Means over clients, too, are `macro-F1`, the "
-    "mean F1 of the classes of which a client has test images; `worst class`, the least recall of "
-    "these classes; `ECE`, the expected calibration error of the class that is said, in 15 bins; "
-    "and `global`, the accuracy on the test images of all clients. `worst client` is the lowest "
-    "accuracy of a client."
-)
 NOTE_RESULTS = (
     "In %, after the last round: means over clients, and of these over seeds with their 95 % "
     "t-interval (low, high)."
@@ -160,11 +152,6 @@ def note(runs: DataFrame, drawn: str) -> str:
 def titles(runs: DataFrame) -> dict[str, str]:
     """Return the printed name of every method and control of the runs, by its key."""
     return runs.groupby("method", sort=False)["title"].first().to_dict()
-
-
-def controls(runs: DataFrame) -> list[str]:
-    """Return the printed names of the controls among the runs."""
-    return list(titles(runs[runs["control"]]).values())
 
 
 def published() -> DataFrame:
@@ -623,7 +610,7 @@ def scores(runs: DataFrame, key: str = "method") -> DataFrame:
     """Return macro-F1, worst class, worst client, ECE and global accuracy beside the accuracy.
 
     A line per value of `key`, in percent; each with its 95 % interval over seeds, named "low" and
-    "high" behind the name. NOTE_SCORES says what they are.
+    "high" behind the name. docs/results.md says what they are.
     """
     lines = with_metrics(runs)
     table = summary(lines, key).join(intervals(means(lines, SCORES, key)))
@@ -631,17 +618,15 @@ def scores(runs: DataFrame, key: str = "method") -> DataFrame:
 
 
 @several
-def results(
-    runs: DataFrame, columns: Mapping[str, str], key: str = "method", hm: bool = False
-) -> DataFrame:
+def results(runs: DataFrame, columns: Mapping[str, str], hm: bool = False) -> DataFrame:
     """Return several results of each row beside each other, with 95 % intervals over seeds.
 
     columns: of each name the column of the runs, as in {"personal": "accuracy", "global": GLOBAL}.
-    hm: with the harmonic mean of all, of each seed's means over clients, as "HM". A line per value
-    of `key`, in percent; a row that lacks a result has neither it nor HM.
+    hm: with the harmonic mean of all, of each seed's means over clients, as "HM". A line per
+    method, in percent; a row that lacks a result has neither it nor HM.
     """
-    found = means(last_round(runs), columns, key)
-    seeds = found.groupby(level=key, sort=False).size()
+    found = means(last_round(runs), columns, "method")
+    seeds = found.groupby(level="method", sort=False).size()
     if hm:
         found["HM"] = len(columns) / (1 / found).sum(axis=1, skipna=False)
     table = intervals(found).assign(seeds=seeds)

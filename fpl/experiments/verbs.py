@@ -114,7 +114,7 @@ def load(name: str = "", weights: str | Path = "", preprocessing: str = "") -> C
     Raises FileNotFoundError for weights that are not there and ValueError for an unknown model.
     """
     name = name or demo_clip()
-    return encoders.load(name, weights or None, cache.device(), preprocessing=preprocessing)
+    return encoders.load(name, weights, cache.device(), preprocessing=preprocessing)
 
 
 def demo_clip() -> str:

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from fpl.data.datasets.layouts import (
     Dataset,
     File,
@@ -12,7 +10,7 @@ from fpl.data.datasets.layouts import (
     Rows,
     coop,
     coop_file,
-    deal,
+    halved,
     images_in,
 )
 
@@ -23,20 +21,14 @@ NAMES = {"airplanes": "airplane", "Faces": "face", "Leopards": "leopard", "Motor
 
 
 def read(folder: Path, domain: str) -> Rows:
-    """Class folders, of which half is for training, a fifth for validation, the rest for testing.
-
-    Classes, names and shares are CoOp's, the draw is ours.
-    """
+    """Class folders with CoOp's classes, names and shares, by a draw of ours."""
     images = [path for path in images_in(folder / FOLDER, 2) if path.parts[0] not in IGNORED]
     names = sorted({path.parts[0] for path in images})
     rows = []
     for path in images:
         name = path.parts[0]
         rows.append(Row(f"{FOLDER}/{path}", names.index(name), NAMES.get(name, name)))
-    totals = np.bincount([row.label for row in rows])
-    train = np.rint(totals * 0.5).astype(int)
-    val = np.rint(totals * 0.2).astype(int)
-    return deal(rows, {"train": train, "val": val, "test": totals - train - val}, domain)
+    return halved(rows, domain)
 
 
 DATASET = Dataset(

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from fpl.data.datasets.layouts import (
     Dataset,
     File,
@@ -12,7 +10,7 @@ from fpl.data.datasets.layouts import (
     Rows,
     coop,
     coop_file,
-    deal,
+    halved,
     images_in,
 )
 
@@ -34,9 +32,9 @@ NAMES = {  # of folders, in the order of the labels, and in CoOp's prompts
 
 
 def read(folder: Path, domain: str) -> Rows:
-    """Class folders, of which half is for training, a fifth for validation, the rest for testing.
+    """Class folders with CoOp's names and shares, by a draw of ours.
 
-    Names and shares are CoOp's, the draw is ours. Raises ValueError for a folder of another name.
+    Raises ValueError for a folder of another name.
     """
     rows = []
     for path in images_in(folder / FOLDER, 2):
@@ -44,9 +42,7 @@ def read(folder: Path, domain: str) -> Rows:
         if name not in NAMES:
             raise ValueError(f"{folder / FOLDER / name} is no class of EuroSAT: take it away")
         rows.append(Row(f"{FOLDER}/{path}", list(NAMES).index(name), NAMES[name]))
-    totals = np.bincount([row.label for row in rows])
-    train, val = (np.rint(totals * share).astype(int) for share in (0.5, 0.2))
-    return deal(rows, {"train": train, "val": val, "test": totals - train - val}, domain)
+    return halved(rows, domain)
 
 
 DATASET = Dataset(

@@ -239,6 +239,13 @@ def deal(rows: list[Row], counts: Mapping[str, np.ndarray], stream: str) -> Rows
         yield row._replace(split=split)
 
 
+def halved(rows: list[Row], stream: str) -> Rows:
+    """Deal half of each class to training, a fifth to validation and the rest to testing."""
+    totals = np.bincount([row.label for row in rows])
+    train, val = (np.rint(totals * share).astype(int) for share in (0.5, 0.2))
+    return deal(rows, {"train": train, "val": val, "test": totals - train - val}, stream)
+
+
 def stratified(rows: list[Row], stream: str) -> Rows:
     """Deal a fifth of the images, rounded up, to testing and the others to training.
 
