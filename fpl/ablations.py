@@ -64,13 +64,17 @@ IDLE = ("wq", "bq", "wk", "bk", "bv", "bo")  # of one expert nothing is chosen
 class OwnGate(PFedMoAP):
     """pFedMoAP without experts, but with its gate: capacity without collaboration.
 
-    The gate attends to the one local text feature: A = 1, and two linear maps are learnt on it.
+    The gate attends to the one local text feature: A = 1, and two linear maps are learnt on it. A
+    client that never trains is classified through the gate as it was drawn.
     """
 
     key = "own_gate"
     title = "pFedMoAP's gate without experts"
     idle: ClassVar[tuple[str, ...]] = tuple(f"gate_{part}" for part in IDLE)
-    n_experts: NonNegativeInt = 0
+    n_experts: NonNegativeInt = 0  # more are neither sent nor read
+
+    def download(self, server, client_ids, clients: Clients):
+        return PromptFL.download(self, server, client_ids, clients)
 
     def context(self, text: PromptTree, down, client_ids, clients: Clients):
         return {"experts": clients.feats.new_zeros(len(client_ids), 0, text.n_cls, self.d_gate)}

@@ -138,9 +138,9 @@ class Untrained(PromptFL):
 
 @dataclass(frozen=True)
 class Pooled(PromptFL):
-    """One prompt trained on the images of all clients in one place: no shared prompt can do more.
+    """One prompt trained on the images of all clients in one place: what a shared one could be.
 
-    One client a round trains, on everybody's images: in as many steps as all together would take.
+    One client a round trains: in as many steps as all together, where batches divide their sets.
     """
 
     key = "pooled"

@@ -376,8 +376,8 @@ class FedOTP(PromptFL):
     title = "FedOTP"
     source = "Li et al., CVPR 2024"
     inputs = "patches"
-    # below 0.003, exp(-2 / eps) is 0 in double precision
-    eps: Annotated[float, Field(ge=0.003)] = 0.1
+    # below 0.006, double precision does not hold exp(4 / eps)
+    eps: Annotated[float, Field(ge=0.006)] = 0.1
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.8
     transport: Literal["unbalanced", "balanced"] = "unbalanced"
 

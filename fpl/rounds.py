@@ -192,7 +192,7 @@ def run_rounds(
     A round's downloads and contexts are made once, from the server as the cohort found it, and used
     for training and evaluation. What a method trains further to be evaluated with is forgotten.
 
-    Raises FloatingPointError for a loss that is not finite, ValueError for settings that cannot be.
+    Raises FloatingPointError for a loss or logits that are not finite, ValueError for bad settings.
     """
     method, text, clients, training = setup.method, setup.text, setup.clients, setup.training
     method.check(text, clients)
@@ -228,13 +228,13 @@ def noise_of(method: PromptFL, training: Training) -> float:
 
     Raises ValueError for a method whose clients leave each other what is no upload.
     """
-    if not training.epsilon:
+    if not training.epsilon and training.mechanism != "clipping":
         return 0.0
     leaves_more = type(method).after_cohort is not PromptFL.after_cohort
     if training.optimiser == "shared" or leaves_more or method.in_step:
         left = "clients of this row leave each other things that are no uploads"
-        raise ValueError(f"{left}: use epsilon 0, not {training.epsilon}, or another row")
-    if not method.shared:
+        raise ValueError(f"{left}: use epsilon 0 and mechanism gaussian, or another row")
+    if not training.epsilon or not method.shared:
         return 0.0
     return privacy.noise_multiplier(training.epsilon, training.delta, training.rounds)
 
@@ -246,11 +246,10 @@ def begin_run(setup: Setup) -> State:
     drawn = setup.method.init(setup.text, generator(setup.seeds.init, "init"))
     init = {name: value.to(device) for name, value in drawn.items()}
     local = {name: value.expand(n, *value.shape).clone() for name, value in init.items()}
-    shared = setup.method.shared
     nobody = torch.zeros(n, dtype=torch.bool, device=device)
     server = Server(
-        params={name: init[name] for name in shared},
-        uploads={name: torch.zeros_like(local[name]) for name in shared},
+        params={name: init[name] for name in setup.method.shared},
+        uploads={name: torch.zeros_like(local[name]) for name in setup.method.shared},
         has_upload=nobody,
         returned=nobody,
         draw=partial(generator, setup.seeds.order),
@@ -286,19 +285,22 @@ def train_round(setup: Setup, state: State, drawn: Int[Tensor, " picked"]) -> Tr
     losses = torch.full((n,), torch.nan, device=drawn.device)
     up = torch.zeros(n, dtype=torch.long)
     down = torch.zeros(n, dtype=torch.long)
-    server = state.server
+    number = state.server.round
     optimiser = copy.deepcopy(state.optimiser)  # a state stays as it is
-    made = Trained(state.local, server, optimiser, [], losses, up, down)
-    times = len(batches(setup, int(drawn[0]), server.round)) if method.in_step else 1
-    for client_ids in filter(len, method.cohorts(server, drawn)):
+    made = Trained(state.local, state.server, optimiser, [], losses, up, down)
+    times = len(batches(setup, int(drawn[0]), number)) if method.in_step else 1
+    for client_ids in filter(len, method.cohorts(state.server, drawn)):
         received = method.download(made.server, client_ids, setup.clients)
         context = method.context(setup.text, received, client_ids, setup.clients)
         positions = torch.isin(client_ids, drawn).nonzero()[:, 0]
+        if optimiser and len(positions) > 1:
+            only = "a shared optimiser is for rows of fpl.released"
+            raise ValueError(f"{only}, whose clients train one after the other: take fresh")
         cohort = Cohort(client_ids, received, context, positions)
         made.cohorts.append(cohort)
         start = method.start(take(made.local, client_ids), received)
         ended, losses[client_ids[positions]] = train_cohort(
-            setup, cohort, take(start, positions), server.round, optimiser=optimiser
+            setup, cohort, take(start, positions), number, optimiser=optimiser
         )
         trained_ids = client_ids[positions]
         made.local = {k: v.index_copy(0, trained_ids, ended[k]) for k, v in made.local.items()}
@@ -391,9 +393,6 @@ def train_locally(
     order: the image numbers of each client's steps, clients with more steps first. optimiser: goes
     on as it was left; without one, it is fresh. first: of the local epochs, since the run began.
     """
-    if optimiser and len(order) > 1:
-        only = "a shared optimiser is for rows of fpl.released"
-        raise ValueError(f"{only}, whose clients train one after the other: take fresh")
     kept = optimiser or Optimiser()
     method, training = setup.method, setup.training
     ids, orders = zip(*order.items(), strict=True)
@@ -449,8 +448,7 @@ def aggregate(
     """Send the participants' shared tensors, with noise where it is asked for, to the server."""
     uploads = {name: local[name][picked] for name in setup.method.shared}
     if noise or setup.training.mechanism == "clipping":
-        order = setup.seeds.order
-        gens = [generator(order, "noise", server.round, i) for i in picked.tolist()]
+        gens = [generator(setup.seeds.order, "noise", server.round, i) for i in picked.tolist()]
         uploads = privacy.release(uploads, server.params, setup.training.clip, noise, gens)
     sizes = torch.tensor([len(index) for index in setup.clients.train], device=picked.device)
     return setup.method.aggregate(server, picked, uploads, sizes[picked])
@@ -489,6 +487,8 @@ def evaluate(
             classify = partial(method.logits, text, t, take(p_chunk, one), take(reads, one))
             parts = clients.test[i].split(TEST_ROWS)
             z = torch.cat([classify(images[part].unsqueeze(0))[0] for part in parts])
+            if z.isnan().any():
+                raise FloatingPointError(f"client {i} has logits that are no numbers: lower lr")
             right = z.argmax(-1) == clients.labels[clients.test[i]]
             answers.append(Answers(z.argmax(-1), z.softmax(-1).amax(-1), right))
     return answers

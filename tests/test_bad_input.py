@@ -202,7 +202,7 @@ CASES = {  # what is wrong -> who notices, and what the sentence must contain
         "_patches.h5",
         "fpl features --patches",
     ),
-    "FedOTP with too little entropy": (run("fedotp", eps=0.001), "fedotp.eps", "0.003", "0.001"),
+    "FedOTP with too little entropy": (run("fedotp", eps=0.001), "fedotp.eps", "0.006", "0.001"),
     "FedOTP that matches more than all": (run("fedotp", gamma=1.2), "fedotp.gamma", "1.2"),
     "one optimiser for clients at once": (
         run(optimiser="shared"),
@@ -266,6 +266,17 @@ CASES = {  # what is wrong -> who notices, and what the sentence must contain
     "unknown schedule": (run(schedule="linear"), "'linear'", "constant, cosine, zigzag"),
     "no round": (run(rounds=0), "rounds must be greater than 0, not 0"),
     "no batch": (run(batch_size=0), "batch_size must be greater than 0, not 0"),
+    "a last step after which there are no numbers": (
+        run(lr=1e20, rounds=1, local_epochs=1, batch_size=1000),
+        "client 0",
+        "no numbers",
+        "lower lr",
+    ),
+    "an aggregated gate that is left to others": (
+        run("pfedmoap_leak", gate_kept="aggregated"),
+        "gate_kept",
+        "private",
+    ),
     "a loss that is not finite": (run(lr=1e30), "loss", "clients [", "round 0", "lower lr"),
     "missing weights": (
         run(backbone=settings.Backbone("local-dir:nowhere")),

@@ -12,6 +12,7 @@ from helpers.runs import HALF, play
 from helpers.tiny import NAMES, make
 
 from fpl import rounds
+from fpl.ablations import OwnGate
 from fpl.controls import CONTROLS
 from fpl.methods import METHODS, FedOTP, FedPGP, PFedMoAP
 from fpl.prompts import PromptTree
@@ -41,6 +42,7 @@ VARIANTS = {
     "FedPGP with two prompts": (ReleasedFedPGP(), 2 * P, 2 * P, 2 * P, 2 * 4224),
     "pFedMoAP with 19 experts": (PFedMoAP(n_experts=19), P, P, 20 * P, GATE),
     "pFedMoAP, gate aggregated": (AGGREGATED, P + GATE, P + GATE, 10 * P + GATE, 0),
+    "the gate without experts": (OwnGate(n_experts=5), P, P, P, GATE),
     "FedOTP with 4 vectors": (FedOTP(n_ctx=4), 2048, 2048, 2048, 2048),
 }
 

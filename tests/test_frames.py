@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from fpl import privacy
 from fpl.audit import ledger, published
 from fpl.experiments import records, stats, tables
 
@@ -385,6 +386,18 @@ def test_table_6_tells_clipped_uploads_from_noisy_and_untouched_ones():
     assert [*table.index] == [("promptfl", step) for step in steps]
     assert table["noise"].tolist()[:2] == [0, 0] and 0 < table["noise"].iloc[2] < 1
     assert table[tables.BESIDE].notna().tolist() == [True, False, True, False]
+
+
+def test_table_6_has_the_noise_of_each_method_by_itself():
+    """A row that has one round and sends nothing stands first."""
+    how = {"epsilon": 5.0, "delta": 0.05, "mechanism": "gaussian"}
+    made = [record("majority", seed, 1, **how) for seed in (1, 2)]
+    for run in made:
+        run["rounds"][0]["up"] = [0, 0, 0]
+    made += [record("promptfl", seed, 5, **how) for seed in (1, 2)]
+    noise = tables.table6(records.frame(store(made)))["noise"].droplevel("uploads")
+    wanted = privacy.noise_multiplier(5.0, 0.05, 5)
+    assert noise.to_dict() == {"majority": 0, "promptfl": pytest.approx(wanted, abs=0.01)}
 
 
 def test_each_run_has_its_own_last_round():

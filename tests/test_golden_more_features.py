@@ -327,6 +327,22 @@ def test_with_fewer_images_than_dimensions_afl_takes_the_solution_of_least_norm(
     assert not error(released, torch.linalg.pinv(x) @ target) < 0.5
 
 
+def test_the_regularisation_of_many_images_is_not_taken_for_rounding():
+    """As features of a real CLIP, these have a large common part and differ little in others."""
+    gen = torch.Generator().manual_seed(1)
+    apart = torch.logspace(0, -3, 64) * torch.randn(20_000, 64, generator=gen)
+    x = F.normalize(1 + apart, dim=-1)
+    y = torch.randint(3, (len(x),), generator=gen)
+    everybody = Clients(x, y, [torch.arange(len(x))], [torch.arange(9)], 3)
+    method = AFL(gamma=0.02)
+    text = SimpleNamespace(dim=64, n_cls=3, at_once=1, scale=1.0)
+    (last,) = run_rounds(Setup(method, text, everybody, Training(**method.training)))
+    target = F.one_hot(y, 3).double()
+    gram = x.double().T @ x.double() + 0.02 * torch.eye(64)
+    want = torch.linalg.solve(gram, x.double().T @ target)
+    assert error(weights(method, text, last.evaluated)[0], want) < 0.1
+
+
 def test_without_a_step_zslp_is_zero_shot(text, clients):
     still = play(make(ZSLP), text, clients, replace(RUN, lr=0.0, weight_decay=0.0))
     moved = play(make(ZSLP), text, clients)

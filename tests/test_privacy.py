@@ -252,16 +252,19 @@ def test_who_uploads_nothing_has_nothing_to_hide(text, clients):
     assert all(map(equal, plain.evaluated, private.evaluated))
 
 
+@pytest.mark.parametrize("how", [PRIVATE, {"mechanism": "clipping"}], ids=["noise", "clipping"])
 @pytest.mark.parametrize("name", [name for name in RELEASED if name != "pfedmoap_oneword"])
-def test_a_row_whose_clients_leave_each_other_more_than_uploads_is_refused(name, text, clients):
+def test_a_row_whose_clients_leave_each_other_more_than_uploads_is_refused(
+    name, how, text, clients
+):
     kind = RELEASED[name]
-    training = dataclasses.replace(RUN, **kind.training, **PRIVATE)
+    training = dataclasses.replace(RUN, **kind.training, **how)
     run = rounds.run_rounds(rounds.Setup(make(kind), text, clients, training, SEEDS))
     if name not in UNCOVERED:
         next(run)
         return
     with pytest.raises(
-        ValueError, match=r"^clients of this row .* epsilon 0, not 50.0, or another"
+        ValueError, match=r"^clients of this row .* epsilon 0 and mechanism gaussian, or another"
     ):
         next(run)
 

@@ -88,7 +88,8 @@ def test_the_images_of_unseen_clients_change_nothing_for_others(row, patched):
         feats[unseen] = feats[unseen].flip(-1)
         if patches is not None:
             patches = patches.index_copy(0, unseen, patches[unseen].flip(-1))
-        return dataclasses.replace(clients, feats=feats, patches=patches)
+        train = [*clients.train[:3], unseen[:1]]  # and it has one only
+        return dataclasses.replace(clients, feats=feats, patches=patches, train=train)
 
     with standing_in(patched):
         experiment = small(row, **LAST)

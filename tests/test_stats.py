@@ -3,12 +3,18 @@
 One rule decides what is called a difference.
 """
 
+import dataclasses
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import stats as scipy_stats
 
-from fpl.experiments import stats
+from fpl.data.partitions import Partition
+from fpl.experiments import assemble, stats
+from fpl.state import Clients
 
 
 def runs_of(rows, rounds=1):
@@ -60,6 +66,56 @@ def test_intervals_of_paired_differences_cover_the_truth_as_often_as_stated(case
     for kind, (least, most) in zip(((low, high), (t_low, t_high), both), wanted, strict=True):
         covered = np.mean((kind[0] <= 0.1) & (kind[1] >= 0.1))
         assert least <= covered <= most, covered
+
+
+def claims(same, many=300):
+    """How often a difference is claimed of two rows that do not differ over many clients."""
+    gen = np.random.default_rng(1)
+    found = 0
+    for _ in range(many):
+        of_client = gen.normal(0, 0.1, (1 if same else 5, 30))
+        difference = of_client + gen.normal(0, 0.03, (5, 30))
+        runs = runs_of({"a": 0.5 + difference, "b": np.full((5, 30), 0.5)})
+        line = stats.paired(runs.assign(kind="column" if same else "iid"), "a", "b", draws=400)
+        found += stats.verdict(line["low"], line["high"]) != "no difference seen"
+    return found / many
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_clients_that_are_the_same_in_every_seed_are_not_counted_as_new_ones(same):
+    assert claims(same) <= 0.1
+
+
+LABELS = np.repeat(np.arange(6), 60)
+SPLIT = np.tile(np.repeat(["train", "test"], [40, 20]), 6)
+DOMAIN = np.tile(np.repeat(["ink", "oil"], 10), 18)
+HOSPITAL = np.tile(np.array(["x", "y", "z"]), 120)
+PARTITIONS = {
+    "pathological": {},
+    "pathological, released": {"form": "released"},
+    "pathological, a fixed split": {"split_seed": 3},
+    "dirichlet": {"kind": "dirichlet"},
+    "dirichlet, released": {"kind": "dirichlet", "form": "released"},
+    "dirichlet, a fixed split": {"kind": "dirichlet", "split_seed": 3},
+    "domain": {"kind": "domain", "clients": 4},
+    "domain, released": {"kind": "domain", "clients": 4, "form": "released"},
+    "domain, a client each": {"kind": "domain", "clients": 2},
+    "column": {"kind": "column"},
+}
+
+
+@pytest.mark.parametrize("case", PARTITIONS)
+def test_clients_are_called_the_same_where_every_seed_deals_them_alike(case):
+    asked = Partition(**({"clients": 3, "shots": 0} | PARTITIONS[case]))
+    whole = Clients(torch.eye(len(LABELS)), torch.from_numpy(LABELS), [], [], 6)
+    feats = SimpleNamespace(labels=whole.labels, split=SPLIT, domain=DOMAIN, client=HOSPITAL)
+    found = [assemble.deal(whole, feats, asked, seed) for seed in (1, 2, 3)]
+    tested = [[{*index.tolist()} for index in clients.test] for clients in found]
+    alike = all(one == tested[0] for one in tested)
+    each = asked.kind == "domain"
+    runs = runs_of({"a": [[0.5] * asked.clients]}).assign(**dataclasses.asdict(asked))
+    runs["domain"] = [f"{i * 2 // asked.clients}" if each else "" for i in runs["client"]]
+    assert stats.same_clients(runs) == alike
 
 
 def test_a_paired_difference_is_that_of_the_means_and_pairing_narrows_it():
@@ -189,6 +245,16 @@ def test_holm_keeps_false_claims_of_a_whole_table_rare():
     p = gen.uniform(size=(2000, 20))
     assert np.mean([min(stats.holm(table)) <= 0.05 for table in p]) == pytest.approx(0.05, abs=0.02)
     assert (p.min(1) <= 0.05).mean() > 0.5
+
+
+def test_a_seed_without_a_value_is_no_seed():
+    assert stats.over_seeds([0.5, 0.6, np.nan]).equals(stats.over_seeds([0.5, 0.6]))
+
+
+def test_rows_of_other_clients_have_no_difference_of_differences():
+    runs = runs_of({"a": np.full((2, 6), 0.5), "b": np.full((2, 4), 0.4)})
+    with pytest.raises(ValueError, match="other clients"):
+        stats.minus(runs, "a", "b", "x")
 
 
 def test_the_difference_of_two_differences_is_that_of_the_means():

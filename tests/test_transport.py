@@ -88,6 +88,26 @@ def test_a_clients_plan_does_not_depend_on_other_clients():
     assert all(torch.equal(one, many[0]) for one, (many, _) in zip(together, alone, strict=True))
 
 
+def in_logarithms(sim, eps, gamma, steps):
+    """The unbalanced plan of (M, 2) cosines, without a kernel that could overflow."""
+    cost = (sim.double() - 1) / eps
+    rows, column = -math.log(len(sim)), math.log(gamma / 2)
+    v = torch.zeros(2, dtype=torch.double)
+    for _ in range(steps):
+        u = (rows - torch.logsumexp(cost + v, 1)).clamp(max=0)
+        v = column - torch.logsumexp(cost + u.unsqueeze(1), 0)
+    return (u.unsqueeze(1) + cost + v).exp()
+
+
+@pytest.mark.parametrize("eps", [0.006, 0.031, 0.045, 0.047, 0.1])
+def test_cosines_as_far_apart_as_can_be_have_the_plan_of_logarithms(eps):
+    gen = torch.Generator().manual_seed(1)
+    sim = 2 * torch.rand(40, 9, 2, generator=gen) - 1
+    found, _ = plan(sim[None], eps, 1.0, False, 100, 0.0)
+    for one, mine in zip(sim, found[0], strict=True):
+        assert error(mine, in_logarithms(one, eps, 1.0, 100)) < 1e-3
+
+
 @pytest.mark.parametrize("balanced", [False, True])
 def test_cosines_whose_kernel_underflows_still_give_a_plan(balanced):
     sim = (0.05 * torch.rand(2, 49, 2, generator=torch.Generator().manual_seed(1))).requires_grad_()

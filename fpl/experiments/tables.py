@@ -317,7 +317,9 @@ def table6(runs: DataFrame) -> DataFrame:
     lines = theirs if same.empty else same
     means = lines.groupby(["method", "variant"])["mean"].mean()
     table = titled(with_uploads(runs), ["method", "uploads", "epsilon"]).reset_index("epsilon")
-    table.insert(2, "noise", [multiplier(runs, epsilon) for epsilon in table["epsilon"]])
+    of = {method: part for method, part in runs.groupby("method")}
+    levels = zip(table.index.get_level_values("method"), table["epsilon"])
+    table.insert(2, "noise", [multiplier(of[method], epsilon) for method, epsilon in levels])
     delta = runs["delta"].iloc[0]
     paper = []
     for (_, uploads), row, epsilon in zip(table.index, table["row"], table["epsilon"]):
@@ -332,10 +334,13 @@ def table6(runs: DataFrame) -> DataFrame:
 
 
 def multiplier(runs: DataFrame, epsilon: float) -> float:
-    """Return the noise multiplier of these runs at some epsilon, 0 of epsilon 0."""
+    """Return the noise multiplier of one method's runs at some epsilon.
+
+    It is 0 for epsilon 0, and where nothing is sent.
+    """
     from fpl.privacy import noise_multiplier  # it loads torch, which few tables need
 
-    if not epsilon:
+    if not epsilon or not runs["up"].sum():
         return 0.0
     delta = float(runs["delta"].iloc[0])
     return noise_multiplier(float(epsilon), delta, int(runs["rounds"].iloc[0]))

@@ -241,8 +241,9 @@ class DPFPL(WithLowRank):
     Each tensor gets N(0, (noise bound / b)^2); for P_g of n clients that is shared out, 1 / n of
     it each, so that the mean has what hides an image in it, and the server sees less: trust it, or
     sum securely. Epsilon: fpl.audit.image_privacy; the release's counts rounds for steps (N6).
-    Training sets are cut to the smallest. Steps count: the release keeps the last of each round
-    (N1), with the private gradient of its last client for all (N2) and one momentum (N3).
+    Training sets are cut to the smallest of those that train. Steps count: the release keeps the
+    last of each round (N1), with the private gradient of its last client for all (N2) and one
+    momentum (N3).
     Uploads and downloads m w in every step, keeps m w.
     """
 
@@ -254,7 +255,8 @@ class DPFPL(WithLowRank):
     clip_by: Literal["image", "batch"] = "image"
 
     def clients(self, clients: Clients):
-        least = min(map(len, clients.train))
+        who = torch.cat([*clients.turns]).tolist() if clients.turns else range(len(clients))
+        least = min(len(clients.train[i]) for i in who)
         spread = [len(index) * torch.arange(least) // least for index in clients.train]
         pairs = zip(clients.train, spread, strict=True)
         return replace(clients, train=[index[at.to(index.device)] for index, at in pairs])

@@ -108,6 +108,7 @@ class LeakingGate(InTurn, PFedMoAP):
 
     key = "pfedmoap_leak"
     title = "released: pFedMoAP's gate alone"
+    gate_kept: Literal["private"] = "private"
 
     def download(self, server, client_ids, clients: Clients):
         down = super().download(server, client_ids, clients)
