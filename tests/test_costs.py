@@ -54,6 +54,7 @@ class Tower:
     """
 
     width = dim = 512
+    n_cls = 2
     scale = 1.0
     at_once = 10
 
