@@ -113,9 +113,13 @@ def test_clients_keep_their_names_and_their_order(here, capsys):
     assert last["site 1"] == last["site 10"] == pytest.approx(1 - last["site 2"])
     found = features.load(settings.Data(name="own").features)
     clients = verbs.split(found, kind="column", clients=3)
-    result = verbs.train("zeroshot", encoders.load(BACKBONE.name), clients, progress=False)
+    clip = encoders.load(BACKBONE.name)
+    result = verbs.train("zeroshot", clip, clients, progress=False)
     assert result.table()["accuracy, %"].round().tolist() == (100 * last).round().tolist()
     assert [*result.table().index] == [*last.index]
+    assert result.prompts is None
+    learnt = verbs.train("promptfl", clip, clients, rounds=1, progress=False)
+    assert learnt.prompts.shape == (3, 16, clip.model.token_embedding.weight.shape[1])
 
 
 SAME = [("Plain Circle", "plain circle"), ("a &amp; b", "a & b"), ("caf\u00e9", "cafe\u0301")]
