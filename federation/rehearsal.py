@@ -209,7 +209,7 @@ def compare(
     *_, last = run_rounds(setup)
     tensors, header = stored.read(state)
     params = last.state.server.params
-    away = max((tensors["params"][k] - v).abs().max().item() for k, v in params.items())
+    away = max((tensors["params"][k] - v.cpu()).abs().max().item() for k, v in params.items())
     lines = []
     for i, (name, place) in enumerate(zip(agreement.sites, places)):
         said = stored.read(place / f"{agreement.key[:16]}.safetensors")[1]["accuracy"]

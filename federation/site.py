@@ -81,13 +81,28 @@ class Site:
             check_choice(kind, KINDS, "question")
             self.folder.mkdir(parents=True, exist_ok=True)
             with file_lock(self.folder / "lock"):
-                return getattr(self, kind)(asked)
+                return getattr(self, kind)(self.here(asked))
         except Refused as error:
             log.error("%s", error)
             return Parcel(words={"refused": str(error)})
-        except (ValueError, OSError, FloatingPointError, LookupError) as error:
+        except (
+            ValueError,
+            OSError,
+            RuntimeError,
+            ArithmeticError,
+            LookupError,
+            TypeError,
+        ) as error:
             log.error("%s", error)
             return Parcel(words={"refused": f"{self.name} cannot do it, its own log says why"})
+
+    def here(self, asked: Parcel) -> Parcel:
+        """Return a parcel with its tensors where the model is."""
+        device = device_of(self.clip)
+        tensors = {}
+        for group, own in asked.tensors.items():
+            tensors[group] = {name: value.to(device) for name, value in own.items()}
+        return Parcel(tensors, asked.words)
 
     def join(self, asked: Parcel) -> Parcel:
         """Tell who this is and how many training images it has, if it can take part."""
@@ -110,6 +125,9 @@ class Site:
         """
         kept = self.read(str(asked.words["key"]))
         number = int(asked.words["round"])
+        rounds = kept.agreement.run.rounds
+        if not 0 <= number < rounds:  # all that were agreed to share an epsilon
+            raise Refused(f"{self.name} has agreed to {rounds} rounds: {number} is none of them")
         if number < kept.round:
             raise Refused(f"{self.name} has trained round {kept.round}, not {number} again")
         if number > kept.round:
@@ -129,6 +147,7 @@ class Site:
         upload = {name: kept.local[name] for name in method.shared}
         if kept.agreement.private and upload:
             z = noise_of(method, training)
+            check_finite(begin, "server")
             draw = self.noise(kept.agreement, number)
             upload = privacy.release(upload, begin | down, training.clip, z, [draw])
         kept.upload, kept.round = upload, number

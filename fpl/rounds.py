@@ -447,7 +447,7 @@ def aggregate(
 ) -> Server:
     """Send the participants' shared tensors, with noise where it is asked for, to the server."""
     uploads = {name: local[name][picked] for name in setup.method.shared}
-    if noise or setup.training.mechanism == "clipping":
+    if uploads and (noise or setup.training.mechanism == "clipping"):
         gens = [generator(setup.seeds.order, "noise", server.round, i) for i in picked.tolist()]
         uploads = privacy.release(uploads, server.params, setup.training.clip, noise, gens)
     sizes = torch.tensor([len(index) for index in setup.clients.train], device=picked.device)

@@ -3,6 +3,7 @@
 What happens when workers die, hang or differ is in tests/cluster, which takes minutes.
 """
 
+import contextlib
 import os
 import shutil
 from dataclasses import replace
@@ -20,7 +21,7 @@ from fpl.data import encoders, extraction, features, foreign
 from fpl.data.manifest import read_manifest
 from fpl.data.views import Views
 from fpl.experiments import cluster as on_cluster
-from fpl.experiments import records, remote, runner, settings
+from fpl.experiments import keep, records, remote, runner, settings
 from fpl.experiments.runner import Asked
 from fpl.experiments.settings import ROWS
 
@@ -159,6 +160,48 @@ def test_without_a_scheduler_there_is_a_sentence(address, alone, monkeypatch):
 def test_a_place_that_no_worker_has_is_refused(alone):
     far = settings.Backbone("local-dir:/somewhere/clip")
     refuses(lambda: on_cluster.model_files(far), ["/somewhere/clip", "where you stand"])
+
+
+@pytest.mark.parametrize(
+    ("said", "count", "wanted"),
+    [("", 2, ["0", "1"]), ("3", 1, ["3"]), ("5,GPU-8a", 2, ["5", "GPU-8a"]), ("", 0, [])],
+)
+def test_gpus_are_those_that_the_caller_may_use(said, count, wanted, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", said)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    assert runner.visible_gpus() == wanted
+
+
+def test_what_a_run_learnt_is_read_from_a_place_of_its_own(here, monkeypatch):
+    """Two workers of one store stand in the same folder."""
+    experiments = [PARAMS.experiment("promptfl", seed) for seed in (1, 2)]
+    keys = runner.keys_of(experiments)
+    places = []
+    write = keep.write
+    monkeypatch.setattr(keep, "write", lambda path, kept: places.append(path) or write(path, kept))
+    monkeypatch.setattr(remote, "standing_at", lambda files: contextlib.nullcontext(Path.cwd()))
+    monkeypatch.setattr(remote, "teller", lambda number: None)
+    monkeypatch.setattr(remote, "threads", lambda: 1)
+    for experiment, key in zip(experiments, keys, strict=True):
+        told = remote.described(experiment, "promptfl")
+        _, content = remote.perform(told, key, Asked(keep=True), {}, 0)
+        assert content
+    assert len({*places}) == 2 and not any(path.exists() for path in places)
+
+
+def test_images_are_transformed_as_the_caller_says():
+    """Whose weights may be those of a tag with another transform than that of its file."""
+    assert remote.Sent({"transform": "the caller's"}, None, []).transform == "the caller's"
+
+
+@pytest.mark.parametrize("room", ["methods.py", "more_methods/prompts.py", "data/partitions.py"])
+def test_a_worker_with_other_code_is_another_one(room, tmp_path, monkeypatch):
+    shutil.copytree(remote.PACKAGE, tmp_path / "fpl")
+    monkeypatch.setattr(remote, "PACKAGE", tmp_path / "fpl")
+    before = remote.identity()
+    path = tmp_path / "fpl" / room
+    path.write_text(path.read_text() + "\nX = 1\n")
+    assert remote.identity() != before
 
 
 def test_of_several_gpus_of_this_machine_each_worker_has_its_own(monkeypatch):

@@ -103,12 +103,14 @@ def test_the_nearest_word_on_how_many_seeds_holds(tmp_path):
     """A row's, then the method's, then the table's; never more than there are."""
     (tmp_path / "params.yaml").write_text(
         "seeds: [5, 6, 7, 8]\nmethods: {coop: {seeds: 2}, promptfl: {}}\n"
-        "tables: {a: {t: {seeds: 3, rows: {coop: {}, promptfl: {}, fedprox: {seeds: 9}}}}}\n"
+        "tables: {a: {t: {seeds: 3, rows: {coop: {}, promptfl: {}, fedprox: {seeds: '9'}}}}}\n"
     )
     found = {}
     for label, experiment in settings.read(tmp_path / "params.yaml").runs("t"):
         found.setdefault(label, []).append(experiment.seed)
     assert found == {"coop": [5, 6], "promptfl": [5, 6, 7], "fedprox": [5, 6, 7, 8]}
+    (tmp_path / "params.yaml").write_text("seeds: [1, 2, 1]\n")
+    refuses(lambda: settings.read(tmp_path / "params.yaml"), ["seeds", "the same seed twice"])
 
 
 def test_a_table_belongs_to_its_notebook_and_to_no_other(tmp_path):

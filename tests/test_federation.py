@@ -294,8 +294,8 @@ def test_what_is_wrong_is_refused_and_harms_nobody(words, tower, people, tmp_pat
 
 
 def test_a_site_refuses_what_a_server_must_not_send(tower, people, tmp_path):
-    agreement = agreed("promptfl", rounds=2)
-    _, wire = federate(agreement, tmp_path, tower, people)
+    agreement = agreed("promptfl", rounds=3)
+    _, wire = federate(agreement, tmp_path, tower, people, lost("train", SITES[0], 2))
     site = wire.at[900]
     key = agreement.key
     down = {"ctx": torch.zeros(1, 4, 32)}
@@ -307,10 +307,29 @@ def test_a_site_refuses_what_a_server_must_not_send(tower, people, tmp_path):
     assert "not finite" in said(ctx=torch.full((1, 4, 32), torch.inf))
     assert "[1, 5, 32]" in said(ctx=torch.zeros(1, 5, 32))
     assert "not 0 again" in said(number=0)
+    for number in (-1, 3):  # rounds that nobody agreed to would share the epsilon
+        assert "has agreed to 3 rounds" in said(number=number)
     assert "not joined" in said(key="1" * 64)
     assert "no key" in said(key="../../../north/x")
     assert site.answer("sell", Parcel()).words["refused"]
     assert not said()
+
+
+ASKED = {
+    "not finite": ("fedamp", "begin", {"ctx": torch.full((1, 4, 32), torch.nan)}),
+    "its own log": ("pfedmoap", "down", {"experts": torch.zeros(1, 2, 5, 7)}),
+}
+
+
+@pytest.mark.parametrize("words", ASKED)
+def test_a_site_says_that_it_cannot_train_from_what_is_sent(words, tower, people, tmp_path):
+    method, group, wrong = ASKED[words]
+    agreement = agreed(method, epsilon=20.0, rounds=3)
+    _, wire = federate(agreement, tmp_path, tower, people, lost("train", SITES[0], 2))
+    asked = next(a for kind, name, a, _ in wire.sent[::-1] if (kind, name) == ("train", SITES[0]))
+    tensors = {**asked.tensors, group: {**asked.tensors.get(group, {}), **wrong}}
+    reply = wire.at[900].answer("train", Parcel(tensors, asked.words | {"round": 2}))
+    assert words in reply.words["refused"] and not reply.tensors
 
 
 def test_only_agreed_sites_with_the_agreed_model_join(tower, people, tmp_path):

@@ -6,9 +6,11 @@ import pytest
 import yaml
 from helpers import PARAMS, refuses, standing_in
 
-from fpl.experiments import records, runner, settings
+from fpl.experiments import predict, records, runner, settings
+from fpl.experiments.runner import Asked
 from fpl.methods import METHODS, PromptFL
 
+KEEP = Asked(keep=True)
 FUTURE = "from __future__ import annotations\n\n"
 STDLIB = "from dataclasses import dataclass\n"
 PYDANTIC = "from pydantic.dataclasses import dataclass\n"
@@ -171,6 +173,69 @@ def test_another_process_can_run_it(world, own):
         made = [json.loads(path.read_text()) for path in paths]
     assert [record["settings"]["seed"] for record in made] == [1, 2]
     assert {record["title"] for record in made} == {"Mine"}
+
+
+SIGNED = """
+from dataclasses import dataclass
+
+from fpl.methods import ZeroShot
+
+
+@dataclass(frozen=True)
+class Signed(ZeroShot):
+    def logits(self, text, t, p, context, x):
+        return SIGN * super().logits(text, t, p, context, x)
+"""
+
+
+def test_edited_it_is_another_method_in_the_same_session(alone):
+    """As in a notebook: neither is the old code run, nor its number taken for the new one's."""
+    file = alone / "signed.py"
+
+    def made(sign):
+        file.write_text(SIGNED + f"\n\nSIGN = {sign}\n")
+        experiment = PARAMS.experiment("signed.py:Signed", 1)
+        (path,) = runner.sweep([experiment])
+        return experiment, path, records.read(path)["rounds"][0]["accuracy"]
+
+    old, first, right = made(1)
+    _, second, wrong = made(-1)
+    assert first != second and wrong != right
+    with pytest.raises(ValueError, match="signed.py has changed .* name the method again"):
+        runner.sweep([old])
+    assert made(1)[1:] == (first, right)
+
+
+@pytest.mark.parametrize("name", ["seed", "method", "data", "rounds", "shots"])
+def test_a_setting_that_every_run_has_is_refused(name, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(f"{STDLIB}{OWN.replace('lam: float = 0.5', f'{name}: int = 5')}")
+    refuses(lambda: settings.row_class(f"{file}:MyMethod"), [f"a setting {name}", "rename it"])
+
+
+def test_a_switch_is_kept_as_any_other_setting(alone):
+    (alone / "mine.py").write_text(STDLIB + OWN.replace("steps: int = 3", "steep: bool = True"))
+    (path,) = runner.sweep([PARAMS.experiment("mine.py:MyMethod", 1, n_ctx=2)], asked=KEEP)
+    assert predict.restore(path, method="mine.py:MyMethod").kept.method.steep is True
+    refuses(lambda: PARAMS.experiment("mine.py:MyMethod", 1, lam=True), ["lam", "True"])
+
+
+def test_a_tensor_whose_name_no_file_can_hold_is_refused(alone):
+    code = (
+        OWN
+        + """
+    def init(self, text, gen):
+        return {"ctx": super().init(text, gen)["ctx"], "net/w": text.words("a")}
+
+    def start(self, local, down):
+        return {**local, **down}
+"""
+    )
+    code = code.replace("@dataclass(frozen=True)\nclass NoMethod:\n    lam: float = 1.0\n", "")
+    code = code.replace("class NoDataclass(PromptFL):\n    lam = 1.0\n", "")
+    (alone / "mine.py").write_text(STDLIB + code)
+    experiment = PARAMS.experiment("mine.py:MyMethod", 1, n_ctx=2)
+    refuses(lambda: runner.sweep([experiment], asked=KEEP), ["'net/w'", "rename it"])
 
 
 def test_naming_it_from_another_folder_is_naming_the_same(own, monkeypatch):

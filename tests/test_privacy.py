@@ -247,8 +247,9 @@ def test_without_an_epsilon_nothing_changes(row, text, clients):
         assert equal(uploads, {k: local[k][who] for k in row.shared})
 
 
-def test_who_uploads_nothing_has_nothing_to_hide(text, clients):
-    plain, private = with_and_without(make(CoOp), text, clients, **PRIVATE)
+@pytest.mark.parametrize("how", [PRIVATE, {"mechanism": "clipping"}], ids=["noise", "clipping"])
+def test_who_uploads_nothing_has_nothing_to_hide(how, text, clients):
+    plain, private = with_and_without(make(CoOp), text, clients, **how)
     assert all(map(equal, plain.evaluated, private.evaluated))
 
 

@@ -342,13 +342,15 @@ def test_the_released_splits_count_for_runs_that_have_them(name, package):
     )
 
 
-@pytest.mark.parametrize("epsilon", [0.0, 5.0])
-def test_privacy_counts_for_runs_that_have_an_epsilon(epsilon, package):
+PRIVATE = [({}, False), ({"epsilon": 5.0}, True), ({"mechanism": "clipping"}, True)]
+
+
+@pytest.mark.parametrize(("how", "counts"), PRIVATE)
+def test_privacy_counts_for_runs_that_clip_uploads(how, counts, package):
     rows = ["promptfl", "pfedmoap"]
-    before = fingerprints(rows, epsilon=epsilon)
+    before = fingerprints(rows, **how)
     replace(package / "privacy.py", "z * clip * torch.stack(noise)", "z * torch.stack(noise)")
-    wanted = set(rows) if epsilon else set()
-    assert changed(before, fingerprints(rows, epsilon=epsilon)) == wanted
+    assert changed(before, fingerprints(rows, **how)) == (set(rows) if counts else set())
 
 
 # A method of one's own, in a file of its own.
@@ -357,7 +359,8 @@ OWN = '''"""A method of mine."""
 
 from dataclasses import dataclass
 
-from fpl.methods import FedProx
+import fpl.gate as mixing
+from fpl.methods import CoOp, FedProx
 
 WEIGHT = 2.0
 TABLE = {"term": 1.0}
@@ -384,6 +387,9 @@ class Mine(FedProx):
     """FedProx with a heavier term."""
 
     title = "Mine"
+
+    def pool(self, x):
+        return mixing.pool(x, 2)
 
     def term(self, p, context):
         return helper(super().term(p, context))
@@ -422,7 +428,7 @@ OTHER = {
     "a condition": ("    HEAVY = 1.0", "    HEAVY = 2.0"),
     "a constant": ("WEIGHT = 2.0", "WEIGHT = 3.0"),
     "the method": ("return helper(super()", "return -helper(super()"),
-    "its base": ("class Mine(FedProx)", "class Mine(PromptFL, FedProx)"),
+    "its base": ("class Mine(FedProx)", "class Mine(CoOp)"),
 }
 
 
@@ -438,7 +444,10 @@ def test_a_method_of_ones_own_depends_on_the_package_as_its_base_does(own, packa
     write(package / "methods.py", (package / "methods.py").read_text() + METHOD)
     assert of_own(own) == before
     replace(package / "methods.py", "self.mu / 2 *", "self.mu / 3 *")
-    assert of_own(own) != before
+    after = of_own(own)
+    assert after != before
+    replace(package / "gate.py", "x[..., :: x.shape[-1] // g]", "x[..., :g]")
+    assert of_own(own) != after, "a module that is imported as a whole"
 
 
 def test_a_file_may_be_moved(own, tmp_path):

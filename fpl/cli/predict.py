@@ -86,10 +86,8 @@ def check(options: Options) -> None:
 def restore(options: Options) -> Model:
     """Return what a run learnt."""
     from fpl.experiments import predict
-    from fpl.experiments.settings import row_class
 
-    method = row_class(options.method) if options.method else None
-    return predict.restore(options.record, method=method)
+    return predict.restore(options.record, method=options.method or None)
 
 
 def show(found: DataFrame, csv: Path | None) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, TypeGuard
 
-from fpl.experiments.settings import OWN, Experiment
+from fpl.experiments.settings import OWN, Experiment, own_name
 
 PACKAGE = Path(__file__).parents[1]
 # Where every run begins, and what is followed no further: a record is found by all settings, and by
@@ -39,7 +39,7 @@ def code_fingerprint(experiment: Experiment) -> str:
     stop = {*ELSEWHERE, *FILES}
     if experiment.partition.form == "ours" and experiment.partition.loader == "right":
         stop.add("fpl.released.splits")
-    if not experiment.run.epsilon:
+    if not experiment.run.epsilon and experiment.run.mechanism != "clipping":
         stop.add("fpl.privacy")
     kind = type(experiment.method)
     reached: dict[Place, str] = {}
@@ -69,8 +69,11 @@ def definitions(module: str) -> dict[str, tuple[str, list[Place]]]:
     """Return the code of each top-level name of a module, and the places that it uses.
 
     Only modules of this package and files of one's own are read; others have no names here.
+    Raises ValueError for a file of one's own that is another one than the method came from.
     """
     path = file_of(module)
+    if path and module.startswith(OWN) and own_name(path) != module:
+        raise ValueError(f"{path} has changed since its method was loaded: name the method again")
     return read(module, path, path.stat().st_mtime_ns) if path else {}
 
 
@@ -134,6 +137,9 @@ def named(statement: ast.stmt) -> list[str]:
 
 def imported(statement: ast.AST) -> dict[str, Place]:
     """Return the names that a statement imports from this package, and what they stand for."""
+    if isinstance(statement, ast.Import):
+        ours = [alias for alias in statement.names if alias.name.startswith("fpl.")]
+        return {alias.asname: Place(alias.name) for alias in ours if alias.asname}
     if not isinstance(statement, ast.ImportFrom) or not (statement.module or "").startswith("fpl"):
         return {}
     found = {}

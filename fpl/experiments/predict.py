@@ -31,6 +31,7 @@ from fpl.experiments.answers import NO_CLASS
 from fpl.experiments.given import Images, Source, encode, gather, labelled, name_of, require_read
 from fpl.experiments.keep import Kept
 from fpl.experiments.records import RECORDS, Damaged
+from fpl.experiments.settings import row_class
 from fpl.experiments.values import check_choice, shown
 from fpl.methods import PromptFL
 from fpl.prompts import Clip, PromptTree
@@ -233,21 +234,22 @@ class Model:
 
 
 def restore(
-    run: str | Path, clip: Clip | None = None, method: type[PromptFL] | None = None
+    run: str | Path, clip: Clip | None = None, method: str | type[PromptFL] | None = None
 ) -> Model:
     """Return what a run learnt, ready to be used.
 
     run: its record, the file that it kept, or the name of these in results/records, which may be
     cut where no other begins so. clip: the model, if not to be loaded. method: the class of a
-    method of your own.
+    method of your own, or "FILE.py:CLASS".
     Raises FileNotFoundError for a run that is not there or has kept nothing, and ValueError for a
     name that several have, a damaged file, a method of your own that is not given, and a model that
     is not the run's.
     """
     path = file_of(run)
     device = str(extraction.device_of(clip)) if clip else cache.device()
+    kind = row_class(method) if isinstance(method, str) else method
     try:
-        kept = keep.read(path, method, device)
+        kept = keep.read(path, kind, device)
     except Damaged as error:
         raise Damaged(f"{error}: make its run again, with --keep") from None
     clip = clip or load(kept, path, device)

@@ -13,6 +13,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -35,7 +36,8 @@ from fpl.rounds import Training
 
 STORE = "FPL_STORE"
 PACKAGE = Path(__file__).parents[1]
-ROOMS = ("*.py", "data/**/*.py", "experiments/*.py", "released/*.py")  # what a run goes through
+# what a run goes through
+ROOMS = ("*.py", "data/**/*.py", "experiments/*.py", "more_methods/*.py", "released/*.py")
 # Two levels below what a run may name, so that ../data/demo_clip of the paper's profile is inside.
 INSIDE = Path("repository") / "profile"
 # What numbers depend on besides our own code.
@@ -160,9 +162,10 @@ def perform(
         checkpoint.remove()
         if not asked.keep:
             return found.record, b""
-        path = folder / "learnt.safetensors"
-        keep.write(path, found.kept)
-        return found.record, path.read_bytes()
+        with tempfile.TemporaryDirectory(dir=folder) as own:  # other processes stand here, too
+            path = Path(own) / "learnt.safetensors"
+            keep.write(path, found.kept)
+            return found.record, path.read_bytes()
 
 
 class Sent(extraction.Images):
@@ -175,7 +178,7 @@ class Sent(extraction.Images):
         self, told: Mapping[str, Any], clip: Clip, files: Sequence[tuple[str, bytes] | str]
     ) -> None:
         self.__dict__ |= told
-        self.files, self.transform = files, clip.transform
+        self.files = files
 
     def read(self, i: int) -> tuple[str, bytes]:
         """Return what came of a file. Raises OSError where it cannot be read."""

@@ -123,8 +123,8 @@ def in_workers(todo: Sequence[Run], total: int, jobs: int | None) -> None:
     """Make runs in several processes, the longest first; of several GPUs each has its own."""
     context = get_context("spawn")
     gpus = context.SimpleQueue()
-    for number in range(torch.cuda.device_count()):
-        gpus.put(number)
+    for name in visible_gpus():
+        gpus.put(name)
     most = torch.cuda.device_count() or min(os.cpu_count() or 1, 8)
     jobs = min(jobs or most, most if device() == "cuda" else len(todo), len(todo))
     threads = max(1, torch.get_num_threads() // jobs)
@@ -160,6 +160,13 @@ def in_workers(todo: Sequence[Run], total: int, jobs: int | None) -> None:
     report(failures, len(todo))
 
 
+def visible_gpus() -> list[str]:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    said = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    many = range(torch.cuda.device_count())
+    return said.split(",")[: len(many)] if said else [*map(str, many)]
+
+
 def longest_first(todo: Sequence[Run]) -> list[Run]:
     """Return runs in the order in which they are begun, so that none is long at the end."""
     return sorted(todo, key=lambda run: -run[0].run.rounds * run[0].run.local_epochs)
@@ -190,7 +197,7 @@ def get_ready(threads: int, own: Sequence[Path], gpus: Any) -> None:
     """In a worker: take a share of the cores or a GPU, and load methods of one's own."""
     torch.set_num_threads(threads)
     if not gpus.empty():  # before the first use of a GPU by this process
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpus.get())
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
     for path in own:
         own_module(path)
 

@@ -251,7 +251,7 @@ class Settings:
     def seeds_of(self, asked: Table, row: str, own: Mapping[str, Any]) -> tuple[int, ...]:
         """Return the seeds of a table's row: all, or as many as row, method or table say."""
         most = own.get(SEEDS) or self.methods.get(row, {}).get(SEEDS) or asked.seeds
-        return self.seeds[: most or None]
+        return self.seeds[: int(most) or None]
 
     def open_to(self, row: str) -> set[str]:
         """Return the settings of a row that neither section methods nor the method itself fixes."""
@@ -294,21 +294,36 @@ def row_class(name: str) -> type[PromptFL]:
         raise ValueError(f"{name} is not a subclass of fpl.methods.PromptFL: make it one")
     if "__dataclass_fields__" not in vars(own):
         raise ValueError(f"{name} is no dataclass: write @dataclass(frozen=True) above the class")
+    of_runs = {"method", "seed", "data"}.union(*map(names_of, (Training, Partition)))
+    for twice in sorted(of_runs & names_of(own)):
+        raise ValueError(f"{name} has a setting {twice}, which every run has: rename it")
     return own
+
+
+def names_of(kind: Any) -> set[str]:
+    """Return the names of a dataclass's settings."""
+    return {one.name for one in dataclasses.fields(kind)}
+
+
+def own_name(path: Path) -> str:
+    """Return the name of the module in a file of one's own. Raises ValueError without the file."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}: give FILE.py:CLASS with the file of the method")
+    content = hashlib.sha256(f"{path}\0".encode() + path.read_bytes())
+    return f"{OWN}{path.stem}_{content.hexdigest()[:8]}"
 
 
 def own_module(path: Path) -> Any:
     """Return the module in a file of one's own, which is run once.
 
-    It is known to Python under a name made of its path, so that worker processes find its classes.
+    It is known to Python under a name made of its path and content, so that worker processes find
+    its classes, and that a file that was edited is run again.
     Raises ValueError when there is no such file, or it does not run.
     """
     path = path.resolve()
-    name = f"{OWN}{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    name = own_name(path)
     if name in sys.modules:
         return sys.modules[name]
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}: give FILE.py:CLASS with the file of the method")
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -414,6 +429,8 @@ def seeds(listed: Any) -> tuple[int, ...]:
     found = tuple(values.seed(seed, "seeds") for seed in of_type(listed, list, "seeds"))
     if not found:
         raise ValueError("seeds must name at least one seed")
+    if len({*found}) < len(found):
+        raise ValueError("seeds name the same seed twice: each is one repetition")
     return found
 
 

@@ -26,7 +26,10 @@ CHECKSUM = "sha256"
 
 
 def write(path: Path, tensors: Nested, header: Mapping[str, Any]) -> None:
-    """Write tensors, wherever they live, and what JSON can hold of them, under a temporary name."""
+    """Write tensors, wherever they live, and what JSON can hold of them, under a temporary name.
+
+    Raises ValueError for a name with a "/" in it.
+    """
     flat = dict(flatten(tensors))
     text = json.dumps({**header, CHECKSUM: checksum(flat, header)}, sort_keys=True)
     with atomic_write(path) as temporary:
@@ -62,8 +65,13 @@ def read(path: Path, device: str = "cpu") -> tuple[dict[str, Any], dict[str, Any
 
 
 def flatten(tensors: Nested, above: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor under its path, as the file takes it: contiguous, and with no other."""
+    """Yield every tensor under its path, as the file takes it: contiguous, and with no other.
+
+    Raises ValueError for a name that would be a path.
+    """
     for name, value in tensors.items():
+        if "/" in name:
+            raise ValueError(f"a tensor is called {name!r}, which a file cannot hold: rename it")
         if isinstance(value, Mapping):
             yield from flatten(value, f"{above}{name}/")
         else:

@@ -295,9 +295,10 @@ def build(cls: type[T], values: Any, where: str) -> T:
     any number ends somewhere.
     """
     known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    switches = {field.name for field in fields(cls) if field.type in (bool, "bool")}  # type: ignore[arg-type]
     for key, value in of_type(values, dict, where).items():
         check_choice(key, known, f"parameter in {where}")
-        if isinstance(value, bool):
+        if isinstance(value, bool) and key not in switches:
             raise ValueError(f"{where}.{key} must be a number or a word, not {value!r}")
     try:
         made = checked(cls).validate_python(values)  # type: ignore[arg-type]
