@@ -21,7 +21,7 @@ from helpers import refuses, standing_in
 
 from fpl import cli
 from fpl.data import arrow, features, foreign, pack
-from fpl.experiments import runner, settings
+from fpl.experiments import cache, predict, runner, settings, transfer
 
 N, D = 12, 5
 WIDE = 128  # joint width that every gate fits
@@ -519,8 +519,11 @@ def test_rows_run_on_what_was_imported_and_others_say_what_lacks(row, text, impo
         bring_more(hints=foreign.Hints(Path("text.npy")))
     experiment = imported.experiment(row, 1)
     if row in NOTHING or text and row in TEXT:
-        [path] = runner.sweep([experiment])
+        [path] = runner.sweep([experiment], asked=runner.Asked(keep=True))
         assert json.loads(path.read_text())["classes"] == NAMES
+        clip, _ = cache.load_cached(experiment.source.data, experiment.source.backbone, "cpu")
+        assert predict.restore(path, clip).kept.classes == NAMES
+        refuses(lambda: transfer.accuracies(path, experiment.source), ["came without a CLIP"])
     else:
         words = "no text tower" if row not in TEXT else "--text FILE"
         refuses(lambda: runner.sweep([experiment]), [words])

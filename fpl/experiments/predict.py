@@ -246,7 +246,8 @@ def restore(
     is not the run's.
     """
     path = file_of(run)
-    device = str(extraction.device_of(clip)) if clip else cache.device()
+    first = next(clip.model.parameters(), None) if clip else None  # imported features have none
+    device = cache.device() if first is None else str(first.device)
     kind = row_class(method) if isinstance(method, str) else method
     try:
         kept = keep.read(path, kind, device)

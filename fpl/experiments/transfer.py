@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fpl.data.encoders import IMPORTED
 from fpl.experiments.cache import device, load_cached, patches_of, text_of
 from fpl.experiments.predict import restore
 from fpl.experiments.settings import Settings, Source
@@ -36,9 +37,13 @@ def accuracies(run: str | Path, source: Source) -> list[float]:
     from what each client has received. A method that is bound to the classes of training
     (`transfers`) has nan. run: its record, the file that it kept, or the name of these.
     Raises FileNotFoundError for a run that has kept nothing, and ValueError where the features are
-    of another CLIP than the run's.
+    of another CLIP than the run's, or of none.
     """
     data, backbone, on = source.data, source.backbone, device()
+    if backbone.name == IMPORTED:
+        raise ValueError(
+            f"{data.features} came without a CLIP: a run is tried elsewhere with its own"
+        )
     clip, feats = load_cached(data, backbone, on)
     model = restore(run, clip)
     kept = model.kept
