@@ -116,6 +116,8 @@ def test_clients_are_called_the_same_where_every_seed_deals_them_alike(case):
     runs = runs_of({"a": [[0.5] * asked.clients]}).assign(**dataclasses.asdict(asked))
     runs["domain"] = [f"{i * 2 // asked.clients}" if each else "" for i in runs["client"]]
     assert stats.same_clients(runs) == alike
+    one_each = runs.groupby("domain", as_index=False).head(1)  # as a table of unseen clients has
+    assert stats.same_clients(one_each) == alike
 
 
 def test_a_paired_difference_is_that_of_the_means_and_pairing_narrows_it():

@@ -174,8 +174,8 @@ def same_clients(runs: DataFrame) -> bool:
     one = runs.iloc[0]
     kind = one.get("kind")
     by_rule = one.get("form") == "released" and kind in ("pathological", "domain")
-    of_domain = runs.groupby("domain")["client"].nunique() if kind == "domain" else Series([2])
-    return kind == "column" or one.get("split_seed", 0) > 0 or by_rule or of_domain.max() == 1
+    is_domain = kind == "domain" and runs["domain"].nunique() == one["clients"]
+    return kind == "column" or one.get("split_seed", 0) > 0 or by_rule or is_domain
 
 
 def p_of_draws(drawn: np.ndarray) -> float:
