@@ -220,19 +220,14 @@ def test_a_switch_is_kept_as_any_other_setting(alone):
     refuses(lambda: PARAMS.experiment("mine.py:MyMethod", 1, lam=True), ["lam", "True"])
 
 
-def test_a_tensor_whose_name_no_file_can_hold_is_refused(alone):
-    code = (
-        OWN
-        + """
+WITH_PATH = """
     def init(self, text, gen):
-        return {"ctx": super().init(text, gen)["ctx"], "net/w": text.words("a")}
-
-    def start(self, local, down):
-        return {**local, **down}
+        return {**super().init(text, gen), "net/w": text.words("a")}
 """
-    )
-    code = code.replace("@dataclass(frozen=True)\nclass NoMethod:\n    lam: float = 1.0\n", "")
-    code = code.replace("class NoDataclass(PromptFL):\n    lam = 1.0\n", "")
+
+
+def test_a_tensor_whose_name_no_file_can_hold_is_refused(alone):
+    code = OWN.replace("    def loss(", f"{WITH_PATH}\n    def loss(")
     (alone / "mine.py").write_text(STDLIB + code)
     experiment = PARAMS.experiment("mine.py:MyMethod", 1, n_ctx=2)
     refuses(lambda: runner.sweep([experiment], asked=KEEP), ["'net/w'", "rename it"])

@@ -68,17 +68,17 @@ def test_intervals_of_paired_differences_cover_the_truth_as_often_as_stated(case
         assert least <= covered <= most, covered
 
 
-def claims(same, many=300):
+def claims(same):
     """How often a difference is claimed of two rows that do not differ over many clients."""
     gen = np.random.default_rng(1)
     found = 0
-    for _ in range(many):
+    for _ in range(300):
         of_client = gen.normal(0, 0.1, (1 if same else 5, 30))
         difference = of_client + gen.normal(0, 0.03, (5, 30))
         runs = runs_of({"a": 0.5 + difference, "b": np.full((5, 30), 0.5)})
         line = stats.paired(runs.assign(kind="column" if same else "iid"), "a", "b", draws=400)
         found += stats.verdict(line["low"], line["high"]) != "no difference seen"
-    return found / many
+    return found / 300
 
 
 @pytest.mark.parametrize("same", [False, True])

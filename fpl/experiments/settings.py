@@ -276,7 +276,7 @@ def part_of(values: Mapping[str, Any], cls: type) -> dict[str, Any]:
 def parameter_names(*rows: str) -> set[str]:
     """Return everything that may be changed about a run of these rows (of any, without one)."""
     kinds = [row_class(row) for row in rows or ROWS]
-    return {f.name for kind in (*kinds, Training, Partition) for f in dataclasses.fields(kind)}
+    return names_of(Training, Partition, *kinds)
 
 
 def row_class(name: str) -> type[PromptFL]:
@@ -294,15 +294,15 @@ def row_class(name: str) -> type[PromptFL]:
         raise ValueError(f"{name} is not a subclass of fpl.methods.PromptFL: make it one")
     if "__dataclass_fields__" not in vars(own):
         raise ValueError(f"{name} is no dataclass: write @dataclass(frozen=True) above the class")
-    of_runs = {"method", "seed", "data"}.union(*map(names_of, (Training, Partition)))
+    of_runs = {"method", "seed", "data"} | names_of(Training, Partition)
     for twice in sorted(of_runs & names_of(own)):
         raise ValueError(f"{name} has a setting {twice}, which every run has: rename it")
     return own
 
 
-def names_of(kind: Any) -> set[str]:
-    """Return the names of a dataclass's settings."""
-    return {one.name for one in dataclasses.fields(kind)}
+def names_of(*kinds: Any) -> set[str]:
+    """Return the names of the settings of dataclasses."""
+    return {one.name for kind in kinds for one in dataclasses.fields(kind)}
 
 
 def own_name(path: Path) -> str:
