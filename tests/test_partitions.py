@@ -313,6 +313,22 @@ def test_domains_have_clients_of_their_own_in_their_order():
         assert not np.array_equal(counts[0], counts[2]) and not np.array_equal(counts[2], counts[4])
 
 
+@pytest.mark.parametrize("classes", ["all", "base"])
+@pytest.mark.parametrize("held_out", ["", "two"])
+def test_clients_are_named_by_the_domains_that_are_dealt(held_out, classes):
+    """Of domain "one" there are novel classes only."""
+    labels = np.repeat([2, 3, 0, 1, 0, 1], 40)
+    domain = np.repeat(np.array(["one", "two", "three"], object), 80)
+    split = np.tile(np.array(["train", "test"], object), 120)
+    left = 3 - (held_out == "two") - (classes == "base")
+    partition = Partition("domain", 2 * left, 0, 9.0, classes=classes, held_out=held_out)
+    named = partitions.domain_names(partition, labels, domain)
+    assert len(set(named)) == left
+    for parts in partitions.make(partition, labels, split, 1, domain):
+        assert [{*domain[own]} for own in parts] == [{name} for name in named]
+    assert partitions.domain_names(Partition("iid", 2), labels, domain) == []
+
+
 @pytest.mark.parametrize("name", ["train", "test"])
 def test_iid_clients_differ_by_one_image_in_a_class_and_in_all(name):
     counts = tally(deal("iid", shots=0)[name == "test"], "iid")

@@ -136,7 +136,7 @@ def make(
 
     Raises ValueError when the images cannot be dealt as asked.
     """
-    here = is_base(partition, labels) & ~is_target(partition, labels, domain)
+    here = is_dealt(partition, labels, domain)
     separate = groups(partition, here, domain, client)
     n = partition.clients // len(separate)
     n_cls = int(labels.max()) + 1
@@ -226,6 +226,11 @@ def elsewhere(
     return {name: np.flatnonzero(images) for name, images in found.items()}
 
 
+def is_dealt(partition: Partition, labels: ndarray, domain: ndarray | None) -> ndarray:
+    """Say of each image whether any client may have it."""
+    return is_base(partition, labels) & ~is_target(partition, labels, domain)
+
+
 def is_base(partition: Partition, labels: ndarray) -> ndarray:
     """Say of each image whether clients train on its class."""
     if partition.classes == "base":
@@ -290,8 +295,15 @@ def client_names(
     """Name the clients of kind "column" as the column does, in their order; of others nothing."""
     if partition.kind != "column" or client is None:
         return []
-    here = is_base(partition, labels) & ~is_target(partition, labels, domain)
-    return in_order(np.unique(client[here]).tolist())
+    return in_order(np.unique(client[is_dealt(partition, labels, domain)]).tolist())
+
+
+def domain_names(partition: Partition, labels: ndarray, domain: ndarray) -> list[str]:
+    """Name the domain of each client of kind "domain", in their order; of others nothing."""
+    if partition.kind != "domain":
+        return []
+    names = np.unique(domain[is_dealt(partition, labels, domain)])
+    return np.repeat(names, partition.clients // len(names)).tolist()
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -136,26 +136,15 @@ def text_for(experiment: Experiment, classes: tuple[int, int | None]) -> PromptT
     return text_of(source.data, source.backbone, device(), n_ctx, classes, precision)
 
 
-def domains_of(experiment: Experiment) -> list[str]:
-    """Return the domain of each client of a partition by domain; of others nothing.
-
-    Every domain has as many clients, in the order of the domains' names.
-    """
-    partition = experiment.partition
-    if partition.kind != "domain":
-        return []
-    _, feats = load_cached(experiment.source.data, experiment.source.backbone, device())
-    names = [str(name) for name in np.unique(feats.domain) if name != partition.held_out]
-    of_each = partition.clients // len(names)
-    return np.repeat(names, of_each).tolist()
-
-
-def clients_of(experiment: Experiment) -> list[str]:
-    """Return the names of clients that the column client names; of others nothing."""
-    source = experiment.source
+def names_of(experiment: Experiment) -> dict[str, list[str]]:
+    """Return the domain of each client and its name, where the partition goes by one of them."""
+    source, asked = experiment.source, experiment.partition
     _, feats = load_cached(source.data, source.backbone, device())
     labels = feats.labels.cpu().numpy()
-    return partitions.client_names(experiment.partition, labels, feats.domain, feats.client)
+    return {
+        "domains": partitions.domain_names(asked, labels, feats.domain),
+        "clients": partitions.client_names(asked, labels, feats.domain, feats.client),
+    }
 
 
 def setup_of(experiment: Experiment) -> Setup:

@@ -29,7 +29,7 @@ from fpl.data.encoders import IMPORTED
 from fpl.data.files import check_writable
 from fpl.data.processes import begin_worker, starting_workers
 from fpl.experiments import answers, keep, records, stored
-from fpl.experiments.assemble import clients_of, domains_of, rounds_of, setup_of, text_for
+from fpl.experiments.assemble import names_of, rounds_of, setup_of, text_for
 from fpl.experiments.cache import device, load_cached
 from fpl.experiments.checkpoints import EVERY, Checkpoint
 from fpl.experiments.fingerprint import code_fingerprint, file_of
@@ -295,8 +295,7 @@ def record_of(experiment: Experiment, key: Key, rounds: list[dict[str, Any]]) ->
         "images": source.data.name,
         "rounds": rounds,
         "backbone": source.backbone.name,
-        "domains": domains_of(experiment),
-        "clients": clients_of(experiment),
+        **names_of(experiment),
         "torch": torch.__version__,
         "device": device(),
     }
