@@ -229,6 +229,29 @@ def test_two_versions_of_a_file_do_not_become_one(known, does, server, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["x.bin"]
 
 
+def test_two_versions_do_not_become_one_where_a_call_is_killed_between(
+    server, tmp_path, monkeypatch
+):
+    server.does = {"cut": 1}
+    file = of(server, md5="")
+    part = tmp_path / "x.bin.part"
+    with pytest.raises(OSError, match="ended after 5120"):
+        fetch.attempt(file, part, time.monotonic() + 600)
+    server.does, server.tag = {}, '"second"'
+    server.files["x.bin"] = CONTENT[::-1]
+    write = Path.write_text
+
+    def killed(path, *text):
+        write(path, *text)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "write_text", killed)
+        fetch.Request(file, part).receive()
+    fetch.download(file, tmp_path / "x.bin")
+    assert (tmp_path / "x.bin").read_bytes() == CONTENT[::-1]
+
+
 @pytest.mark.parametrize("tag", ["", 'W/"first"'])
 def test_a_part_of_no_version_is_not_continued_unless_a_checksum_tells(tag, server, tmp_path):
     server.tag = tag

@@ -199,6 +199,7 @@ class Request(threading.Thread):
                 raise OSError("the server sent another part than was asked for")
             total = check(reply, self.file, self.part, have)
             if not have:
+                self.part.unlink(missing_ok=True)  # first: a kill leaves no part of two versions
                 version.write_text(stated, "latin-1")
             self.store(reply, have, total)
 
