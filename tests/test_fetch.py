@@ -50,6 +50,8 @@ class Handler(BaseHTTPRequestHandler):
             asked = None
         if "to" in does:
             return self.answer(302, b"", {"Location": does["to"]})
+        if "waits" in does:
+            does["waits"].wait()
         if "drops" in does:
             return self.drops(does["drops"])
         if content is None or "status" in does:
@@ -87,7 +89,11 @@ class Handler(BaseHTTPRequestHandler):
         }.items():
             self.send_header(key, value)
         self.end_headers()
-        self.wfile.write(body)
+        stops = self.server.does.get("stops")
+        self.wfile.write(body[:1000] if stops else body)
+        if stops:
+            stops.wait()
+            self.wfile.write(body[1000:])
 
     def drops(self, whole):
         """Answer with a byte now and then, as long as somebody waits."""
@@ -203,6 +209,48 @@ def test_a_server_that_sends_a_byte_now_and_then_is_given_up(sent, server, tmp_p
     with pytest.raises(OSError, match="x.bin: the server sends less than 131072 bytes in 0.1 sec"):
         fetch.download(of(server), tmp_path / "x.bin")
     assert not (tmp_path / "x.bin").exists()
+
+
+def left_behind(part):
+    """Return the requests that wait for more of a part."""
+    requests = [thread for thread in threading.enumerate() if isinstance(thread, fetch.Request)]
+    return [request for request in requests if request.part == part]
+
+
+@pytest.mark.parametrize("where", ["waits", "stops"])
+@pytest.mark.parametrize("does", [{}, {"no ranges": True}, {"other part": 7}, {"status": 416}])
+def test_a_request_that_is_left_behind_touches_no_file(does, where, server, tmp_path, monkeypatch):
+    if "status" in does:
+        server.files = {}
+    answer = threading.Event()
+    server.does = does | {where: answer}
+    monkeypatch.setattr(fetch, "WINDOW", 0.3)
+    part = tmp_path / "x.bin.part"
+    part.write_bytes(CONTENT[:100])
+    with pytest.raises(OSError):
+        fetch.attempt(of(server), part, time.monotonic() + 600)
+    left = left_behind(part)
+    part.write_bytes(CONTENT[:2000])  # another request goes on
+    answer.set()
+    for request in left:
+        request.join()
+    assert part.read_bytes() == CONTENT[:2000]
+
+
+def test_a_request_is_left_behind_by_whoever_stops_waiting(server, tmp_path, monkeypatch):
+    """As in a notebook, where the process goes on."""
+    server.does = {"waits": threading.Event()}
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(fetch.Request, "join", interrupted)
+        fetch.attempt(of(server), tmp_path / "x.bin.part", time.monotonic() + 600)
+    (request,) = left_behind(tmp_path / "x.bin.part")
+    server.does["waits"].set()
+    request.join()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_download_ends_after_a_day_and_a_later_one_goes_on(server, tmp_path, monkeypatch):

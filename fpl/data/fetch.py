@@ -18,6 +18,8 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -126,6 +128,8 @@ def download(file: File, path: Path) -> None:
             break
         except (OSError, http.client.HTTPException) as e:
             reason = str(e) or type(e).__name__
+            if isinstance(e, Unfit):
+                part.unlink(missing_ok=True)
         failures = 0 if size_of(part) >= most + PROGRESS else failures + 1
         most = max(most, size_of(part))
         time.sleep(PAUSE)
@@ -149,19 +153,27 @@ def attempt(file: File, part: Path, end: float) -> None:
     request = Request(file, part)
     request.start()
     before = 0
-    while request.is_alive():
-        request.join(min(WINDOW, max(0, end - time.monotonic())))
-        waiting = request.received < before + LEAST or time.monotonic() > end
-        if request.is_alive() and waiting:
-            request.given_up = True
-            raise OSError(f"the server sends less than {LEAST} bytes in {WINDOW:g} seconds")
-        before = request.received
+    try:
+        while request.is_alive():
+            request.join(min(WINDOW, max(0, end - time.monotonic())))
+            waiting = request.received < before + LEAST or time.monotonic() > end
+            if request.is_alive() and waiting:
+                raise OSError(f"the server sends less than {LEAST} bytes in {WINDOW:g} seconds")
+            before = request.received
+    finally:
+        request.give_up()
     if request.error:
         raise request.error
 
 
+class Unfit(OSError):
+    """The part is of another file."""
+
+
 class Request(threading.Thread):
     """A request in a thread, which can be left behind wherever it waits.
+
+    It then touches no file any more: a later request may be at work on the same ones.
 
     received: bytes
     error: what it ended with
@@ -173,6 +185,7 @@ class Request(threading.Thread):
         self.part = part
         self.received = 0
         self.given_up = False
+        self.touching = threading.Lock()
         self.error: Exception | None = None
 
     def run(self) -> None:
@@ -181,26 +194,39 @@ class Request(threading.Thread):
         except Exception as e:  # for the other thread to raise
             self.error = e
 
+    def give_up(self) -> None:
+        """Leave it behind."""
+        with self.touching:
+            self.given_up = True
+
+    @contextmanager
+    def wanted(self) -> Iterator[None]:
+        """Touch files in the block. Raises OSError where the request is left behind."""
+        with self.touching:
+            if self.given_up:
+                raise OSError("nobody waits for this any more")
+            yield
+
     def receive(self) -> None:
         """Add what comes to the part, or replace it where the server sends all of it again."""
         version = version_file(self.part)
         known = version.read_text("latin-1").strip() if version.exists() else ""
         # without either, two files could become one
         have = size_of(self.part) if known or self.file.md5 else 0
-        reply = ask(self.file.url, self.part, have, known)
-        if reply is None or self.given_up:
+        reply = ask(self.file.url, have, known)
+        if reply is None:
             return
         with reply:
             stated = version_of(reply)
             if reply.status != 206:
                 have = 0  # the server knows no ranges or has another file, and sends all of it
             elif not continues(reply, have) or (known and stated and stated != known):
-                self.part.unlink()
-                raise OSError("the server sent another part than was asked for")
+                raise Unfit("the server sent another part than was asked for")
             total = check(reply, self.file, self.part, have)
             if not have:
-                self.part.unlink(missing_ok=True)  # first: a kill leaves no part of two versions
-                version.write_text(stated, "latin-1")
+                with self.wanted():
+                    self.part.unlink(missing_ok=True)  # first, for a kill between the two
+                    version.write_text(stated, "latin-1")
             self.store(reply, have, total)
 
     def store(self, reply: http.client.HTTPResponse, have: int, total: int) -> None:
@@ -209,15 +235,21 @@ class Request(threading.Thread):
         bar = tqdm(
             total=total or None, initial=have, desc=self.part.stem, unit="B", unit_scale=True
         )
-        with self.part.open("ab" if have else "wb") as out, bar:
-            while (piece := reply.read1(PIECE)) and not self.given_up:
+        with self.wanted():
+            # unbuffered, or closing it could write, too
+            out = self.part.open("ab", buffering=0)
+        with out, bar:
+            while piece := reply.read1(PIECE):
                 have += len(piece)
                 self.received += len(piece)
                 if have > most:
                     raise ValueError(
                         f"{self.file.url} sends more than {most} bytes: it is not the file we know"
                     )
-                out.write(piece)
+                with self.wanted():
+                    whole = out.write(piece) == len(piece)
+                if not whole:
+                    raise OSError(f"there is no room for more of {self.part}")
                 bar.update(len(piece))
         if have < total:
             raise OSError(f"the connection ended after {have} of {total} bytes")
@@ -280,10 +312,11 @@ class Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def ask(url: str, part: Path, have: int, version: str = "") -> http.client.HTTPResponse | None:
+def ask(url: str, have: int, version: str = "") -> http.client.HTTPResponse | None:
     """Ask a server for all but the first `have` bytes of a version; None if there are no more.
 
-    Raises ValueError for a file that it does not give away, and OSError for what may pass.
+    Raises ValueError for a file that it does not give away, and OSError for what may pass; that is
+    Unfit where there are fewer bytes.
     """
     headers = {"User-Agent": "fpl"}
     if have:
@@ -297,8 +330,8 @@ def ask(url: str, part: Path, have: int, version: str = "") -> http.client.HTTPR
         if e.code == 416 and e.headers.get("Content-Range") == f"bytes */{have}":
             return None
         if e.code == 416:
-            part.unlink()  # it is of another file
-        elif e.code < 500 and e.code not in BUSY:
+            raise Unfit(f"{url} has fewer than {have} bytes") from e
+        if e.code < 500 and e.code not in BUSY:
             raise ValueError(f"{url} answers {e.code} {e.reason}: {ELSEWHERE}") from e
         raise
 
