@@ -13,7 +13,7 @@ from helpers.extracting import PER_IMAGE, Counting, Stop, extract, stepping
 
 from fpl import cli
 from fpl.data import encoders as clips
-from fpl.data import extraction, features
+from fpl.data import extraction, features, seen
 from fpl.data.manifest import read_manifest
 
 N, BAD = 22, [1, 2, 9, 17, 21]  # in batches of 4, or of 2 images with two views
@@ -95,6 +95,37 @@ def test_an_unreadable_image_is_named_with_the_cause(kind, manifest, tower, tmp_
         and "()" not in said
         and "--skip-bad" in said
     )
+
+
+@pytest.mark.parametrize("kind", ["cut", "another"])
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_an_image_of_two_clients_that_changes_meanwhile_is_not_stored(
+    skip_bad, kind, manifest, tower, tmp_path, monkeypatch
+):
+    """It is as it should be when it is read for the second."""
+    row = manifest.rows[1]
+    manifest = dataclasses.replace(manifest, rows=[*manifest.rows, row | {"client": "z"}])
+    whole = extract(manifest, tower, tmp_path / "whole.h5", "feats").read_bytes()
+    path = tmp_path / row["path"]
+    raw = path.read_bytes()
+    other = raw[: len(raw) // 2] if kind == "cut" else (tmp_path / "images/2.png").read_bytes()
+    path.write_bytes(other)
+    read = seen.read
+
+    def mended(name):
+        found = read(name)
+        if name == path:
+            path.write_bytes(raw)
+        return found
+
+    monkeypatch.setattr(seen, "read", mended)
+    if skip_bad:
+        made = extract(manifest, tower, tmp_path / "f.h5", "feats", skip_bad=True)
+        assert features.load(made).skipped == [row["path"]]
+    else:
+        said = listed(manifest, tower, tmp_path / "f.h5")
+        assert said.startswith(f"1 of {N + 1} images cannot be read: {path} (")
+        assert extract(manifest, tower, tmp_path / "f.h5", "feats").read_bytes() == whole
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -242,8 +242,12 @@ CASES = {  # what is wrong -> who notices, and what the sentence must contain
     "features in the file are not finite": (
         stored_features(spoil),
         "changed.h5",
-        "1 images are not finite",
+        "1 images are zero or not finite",
         ".png",
+    ),
+    "features in the file are zero": (
+        stored_features(lambda f: f["feats"].__setitem__(slice(2), 0)),
+        "changed.h5: features of 2 images are zero or not finite",
     ),
     "features are not finite": (
         with_features(with_a_nan),

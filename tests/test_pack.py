@@ -246,7 +246,11 @@ FOREIGN = {  # a pack with good checksums that is none: what makes it so, and wh
         replaced("feats/classes", lambda f: ["cat"] * 30),
         "has a class name twice",
     ),
-    "values that are not finite": (infinite, "has patches of 1 images that are not finite"),
+    "values that are not finite": (infinite, "has patches of 1 images that are zero or not finite"),
+    "features that are zero": (
+        lambda f: f["feats/feats"].__setitem__(slice(2), 0),
+        "has feats of 2 images that are zero or not finite",
+    ),
     "the wrong content": (
         set_provenance("feats", content="views"),
         "has views in the place of feats",

@@ -104,12 +104,10 @@ def extract(
         else:
             batches = encode_all(images, plan, towers, batch, options.workers)
         partial.store(batches, max(1, CHUNK // images.views), bar.update)
-    tried = {images.paths[i]: done for i, done in sorted(partial.done.items())}
-    bad = {name: done.why for name, done in tried.items() if done.why}
+    read, bad = partial.outcome(images)
     if bad and not options.skip_bad:
         tell_bad(images, bad)
     known = seen.recall(manifest.folder)
-    read = {name: done.seen for name, done in tried.items() if done.seen}
     now = seen.look(manifest, known | read) | read  # the file is of what was read, come what may
     finish(partial, manifest.without(bad), images, path, seen.summary(now))
     seen.remember(manifest.folder, now)
@@ -270,6 +268,24 @@ class Partial:
         file.seek(i * self.row)
         same = hash_of(file.read(self.row)) == done.features
         return same and seen.is_unchanged(images.folder / images.paths[i], done.seen)
+
+    def outcome(self, images: Images) -> tuple[dict[str, str], dict[str, str]]:
+        """Say by path what was seen of images, and why some cannot be read.
+
+        Several rows may list a path: all must have read it, with the same content.
+        """
+        read: dict[str, str] = {}
+        bad: dict[str, str] = {}
+        for i, done in sorted(self.done.items()):
+            name = images.paths[i]
+            before = read.get(name, done.seen)
+            if done.seen.split()[-1:] != before.split()[-1:]:
+                bad.setdefault(name, "it changed between two readings")
+            if done.why:
+                bad[name] = done.why
+            if done.seen:
+                read[name] = done.seen
+        return read, bad
 
     def begin(self, n: int) -> None:
         """Write what is known and make room for n images."""

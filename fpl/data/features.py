@@ -225,7 +225,7 @@ def load(
 
     Raises FileNotFoundError when there is no file, and OSError for one that is in use; ValueError
     for another provenance or content (naming both values), a wrong checksum, columns of other
-    types or shapes, or features that are not finite.
+    types or shapes, or features that are zero or not finite.
     """
     command = COMMANDS[content]
     if not path.is_file():
@@ -238,11 +238,12 @@ def load(
                 f"run `{command}` or correct params.yaml"
             )
     feats = torch.from_numpy(data[content])
-    finite = [part.isfinite().flatten(1).all(1) for part in feats.split(PART)]
-    bad = (~torch.cat(finite)).nonzero().flatten().tolist()
+    flat = [part.flatten(1) for part in feats.split(PART)]
+    fine = [part.isfinite().all(1) & part.any(1) for part in flat]
+    bad = (~torch.cat(fine)).nonzero().flatten().tolist()
     if bad:
         first = f"the first is {data['image_id'][bad[0]]}: extract again"
-        raise ValueError(f"{path}: features of {len(bad)} images are not finite, {first}")
+        raise ValueError(f"{path}: features of {len(bad)} images are zero or not finite, {first}")
     if content == "feats":
         feats = F.normalize(feats.float(), dim=-1)
     rows = torch.from_numpy(data["rows"]).to(device) if "rows" in data else None

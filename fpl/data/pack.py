@@ -73,8 +73,8 @@ def verify(path: Path) -> dict[str, str]:
     """Read all of a pack, and say in words what is in it.
 
     Raises FileNotFoundError, and ValueError for another kind of file, wrong checksums, columns that
-    do not fit, values that are not finite, and paths of the machine that it comes from. Takes
-    little memory.
+    do not fit, features that are zero or not finite, and paths of the machine that it comes from.
+    Takes little memory.
     """
     with opened_pack(path) as pack:
         return check(pack)
@@ -192,7 +192,7 @@ def check_path(path: str) -> None:
 
 
 def check_values(group: h5py.Group, content: str) -> None:
-    """Raise Refused unless labels and class names fit together and all features are finite."""
+    """Raise Refused unless labels and class names fit, and for features zero or not finite."""
     labels = group["labels"][:]
     classes = len(group["classes"])
     require(classes == len(set(group["classes"])), "has a class name twice")
@@ -200,9 +200,10 @@ def check_values(group: h5py.Group, content: str) -> None:
     require(fits, f"has labels beyond its {classes} classes")
     bad = 0
     for part in parts(group[content]):
-        finite = np.isfinite(part).reshape(len(part), -1).all(1)
-        bad += int((~finite).sum())
-    require(not bad, f"has {content} of {bad} images that are not finite")
+        rows = part.reshape(len(part), -1)
+        fine = np.isfinite(rows).all(1) & rows.any(1)
+        bad += int((~fine).sum())
+    require(not bad, f"has {content} of {bad} images that are zero or not finite")
 
 
 def check_belongs(pack: h5py.File, content: str, made: Mapping[str, Mapping[str, str]]) -> None:
