@@ -251,6 +251,10 @@ FOREIGN = {  # a pack with good checksums that is none: what makes it so, and wh
         lambda f: f["feats/feats"].__setitem__(slice(2), 0),
         "has feats of 2 images that are zero or not finite",
     ),
+    "text features that are not finite": (
+        lambda f: f["feats"].create_dataset("text", data=np.full((30, 32), np.nan, "f2")),
+        "has text of 30 classes that are zero or not finite",
+    ),
     "the wrong content": (
         set_provenance("feats", content="views"),
         "has views in the place of feats",

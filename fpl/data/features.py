@@ -263,12 +263,12 @@ def load(
 
 
 def text_in(data: Mapping[str, Any], path: Path, device: str) -> Float[Tensor, "c d"] | None:
-    """Return a file's unit text features. Raises ValueError for some that are not finite."""
+    """Return a file's unit text features. Raises ValueError for some zero or not finite."""
     if "text" not in data:
         return None
     text = F.normalize(torch.from_numpy(data["text"]).float(), dim=-1)
-    if not text.isfinite().all():
-        raise ValueError(f"{path} has text features that are not finite: import them again")
+    if not (text.isfinite().all() and text.any(1).all()):
+        raise ValueError(f"{path} has text features that are zero or not finite: import them again")
     return text.to(device)
 
 

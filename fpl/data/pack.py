@@ -198,12 +198,16 @@ def check_values(group: h5py.Group, content: str) -> None:
     require(classes == len(set(group["classes"])), "has a class name twice")
     fits = len(labels) > 0 and labels.min() >= 0 and labels.max() < classes
     require(fits, f"has labels beyond its {classes} classes")
-    bad = 0
-    for part in parts(group[content]):
-        rows = part.reshape(len(part), -1)
-        fine = np.isfinite(rows).all(1) & rows.any(1)
-        bad += int((~fine).sum())
-    require(not bad, f"has {content} of {bad} images that are zero or not finite")
+    for name in {content, "text"} & set(group):
+        bad = sum(map(count_bad, parts(group[name])))
+        what = "classes" if name == "text" else "images"
+        require(not bad, f"has {name} of {bad} {what} that are zero or not finite")
+
+
+def count_bad(part: np.ndarray) -> int:
+    """Count the rows that are zero or not finite."""
+    rows = part.reshape(len(part), -1)
+    return int((~np.isfinite(rows).all(1) | ~rows.any(1)).sum())
 
 
 def check_belongs(pack: h5py.File, content: str, made: Mapping[str, Mapping[str, str]]) -> None:
