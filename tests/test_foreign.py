@@ -311,6 +311,14 @@ def test_tables_with_other_columns_are_refused(columns):
     refused(Path("cache.csv"), TABLES[columns])
 
 
+@pytest.mark.parametrize("first", ["9,8", "0,1"])  # the second could be the numbers of rows
+def test_rows_with_more_values_than_columns_are_refused(first):
+    rows = zip(first.split(","), ["train", "test"])
+    lines = [f"{number},1,2,0,{split}" for number, split in rows]
+    Path("cache.csv").write_text("\n".join(["f0,f1,label,split", *lines]))
+    refused(Path("cache.csv"), "more values than columns")
+
+
 def test_parquet_without_its_library_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     Path("cache.parquet").touch()

@@ -22,6 +22,7 @@ import importlib.util
 import io
 import json
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -408,7 +409,7 @@ def read_table(path: Path) -> Cache:
         raise ValueError(
             f"{path} is not read without pyarrow: install it, or save the table as .csv"
         )
-    frame = cache.decode(path, pd.read_parquet if suffix == ".parquet" else pd.read_csv)
+    frame = cache.decode(path, pd.read_parquet if suffix == ".parquet" else csv_of)
     for name, array in (("label", "labels"), ("split", "split")):
         require(name in frame, f"lacks the column {name}: {ARRAYS[array]}")
     columns = numbered([str(name) for name in frame.columns])
@@ -417,6 +418,17 @@ def read_table(path: Path) -> Cache:
     except (ValueError, TypeError):
         raise Refused("has features that are no numbers") from None
     return filled(cache, feats, frame["label"].to_numpy(), frame["split"].to_numpy(str))
+
+
+def csv_of(raw: io.BytesIO) -> pd.DataFrame:
+    """Read a CSV file. Raises Refused for rows of more values than columns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        try:
+            return pd.read_csv(raw, index_col=False)
+        except pd.errors.ParserWarning:
+            advice = "name each column in the first line"
+            raise Refused(f"has rows of more values than columns: {advice}") from None
 
 
 def numbered(columns: list[str]) -> list[str]:
