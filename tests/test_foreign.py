@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -323,6 +324,53 @@ def test_parquet_without_its_library_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     Path("cache.parquet").touch()
     refused(Path("cache.parquet"), "pyarrow", ".csv")
+
+
+class Parquet(list):
+    """What pyarrow, which tests do not need, says of a file of some rows before it is read."""
+
+    def __init__(self, rows, **kinds):
+        super().__init__(SimpleNamespace(name=name, type=kind) for name, kind in kinds.items())
+        self.names, self.pandas_metadata = [*kinds], None
+        group = SimpleNamespace(total_byte_size=100, num_rows=rows)
+        about = SimpleNamespace(num_row_groups=2, row_group=lambda _: group)
+        self.schema_arrow, self.metadata = self, about
+        parts = {
+            "parquet": SimpleNamespace(ParquetFile=lambda *_, **__: contextlib.nullcontext(self)),
+            "types": SimpleNamespace(is_integer="i".__eq__, is_floating="f".__eq__),
+        }
+        self.library = SimpleNamespace(__spec__="found", **parts)
+
+    def read(self, columns):
+        frame = pd.DataFrame({f"f{i}": FEATS[:, i] for i in range(D)})
+        frame = frame.assign(label=LABELS, split=SPLIT)
+        return SimpleNamespace(to_pandas=lambda ignore_metadata: frame[columns])
+
+
+@pytest.mark.parametrize(
+    "rows, split, column, words",
+    [
+        (N, "f", "f", ""),
+        (2**26, "f", "f", f"more than {2**32} bytes"),
+        (N, "f", "list", "has the column f4, which holds no numbers"),
+        (N, None, "f", "lacks the column split"),
+    ],
+)
+def test_parquet_is_looked_at_before_it_is_unpacked(rows, split, column, words, monkeypatch):
+    kinds = {f"f{i}": "f" for i in range(D)} | {f"f{D - 1}": column, "label": "i"}
+    found = Parquet(rows, **kinds, **({"split": split} if split else {}))
+    monkeypatch.setitem(sys.modules, "pyarrow", found.library)
+    Path("cache.parquet").touch()
+    if not words:
+        assert bring(Path("cache.parquet"))
+        return
+    monkeypatch.setattr(Parquet, "read", None)
+    refused(Path("cache.parquet"), words)
+
+
+def test_rows_without_a_split_are_refused():
+    csv(split=np.where(np.arange(N) == 4, "", SPLIT))
+    refused(Path("cache.csv"), "rows without a split")
 
 
 @pytest.mark.parametrize(

@@ -409,15 +409,15 @@ def read_table(path: Path) -> Cache:
         raise ValueError(
             f"{path} is not read without pyarrow: install it, or save the table as .csv"
         )
-    frame = cache.decode(path, pd.read_parquet if suffix == ".parquet" else csv_of)
-    for name, array in (("label", "labels"), ("split", "split")):
-        require(name in frame, f"lacks the column {name}: {ARRAYS[array]}")
+    frame = cache.decode(path, parquet_of if suffix == ".parquet" else csv_of)
     columns = numbered([str(name) for name in frame.columns])
     try:
         feats = frame[columns].to_numpy(float)
     except (ValueError, TypeError):
         raise Refused("has features that are no numbers") from None
-    return filled(cache, feats, frame["label"].to_numpy(), frame["split"].to_numpy(str))
+    require(frame["split"].notna().all(), f"has rows without a split: {ARRAYS['split']}")
+    words = [str(word)[:20] for word in frame["split"]]
+    return filled(cache, feats, frame["label"].to_numpy(), np.array(words, str))
 
 
 def csv_of(raw: io.BytesIO) -> pd.DataFrame:
@@ -431,8 +431,37 @@ def csv_of(raw: io.BytesIO) -> pd.DataFrame:
             raise Refused(f"has rows of more values than columns: {advice}") from None
 
 
+def parquet_of(raw: io.BytesIO) -> pd.DataFrame:
+    """Read a Parquet file but for an index that pandas wrote.
+
+    Raises Refused for columns of other than numbers, and beyond SIZE, before they are unpacked: a
+    byte may stand for any number of them.
+    """
+    from pyarrow import parquet, types
+
+    with parquet.ParquetFile(raw) as f:
+        schema, about = f.schema_arrow, f.metadata
+    index = (schema.pandas_metadata or {}).get("index_columns", [])
+    kinds = {field.name: field.type for field in schema if field.name not in index}
+    require(len({*schema.names}) == len(schema), "names a column twice")
+    for name in numbered([*kinds]):
+        number = types.is_integer(kinds[name]) or types.is_floating(kinds[name])
+        require(number, f"has the column {name}, which holds no numbers")
+    groups = [about.row_group(i) for i in range(about.num_row_groups)]
+    size = sum(max(group.total_byte_size, 8 * group.num_rows * len(kinds)) for group in groups)
+    require(size <= SIZE, f"holds more than {SIZE} bytes")
+    texts = ["label", "split"]  # one text may stand in each row
+    with parquet.ParquetFile(raw, read_dictionary=texts) as f:
+        return f.read(columns=[*kinds]).to_pandas(ignore_metadata=True)
+
+
 def numbered(columns: list[str]) -> list[str]:
-    """Return the feature columns in the order of their numbers: f2 before f10."""
+    """Return the feature columns in the order of their numbers: f2 before f10.
+
+    Raises Refused for others, and where those of labels and splits are missing.
+    """
+    for name, array in (("label", "labels"), ("split", "split")):
+        require(name in columns, f"lacks the column {name}: {ARRAYS[array]}")
     found = {name: NUMBERED.fullmatch(name) for name in columns if name not in ("label", "split")}
     other = [name for name, match in found.items() if not match]
     require(not other, f"has the column {', '.join(other[:3])}, which is neither numbered nor read")
