@@ -374,7 +374,8 @@ def test_rows_without_a_split_are_refused():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "cod\n\nplaice", "cod\nplaice\ncod", "sea bass\nsea_bass\ncod"]
+    "text",
+    ["", "cod\n\nplaice", "cod\nplaice\ncod", "sea bass\nsea_bass\ncod"],
 )
 def test_class_names_are_given_and_distinct(text):
     Path("names.txt").write_text(text)
@@ -478,6 +479,17 @@ def test_a_column_may_be_named():
     refuses(lambda: bring(Path("cache"), hints=foreign.Hints(column="emb")), ["'emb'"])
     shutil.rmtree("cache")
     refuses(lambda: bring(tip(), hints=foreign.Hints(column="emb")), ["no columns"])
+
+
+def test_text_from_elsewhere_is_not_taken_for_a_file_of_the_same_name():
+    """In the provenance, which has the hash of both."""
+    source = arrays()
+    Path("text").mkdir()
+    np.save("text/features.npy", np.eye(len(NAMES), D))
+    assert bring(source, hints=foreign.Hints(Path("text/features.npy")))
+    said = features.load(PATH).provenance["sources"]
+    for folder in (source, Path("text")):
+        assert hashlib.sha256((folder / "features.npy").read_bytes()).hexdigest() in said
 
 
 def test_lists_of_one_length_are_vectors():

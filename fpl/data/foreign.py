@@ -76,7 +76,7 @@ class Cache:
     """What a source holds: features (n, d), labels (n,), splits and ids of n images.
 
     kind: of the source, in words. root: the folder that it is in. sums: SHA-256 of each file that
-    was read, by its name in this folder.
+    was read, by its name in this folder, of another behind "..".
     """
 
     kind: str
@@ -90,7 +90,7 @@ class Cache:
     def open(self, path: Path, most: int = SIZE) -> io.BytesIO:
         """Read a file and note its hash. Raises OSError, and Refused beyond so many bytes."""
         inside = path.is_relative_to(self.root)
-        name = path.relative_to(self.root).as_posix() if inside else path.name
+        name = path.relative_to(self.root).as_posix() if inside else f"../{path.name}"
         try:
             content = pictures.content(path, most)
         except FileNotFoundError:
