@@ -374,8 +374,7 @@ def test_rows_without_a_split_are_refused():
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "cod\n\nplaice", "cod\nplaice\ncod", "sea bass\nsea_bass\ncod"],
+    "text", ["", "cod\n\nplaice", "cod\nplaice\ncod", "sea bass\nsea_bass\ncod", "cod\nplaice\nCod"]
 )
 def test_class_names_are_given_and_distinct(text):
     Path("names.txt").write_text(text)

@@ -212,15 +212,17 @@ def classes_of(path: Path) -> list[str]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path} of class names")
+    names: list[str] = []
     first: dict[str, int] = {}
     for number, line in enumerate(text_of(path).rstrip().split("\n"), start=1):
         name = " ".join(line.replace("_", " ").split())
         if not name or UNWRITABLE.search(name):
             raise ValueError(f"{path}, line {number}: needs a class name, one on each line")
-        other = first.setdefault(name, number)
+        other = first.setdefault(name.casefold(), number)
         if other != number:
             raise ValueError(f"{path}, line {number}: {name!r} is on line {other} already")
-    return [*first]
+        names.append(name)
+    return names
 
 
 def read(source: Path, n_cls: int, column: str = "") -> Cache:
