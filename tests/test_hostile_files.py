@@ -154,6 +154,15 @@ def png(width, height):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", sizes) + chunk(b"IDAT", rows)
 
 
+JPEG = saved(GREY, "JPEG")
+SCAN = b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00"
+COMMENT = b"\xff\xfe\x00\x04\xff\xd9"
+
+
+def with_scans(content):
+    return content + SCAN * 100 + b"\xff\xd9"
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -161,12 +170,21 @@ def png(width, height):
         (png(60000, 1), "60000 x 1 pixels, one side 100 times the other"),
         (png(9434, 9434), "9434 x 9434 pixels, more than 89000000"),
         (png(2**20, 2**20), "more than 89000000 pixels"),
-        (saved(GREY, "JPEG") + b"\xff\xda" * 100, "over its pixels more than 100 times"),
+        (with_scans(JPEG[:-2]), "over its pixels more than 100 times"),
+        # an end among what the picture says of itself is none
+        (with_scans(JPEG[:2] + COMMENT + JPEG[2:-2]), "over its pixels more than 100 times"),
     ],
 )
 def test_bombs_are_refused_before_they_are_decoded(content, reason):
     with pytest.raises(ValueError, match=reason):
         pictures.decode(content)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_what_a_phone_puts_behind_a_photograph_is_no_part_of_it(progressive):
+    """As a film of some seconds, in which any bytes stand."""
+    photo = saved(GREY, "JPEG", progressive=progressive)
+    assert np.array_equal(shown(photo + SCAN * 200), shown(photo))
 
 
 def test_what_is_no_file_is_not_read(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -24,6 +25,8 @@ SUFFIXES = frozenset(
 SIZE = 2**29  # bytes of a picture's file
 PIXELS = 89 * 10**6  # of a picture; decoding takes up to 20 bytes for each
 SCANS = 100  # of a JPEG: each goes over all pixels, and ten are usual
+SCAN, END = b"\xff\xda", b"\xff\xd9"  # markers of a JPEG
+MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # those that are followed by their length
 RATIO = 100  # of the sides; with the short one at 224 pixels the long one makes memory
 BITS, PHOTOMETRIC, MIN_IS_WHITE = 258, 262, 0  # tags of TIFF, and a value of the second
 
@@ -85,7 +88,7 @@ def decode_rasters(content: bytes, upright: bool) -> Image.Image:
         raise ValueError(f"it has more than {PIXELS} pixels") from None
     with opened as image:
         check_shape(*image.size)
-        if isinstance(image, JpegImageFile) and content.count(b"\xff\xda") > SCANS:
+        if isinstance(image, JpegImageFile) and scans_of(content) > SCANS:
             raise ValueError(f"it goes over its pixels more than {SCANS} times")
         image.load()
         if upright:
@@ -97,6 +100,18 @@ def decode_rasters(content: bytes, upright: bool) -> Image.Image:
             ground = Image.new("RGBA", above.size, "white")
             return Image.alpha_composite(ground, above).convert("RGB")
         return image.convert("RGB")
+
+
+def scans_of(content: bytes) -> int:
+    """Count the scans of a JPEG up to the end of its picture: phones put films behind it."""
+    most = content.count(SCAN)
+    if most <= SCANS:
+        return most
+    scans, at = 0, 2
+    while (found := MARKER.search(content, at)) and found[0] != END:
+        scans += found[0] == SCAN
+        at = found.end() + int.from_bytes(content[found.end() : found.end() + 2])
+    return scans
 
 
 def check_shape(width: int, height: int) -> None:
