@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import lzma
@@ -30,9 +31,15 @@ BLOCK = 4096  # bytes that an empty file takes on disk
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others can ask for gigabytes of memory
 DAMAGE = (
     *(zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError),
-    *(struct.error, OverflowError, UnicodeError, EOFError, IndexError),
+    *(struct.error, OverflowError, EOFError, IndexError),
+    ValueError,  # no text, or no number in a header
     RuntimeError,  # encrypted, or headers within headers
 )
+NO_PLACE = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+
+
+class Refused(ValueError):
+    """Why a member is not unpacked."""
 
 
 class Member(NamedTuple):
@@ -132,28 +139,40 @@ def extract(
             path = PurePosixPath(member.name)
             nameless = member.file and not path.parts or {"\\", "\0"} & set(member.name)
             if path.is_absolute() or ".." in path.parts or nameless:
-                raise ValueError(f"{bad} leads out of {target}")
+                raise Refused(f"{bad} leads out of {target}")
             if not member.file and not member.folder:
-                raise ValueError(f"{bad} is a link or a device, which a data set does not need")
+                raise Refused(f"{bad} is a link or a device, which a data set does not need")
             total += max(member.size, BLOCK)
             if total > limit:
-                raise ValueError(f"{bad} is beyond the limit of {limit} bytes for all")
+                raise Refused(f"{bad} is beyond the limit of {limit} bytes for all")
             if number == MEMBERS:
-                raise ValueError(f"{bad} is beyond the limit of {MEMBERS} members")
+                raise Refused(f"{bad} is beyond the limit of {MEMBERS} members")
             outside = top and path.parts[:1] != (top,)
             unasked = only and not set(only) & set(path.parts)
             if member.folder or outside or unasked:
                 continue
-            with (
-                atomic_write(target / path, one_of_many=True) as temporary,
-                member.open() as source,
-                temporary.open("wb") as out,
-            ):
-                shutil.copyfileobj(source, out, PIECE)
-                unpacked[str(path)] = out.tell()
+            unpacked[str(path)] = write(member, target / path, bad)
+    except Refused:
+        raise
     except DAMAGE as e:
         raise ValueError(f"{archive} is damaged ({e}): delete it and fetch again") from e
     if not unpacked:
         place = f" in a folder {top}" if top else ""
         raise ValueError(f"{archive} holds no files{place} to unpack: is it the right one?")
     return unpacked
+
+
+def write(member: Member, path: Path, bad: str) -> int:
+    """Write the content of a member, and return its size. Raises Refused where it has no place."""
+    try:
+        with (
+            atomic_write(path, one_of_many=True) as temporary,
+            member.open() as source,
+            temporary.open("wb") as out,
+        ):
+            shutil.copyfileobj(source, out, PIECE)
+            return out.tell()
+    except OSError as e:
+        if e.errno in NO_PLACE:
+            raise Refused(f"{bad} has no place at {path} ({e.strerror})") from e
+        raise
