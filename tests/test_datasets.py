@@ -868,6 +868,31 @@ def test_images_of_one_split_only_are_refused_before_features(tmp_path):
         datasets.prepare("own", tmp_path / "photos", None, tmp_path / "manifest.csv")
 
 
+@pytest.mark.parametrize("layout", ["folder", "csv", "coop"])
+@pytest.mark.parametrize("only", ["ant", "cow", "dog"])
+def test_a_class_of_validation_images_only_leaves_no_gap(only, layout, tmp_path):
+    own = layout != "coop"
+    rows = {s: [(f"{s}/{c}/1.jpg", c) for c in ("ant", "cow", "dog")] for s in SPLITS}
+    for split in ("train", "test"):
+        rows[split] = [row for row in rows[split] if row[1] != only]
+    for path, _ in sum(rows.values(), []):
+        picture(tmp_path / "photos" / path)
+    root = tmp_path / "photos"
+    if layout == "csv":
+        root = tmp_path / "mine.csv"
+        lines = [f"photos/{path},{name},{split}" for split in rows for path, name in rows[split]]
+        root.write_text("\n".join(["path,class,split", *lines]))
+    if layout == "coop":
+        (tmp_path / "dtd" / "images").mkdir(parents=True)
+        listed = {s: [[path, "acd".index(c[0]), c] for path, c in rows[s]] for s in rows}
+        dump(tmp_path / "dtd" / "split_zhou_DescribableTextures.json", listed)
+        root = tmp_path
+    name, layout = ("own", None) if own else ("dtd", "coop")
+    found = read_manifest(datasets.prepare(name, root, layout, tmp_path / "out" / "manifest.csv"))
+    assert found.classes == sorted({"ant", "cow", "dog"} - {only})
+    assert all(found.classes[int(row["label"])] == row["class"] for row in found.rows)
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [

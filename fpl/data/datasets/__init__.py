@@ -109,15 +109,18 @@ def read(name: str, root: Path, layout: str | None = None) -> Manifest:
 def prepare(name: str, root: Path, layout: str | None, path: Path) -> Path:
     """Write the manifest that features are made from, and return its path.
 
-    It has all images but those for validation, which no protocol here uses. Raises as `read` does,
-    and ValueError without any image for training, or for testing.
+    It has all images but those for validation, which no protocol here uses, and the classes of all
+    but these. Raises as `read` does, and ValueError without any image for training, or for testing.
     """
     whole = read(name, root, layout)
     used = [row for row in whole.rows if row["split"] != "val"]
     for split in ("train", "test"):
         if all(row["split"] != split for row in used):
             raise ValueError(f"{name} in {root} has no images for the split {split}: add some")
-    return write_manifest(replace(whole, rows=used), path)
+    labels = sorted({int(row["label"]) for row in used})  # some may be of validation only
+    new = {str(label): str(i) for i, label in enumerate(labels)}
+    rows = [row | {"label": new[row["label"]]} for row in used]
+    return write_manifest(replace(whole, rows=rows), path)
 
 
 def overview(root: Path) -> pd.DataFrame:
