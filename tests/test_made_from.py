@@ -1,11 +1,17 @@
 """Promise: what a number was made from is checked: the place, the lists and the pixels of its
 images, also where an extraction was interrupted."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import json
+import multiprocessing
 import os
 import shutil
+import threading
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import PIL.Image
@@ -102,6 +108,51 @@ def test_what_is_there_is_not_made_again(project, clip):
     (OWN.folder / "seen.json").write_text("damaged")
     assert once_more(clip) == [""]
     assert [path.stat().st_mtime_ns for path in OWN.features.parent.iterdir()] == before
+
+
+def test_two_sessions_make_a_file_once(project, clip, monkeypatch):
+    """The second waits for the first, and then finds it."""
+    OWN.features.unlink()
+    begun, goes_on = threading.Event(), threading.Event()
+    called = []
+
+    def slow(*arguments):
+        called.append(arguments)
+        begun.set()
+        goes_on.wait()
+        return real(*arguments)
+
+    real = extraction.extract
+    monkeypatch.setattr(extraction, "extract", slow)
+    said = pytest.warns(UserWarning, match="another process is making data/features/own.h5")
+    with said, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(once_more, clip)
+        begun.wait()
+        second = pool.submit(once_more, clip)
+        concurrent.futures.wait([second], timeout=1)
+        goes_on.set()
+    assert first.result() == second.result() == [""]
+    assert len(called) == 1 and [path.name for path in OWN.features.parent.iterdir()] == ["own.h5"]
+
+
+@pytest.mark.parametrize("how", [{}, {"fresh": True}])
+def test_what_fails_lets_others_make_it(how, project, clip, monkeypatch):
+    """Also where processes that decode for it outlive it."""
+    OWN.features.unlink()
+    context = multiprocessing.get_context("fork")
+    decoding = context.Process(target=time.sleep, args=(60,), daemon=True)
+
+    def fails(*_):
+        decoding.start()
+        raise OSError("a disk is broken")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="a disk is broken"):
+        patched.setattr(extraction, "extract", fails)
+        once_more(clip, **how)
+    with warnings.catch_warnings(action="error"):
+        assert once_more(clip, **how) == [""]
+    decoding.kill()
+    decoding.join()
 
 
 def test_other_pixels_under_the_same_name_are_other_features(project, clip):

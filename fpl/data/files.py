@@ -127,6 +127,17 @@ def file_lock(path: str | Path, notice: Callable[[], object] = lambda: None) -> 
         yield lock.fileno()
 
 
+@contextmanager
+def lock_of_block(path: Path, notice: Callable[[], object]) -> Iterator[None]:
+    """Lock as `file_lock` does, and let go at the end: children that were forked hold it, too."""
+    with file_lock(path, notice) as lock:
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # there may be no locks
+                fcntl.flock(lock, fcntl.LOCK_UN)
+
+
 def sha256(path: str | Path) -> str:
     """Hash a file."""
     with open(path, "rb") as f:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from fpl.data import datasets, extraction, features, seen, world
-from fpl.data.files import atomic_write
+from fpl.data.files import atomic_write, lock_of_block
 from fpl.data.manifest import SOURCE, Manifest, read_manifest
 from fpl.data.views import Views
 from fpl.experiments.settings import Data
@@ -46,7 +47,7 @@ class Made(NamedTuple):
     """A features file, old or new.
 
     skipped: ids of images that it lacks because they cannot be read.
-    why: it was there and had to be made again; "" if not.
+    why: it was there and had to be made again, or still has; "" if not.
     """
 
     path: Path
@@ -70,24 +71,49 @@ def make_features(data: Data, clip: Clip, request: Request) -> Iterator[Made]:
         forget(manifest)
     for content in [content for content in features.CONTENT if content in wanted]:
         path = data.file(content)
-        made, skipped = features.header(path)
-        # patches and views are of the images that have pooled features
-        skip_bad = request.skip_bad and content == "feats"
-        images = manifest.without(skipped) if skip_bad else manifest
-        asked = features.provenance(images, clip, content, views)
-        why = "you ask for it" if request.fresh else reason(path, made, asked, images)
-        if why:
-            away = request.elsewhere
-            gpus = [] if away else other_gpus()
-            how = extraction.Options(workers_of(request), gpus, skip_bad, away)
-            existed = path.exists()
-            extraction.extract(manifest, clip, path, content, views, how)
-            _, skipped = features.header(path)
-            why = why if existed else ""
+        asked = partial(features.provenance, clip=clip, content=content, views=views)
+        made = look(path, manifest, asked, request)
+        if made.why:
+            with lock_of_block(manifest.folder / f".{path.name}.lock", partial(waiting, path)):
+                now = look(path, manifest, asked, request)  # it may be there by now
+                if now.why:
+                    why = made.why if path.exists() else ""
+                    extraction.extract(manifest, clip, path, content, views, options(request))
+                    now = Made(path, features.header(path)[1], why)
+            made = now
+        manifest = manifest.without(made.skipped)
         if content == "feats":
-            tell_doubles(manifest.without(skipped))
-        yield Made(path, skipped, why)
-        manifest = manifest.without(skipped)
+            tell_doubles(manifest)
+        yield made
+        # patches and views are of the images that have pooled features
+        request = replace(request, skip_bad=False)
+
+
+def look(
+    path: Path, manifest: Manifest, asked: Callable[[Manifest], dict[str, str]], request: Request
+) -> Made:
+    """Say of a features file what it lacks, and why it must be made.
+
+    asked: gives the provenance that it should have, of these images.
+    """
+    made, skipped = features.header(path)
+    images = manifest.without(skipped) if request.skip_bad else manifest
+    if request.fresh:
+        return Made(path, skipped, "you ask for it")
+    return Made(path, skipped, reason(path, made, asked(images), images))
+
+
+def waiting(path: Path) -> None:
+    """Warn that another process makes a features file."""
+    said = f"another process is making {path}: waiting until it has finished"
+    warnings.warn(said, stacklevel=2)
+
+
+def options(request: Request) -> extraction.Options:
+    """Return how an extraction goes."""
+    away = request.elsewhere
+    gpus = [] if away else other_gpus()
+    return extraction.Options(workers_of(request), gpus, request.skip_bad, away)
 
 
 def tell_doubles(manifest: Manifest) -> None:
