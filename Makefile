@@ -27,7 +27,7 @@ test-cluster: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/cluster/faults.py tests/cluster/two_hosts.py
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # hostile and damaged input, a minute for each kind that is read; not a part of `make test`
 fuzz: setup

@@ -2,6 +2,7 @@
 
 import shutil
 
+import checking
 import jaxtyping
 import pytest
 import torch
@@ -23,6 +24,12 @@ with jaxtyping.install_import_hook(CHECKED, "checking.check"):
     from fpl.state import Clients
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def shapes_checked():
+    """Shapes are checked from the beginning of each test."""
+    checking.begin()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ import h5py
 import pytest
 import torch
 import yaml
-from helpers import BACKBONE, DATA, PARAMS, ROOT, Here, build, python, standing_in, store_clip
+from helpers import BACKBONE, DATA, PARAMS, ROOT, Here, build, standing_in, store_clip
+from helpers.processes import Python
 
 from fpl import cli
 from fpl.cli import repro, stage
@@ -534,7 +535,7 @@ def test_a_command_ends_with_the_sentence(case, commands):
 
 def test_a_process_exits_with_1_and_the_sentence_on_stderr(world, commands):
     arguments, *parts = COMMANDS["no weights"]
-    process = python(world, "-m", "fpl.cli", *arguments)
+    process = Python(world, "-m", "fpl.cli", *arguments)
     out, err = process.communicate()
     assert process.returncode == 1 and out == "" and "Traceback" not in err
     is_one_sentence(err.strip().splitlines()[-1], parts)

@@ -15,7 +15,8 @@ import PIL.Image
 import pytest
 import safetensors
 import torch
-from helpers import ROOT, python, standing_in
+from helpers import ROOT, standing_in
+from helpers.processes import Python
 
 from fpl.data import encoders, extraction, world
 from fpl.data.manifest import read_manifest
@@ -133,7 +134,7 @@ world.make(pathlib.Path("."), seed=1, train_per_class=1, test_per_class=1)
 
 @pytest.mark.parametrize("files", [0, 1, 2, 30, 61])
 def test_a_killed_drawing_goes_on(files, drawn, tmp_path):
-    process = python(tmp_path, "-c", KILLER, str(files))
+    process = Python(tmp_path, "-c", KILLER, str(files))
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}

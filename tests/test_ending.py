@@ -15,7 +15,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
-from helpers import python
+from helpers.processes import Python
 
 from fpl import cli
 from fpl.cli import compare, ending, show, stage
@@ -216,7 +216,7 @@ def project(tmp_path):
 @contextlib.contextmanager
 def at_work(folder, *arguments):
     """Give a command, in a group of its own as in a terminal, and its tree once all of it works."""
-    process = python(folder, "-c", IN_A_GROUP, *arguments)
+    process = Python(folder, "-c", IN_A_GROUP, *arguments)
     tree = []
     try:
         while not Path("up").exists():
@@ -259,7 +259,7 @@ def test_a_pipeline_that_is_stopped_or_killed_leaves_nothing_and_the_next_call_w
         assert not left(tree, seconds=20)
     assert is_free("results/.repro.lock") and is_free("results/.stage.lock")
     Path("slow").unlink()
-    process = python(project, "-m", "fpl.cli", "repro")
+    process = Python(project, "-m", "fpl.cli", "repro")
     out, said = process.communicate(timeout=60)
     assert process.returncode == 0, said
     assert Path("results/notebooks/slow.ipynb").exists() and "waiting" not in said

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import PARAMS, python
+from helpers import PARAMS
+from helpers.processes import Python
 from helpers.runs import small
 from safetensors.torch import load_file, save_file
 
@@ -236,7 +237,7 @@ def test_killed_at_any_moment_again_and_again_it_ends_with_the_same_bytes(row, a
     (path,) = runner.sweep([experiment])
     want = path.read_bytes()
     path.unlink()
-    process = python(alone, "-c", KILLED, row, "7")
+    process = Python(alone, "-c", KILLED, row, "7")
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert int(out) >= 2, "no kill came in time"

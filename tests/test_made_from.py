@@ -17,8 +17,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from helpers import BACKBONE, python, refuses, standing_in, store_clip
+from helpers import BACKBONE, refuses, standing_in, store_clip
 from helpers.extracting import Stop, extract, stepping
+from helpers.processes import Python
 
 from fpl.data import encoders, extraction, features, seen
 from fpl.data.manifest import read_manifest
@@ -303,6 +304,6 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_who_decodes_does_not_outlive_a_killed_parent(project):
-    process = python(project, "-c", ORPHANS)
+    process = Python(project, "-c", ORPHANS)
     out, err = process.communicate(timeout=240)  # whose end the workers hold, too
     assert len(out.split()) == 2, err

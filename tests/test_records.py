@@ -19,7 +19,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from helpers import BACKBONE, DATA, OTHER, PARAMS, Here, python, standing_in
+from helpers import BACKBONE, DATA, OTHER, PARAMS, Here, standing_in
+from helpers.processes import Python
 
 from fpl import cli
 from fpl.audit import published
@@ -264,7 +265,7 @@ def test_a_killed_sweep_goes_on(world, monkeypatch, one_core):
     """kill -9 of the command, whose worker must not stay behind; then the same call again."""
     with standing_in(world):
         shutil.rmtree(records.RECORDS, ignore_errors=True)
-        process = python(world, "-c", SWEEP)
+        process = Python(world, "-c", SWEEP)
         wait_for_records()
         os.kill(process.pid, signal.SIGKILL)
         _, err = process.communicate()  # ends when the last process that holds the pipe has ended
@@ -276,7 +277,7 @@ def test_a_worker_of_a_sweep_that_is_killed_at_once_does_not_stay(world):
     """Nor does it go on in the hour that its imports may take."""
     with standing_in(world):
         shutil.rmtree(records.RECORDS, ignore_errors=True)
-    process = python(world, "-c", SWEEP_THAT_DIES)
+    process = Python(world, "-c", SWEEP_THAT_DIES)
     process.communicate(timeout=300)  # ends when nobody holds the pipe
     assert process.returncode == -signal.SIGKILL
 

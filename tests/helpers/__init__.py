@@ -6,9 +6,6 @@
 
 import contextlib
 import json
-import os
-import subprocess
-import sys
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -96,22 +93,6 @@ def build(folder):
         manifest = read_manifest(DATA.folder / "manifest.csv")
         extraction.extract(manifest, encoders.load(BACKBONE.name), DATA.features)
     return folder
-
-
-def python(folder, *arguments):
-    """Start a process of its own that stands in `folder`.
-
-    It has one thread, as `make test` has: it may fork, and OpenMP's other threads would be missing.
-    """
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": paths},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
 
 
 def refuses(call, words):
