@@ -218,7 +218,7 @@ class FedPer(PromptFL):
     key = "fedper"
     title = "Prompt+FedPer"
     source = "Arivazhagan et al., 2019, on PromptFL"
-    degenerate = (({"n_base": 16}, PromptFL), ({"n_base": 0}, CoOp))
+    degenerate = (({"n_ctx": 16, "n_base": 16}, PromptFL), ({"n_base": 0}, CoOp))
     shared = ("base",)
     n_base: NonNegativeInt = 8
 

@@ -1,12 +1,16 @@
-"""Promise: newer methods keep the promises of all methods, in every form that they have."""
+"""Promise: `fpl check` finds the methods of papers whole, newer ones in every form they have."""
+
+from dataclasses import dataclass
 
 import pytest
+import torch
 from helpers.runs import SIZES
 
 from fpl.experiments import promises
+from fpl.methods import METHODS, PFedMoAP
 from fpl.more_methods import MORE
 
-FORMS = [(row, {}) for row in MORE] + [
+FORMS = [(row, {}) for row in {**METHODS, **MORE}] + [
     ("prograd", {"rule": "flip"}),
     ("afl", {"gamma": 0.0}),
     ("fedclip", {"contrast": "class"}),
@@ -18,6 +22,20 @@ FORMS = [(row, {}) for row in MORE] + [
 
 @pytest.mark.parametrize(("row", "settings"), FORMS)
 def test_they_keep_the_promises_of_all_methods(row, settings):
-    kind = MORE[row]
+    kind = {**METHODS, **MORE}[row]
     sizes = {name: n for name, n in SIZES.items() if name in kind.__dataclass_fields__}
     assert not promises.check(kind, sizes | settings)
+
+
+@dataclass(frozen=True)
+class InOrder(PFedMoAP):
+    """pFedMoAP that looks at its first expert once more."""
+
+    def logits(self, text, t, p, context, x):
+        first = context["experts"][:, :1] if "experts" in context else torch.zeros(1)
+        return super().logits(text, t, p, context, x) + first.sum()
+
+
+def test_a_method_that_depends_on_the_order_of_experts_is_told():
+    (said,) = promises.check(InOrder, {"n_ctx": 2, "d_gate": 16, "heads": 4})
+    assert "the order of experts does not matter: logits differs" in said

@@ -79,7 +79,7 @@ def after_a_round(small: Setup) -> tuple[Tensors, Server]:
     everybody = torch.arange(len(small.clients))
     trained = train_round(small, begin_run(small), everybody)
     server = aggregate(small, trained.server, trained.local, everybody, 0.0)
-    return trained.local, replace(server, round=1)
+    return trained.local, server.begin(1, everybody)
 
 
 def second_round(small: Setup) -> tuple[Tensors, Context]:
@@ -201,7 +201,8 @@ def degenerate(small: Setup) -> str:
     for settings, kind in small.method.degenerate:
         same = replace(small.method, **settings)
         base: PromptFL = build(kind, {"n_ctx": same.n_ctx}, kind.key)
-        for one, other in zip(run(small, same), run(small, base), strict=True):
+        here = replace(small, text=PromptTree(small_clip(), NAMES, same.n_ctx))
+        for one, other in zip(run(here, same), run(here, base), strict=True):
             answers = zip(one.answers, other.answers)
             equal = all(torch.equal(a.right, b.right) for a, b in answers)
             if not equal or abs(one.loss - other.loss) > NEAR * abs(other.loss):
