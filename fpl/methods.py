@@ -383,8 +383,8 @@ class FedOTP(PromptFL):
 
     def check(self, text: PromptTree, clients: Clients):
         if clients.patches is None:
-            needs = "FedOTP needs patch features and there are none"
-            raise ValueError(f"{needs}: make them with `fpl features --patches`")
+            ways = "`fpl features --patches`, or fpl.features(.., patches=True)"
+            raise ValueError(f"FedOTP needs patch features and there are none: make them by {ways}")
 
     def init(self, text: PromptTree, gen):
         return {name: super(FedOTP, self).init(text, gen)["ctx"] for name in ("ctx", "local")}

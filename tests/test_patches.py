@@ -2,6 +2,7 @@
 file is like the other."""
 
 import dataclasses
+import json
 import tracemalloc
 
 import open_clip
@@ -10,13 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from helpers import BACKBONE, DATA, ROOT, build, standing_in
+from helpers import BACKBONE, DATA, PARAMS, ROOT, build, refuses, standing_in
 from helpers.tiny import error
 
 from fpl import cli
 from fpl.data import encoders as clips
 from fpl.data import extraction, features
 from fpl.data.manifest import read_manifest
+from fpl.experiments import runner, verbs
 from fpl.prompts import Clip
 
 VIT = {"image_size": 32, "patch_size": 8, "layers": 2, "width": 32, "head_width": 16}
@@ -269,3 +271,17 @@ def test_the_command_makes_both_files(world, tmp_path):
         assert len(
             features.load(DATA.file("patches"), pooled.provenance, content="patches").feats
         ) == len(pooled.feats)
+
+
+def test_python_trains_on_patches_as_the_command_line_does(here, patched):
+    small = {"n_ctx": 2, "rounds": 1}
+    (path,) = runner.sweep([PARAMS.experiment("fedotp", 1, **small)])
+    clip = verbs.load(BACKBONE.name)
+    clients = verbs.split(verbs.features("shapes", clip, patches=True), clients=4, shots=2)
+    same = {"local_epochs": 1, "batch_size": 8}
+    result = verbs.train("fedotp", clip, clients, progress=False, **small, **same)
+    want = json.loads(path.read_text())["rounds"][0]
+    assert result.accuracy.tolist() == pytest.approx(want["accuracy"], abs=1e-6)
+    assert result.rounds[0].loss == pytest.approx(want["loss"], rel=1e-5)
+    without = verbs.split(verbs.features("shapes", clip), clients=4, shots=2)
+    refuses(lambda: verbs.train("fedotp", clip, without), ["patches=True"])

@@ -83,6 +83,7 @@ class Features:
     rows: of views, the numbers of their images in the file of pooled features.
     skipped: ids of images that could not be read and are left out.
     text: unit text features of the classes in single precision, where they were imported.
+    patches: features of the images' patches, where `fpl.features` was asked for them.
     """
 
     feats: Float[Tensor, "images *M d"]
@@ -97,6 +98,7 @@ class Features:
     rows: Int[Tensor, " images"] | None = None
     skipped: list[str] = field(default_factory=list)
     text: Float[Tensor, "c d"] | None = None
+    patches: Float[Tensor, "images M d"] | None = None
 
 
 def of_features(manifest: Manifest, features: Features) -> Manifest:

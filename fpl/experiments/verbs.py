@@ -132,14 +132,18 @@ def features(
 
     images: a demo world ("shapes" or "styles"), a data set under data/images by its name
     (`fpl data list`), or the path of your own: a folder CLASS/FILE or DOMAIN/CLASS/FILE, or a CSV.
-    patches: make those of patches, too, which FedOTP reads (`fpl run` finds them).
+    patches: those of patches, too, which FedOTP reads.
     skip_bad: leave out images that cannot be read.
     Raises OSError for images that cannot be read, and ValueError for what is no data set.
     """
     data = data_of(str(images), clip)
     request = Request({"patches"} if patches else set(), skip_bad=skip_bad)
     paths = [made.path for made in make_features(data, clip, request)]
-    return open_features(paths[0], clip.provenance, cache.device())
+    found = open_features(paths[0], clip.provenance, cache.device())
+    if not patches:
+        return found
+    of_patches = open_features(data.file("patches"), found.provenance, cache.device(), "patches")
+    return replace(found, patches=of_patches.feats)
 
 
 def data_of(images: str, clip: Clip) -> Data:
@@ -174,7 +178,7 @@ def split(data: Features, seed: int = 1, **partition: Any) -> Split:
     labels = data.labels.cpu().numpy()
     names = partitions.client_names(asked, labels, data.domain, data.client)
     whole = Split(
-        *(data.feats, data.labels, nobody, nobody, len(data.classes)),
+        *(data.feats, data.labels, nobody, nobody, len(data.classes), data.patches),
         classes=tuple(data.classes),
         seed=values.seed(seed),
         names=tuple(names),
