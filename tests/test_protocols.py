@@ -162,6 +162,24 @@ def there(patched, here):
     return patched
 
 
+SITES = """
+methods: {zeroshot: {}}
+datasets:
+  site_a: {data: {name: own, root: photos_a, store: a}}
+  site_b: {data: {name: own, root: photos_b, store: b}}
+  site_b_views: {data: {name: own, root: photos_b, store: b, views: 2}}
+tables: {10_table1: {table1: {data: [site_a, site_b, site_b_views], rows: [zeroshot]}}}
+"""
+
+
+def test_two_sets_of_own_data_are_others_to_each_other(tmp_path):
+    (tmp_path / "params.yaml").write_text(SITES)
+    with standing_in(tmp_path):
+        read = settings.read()
+    for name, other in (("site_a", "site_b"), ("site_b", "site_a"), ("site_b_views", "site_a")):
+        assert [source.name for source in transfer.others(read, name)] == [other]
+
+
 def kept(row, **changes):
     """Return the name of a run that kept what it learnt."""
     (path,) = runner.sweep([small(row, **changes)], asked=KEEP)

@@ -23,11 +23,16 @@ from fpl.state import Clients
 def others(settings: Settings, name: str) -> list[Source]:
     """Return the data sets of all tables that the backbone of this one sees, but for its images."""
     own = settings.source(name)
-    sources = {own.data.name: own}
+    sources = {images_of(own): own}
     for source in map(settings.source, settings.contents()):
         if source.backbone == own.backbone:
-            sources.setdefault(source.data.name, source)
+            sources.setdefault(images_of(source), source)
     return [*sources.values()][1:]
+
+
+def images_of(source: Source) -> tuple[str, str]:
+    """Return what says which images a data set has; several may have some prepared otherwise."""
+    return source.data.name, source.data.root
 
 
 def accuracies(run: str | Path, source: Source) -> list[float]:
