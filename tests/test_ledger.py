@@ -271,6 +271,22 @@ def test_a_ratio_of_other_numbers_of_seeds():
     assert line[["ratio", "low", "high"]].tolist() == pytest.approx([ratio, *ends], abs=0.01)
 
 
+def test_rounding_is_no_spread_to_divide_by():
+    """Clients that change places have the same mean in every seed, but for its last digits."""
+    accuracies = np.array([0.1, 0.3, 0.55, 0.7, 0.45, 0.9, 0.2, 0.33, 0.61, 0.875])
+    gen = np.random.default_rng(0)
+    free = [[gen.permutation(accuracies)] for _ in range(10)]
+    runs = of({"free": free, "fixed": [[accuracies]] * 10, "far": [[[v] * 10] for v in (0.1, 0.9)]})
+    assert 0 < stats.by_seed(runs[runs["row"] == "free"], "row").std() < 1e-15
+    for label, found in (("fixed", 0), ("free", 0), ("far", 56.57)):
+        one = item(spreads=[ledger.Pair("it", label, "free", ["split_seed"])])
+        spreads = ledger.spreads([one], runs)
+        line = spreads.loc[("D0", "it")]
+        assert line[["over seeds", "as released"]].tolist() == [0, found]
+        assert line[["ratio", "low", "high"]].isna().all()
+        assert ledger.numbers(one, None, spreads) == "it: no spread to compare with"
+
+
 def test_the_spread_of_the_last_five_rounds():
     means = [[9, 1, 2, 3, 4, 5], [9, 2, 4, 6, 8, 10]]  # the first is not one of the five
     runs = of({"a": [[[m / 100 - 0.01, m / 100 + 0.01] for m in seed] for seed in means]})

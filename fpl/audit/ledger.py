@@ -25,6 +25,7 @@ T = TypeVar("T")
 LEDGER = ROOT / "data" / "ledger.yaml"
 TABLES = ("ledger", "ledger_views", "ledger_seeds", "ledger_domains")
 ONE_RUN = "rounds of one run"
+NO_SPREAD = 1e-9  # a standard deviation below it is rounding
 NOTE_ATTRIBUTION = (
     "What makes pFedMoAP differ from PromptFL, in both orders of the two changes between them. "
     f"{tables.NOTE_PAIRED} `share` is the part of the whole difference in %, without an interval."
@@ -206,7 +207,8 @@ def spreads(items: Iterable[Item], runs: DataFrame) -> DataFrame:
 
     The ratio is `released` / `paper`. The one of `paper` is over seeds, and so is that of
     `released`, unless the pair's rule is ONE_RUN. The 95 % interval is that of the variance ratio
-    of two normal samples (F); the rounds of one run are no sample, and have none.
+    of two normal samples (F); the rounds of one run are no sample, and have none. Where `paper` has
+    no spread, there is no ratio.
     """
     lines = []
     for item in items:
@@ -222,7 +224,7 @@ def spreads(items: Iterable[Item], runs: DataFrame) -> DataFrame:
                 ours, theirs = (rows["seed"].nunique() - 1 for rows in (paper, released))
                 far = math.sqrt(f_distribution.ppf(0.975, theirs, ours))
                 near = math.sqrt(f_distribution.ppf(0.975, ours, theirs))
-            ratio = found / over
+            ratio = found / over if over > NO_SPREAD else math.nan
             lines.append(
                 {
                     "item": item.item,
@@ -280,7 +282,10 @@ def numbers(item: Item, costs: DataFrame, spreads: DataFrame) -> str:
         said.append(f"{pair.what}: {line['difference']:+.2f} {interval}")
     for pair in item.spreads:
         ratio = spreads.loc[(item.item, pair.what), "ratio"]
-        said.append(f"{pair.what}: std times {ratio:.2f}")
+        times = f"std times {ratio:.2f}"
+        if math.isnan(ratio):
+            times = "no spread to compare with"
+        said.append(f"{pair.what}: {times}")
     return "; ".join(said)
 
 
