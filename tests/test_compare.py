@@ -123,11 +123,74 @@ def test_rows_are_told_apart_by_all_that_stands_before_the_mean_also_where_it_is
         }
     )
     table.to_csv(tmp_path / "t.csv", index=False)
-    assert expected.means(tmp_path / "t.csv").to_dict() == {
+    assert expected.means(tmp_path / "t.csv")["mean"].to_dict() == {
         "a, , ": 1,
         "b, x, 1.0": 2,
         "b, x, 2.0": 3,
     }
+
+
+# Numbers of tables that are none of our means and no counts: spreads and what is drawn from them,
+# what others printed, and what is no percentage or made of means that are compared.
+BESIDE = {"std", "low", "high", "p", "holm", "seeds", "clients", "pairs", "same", "share", "ratio"}
+BESIDE |= {"evenness", "l2 norm", "spearman", "distance", "vector", "published_mean"}
+BESIDE |= {"published_std", "paper, mean of 5 data sets", "paper, CIFAR100"}
+BESIDE |= {"paper, DomainNet (10 classes)"}
+BESIDE |= {f"{of} std" for of in ("local", "base", "novel", "HM")}
+PARTS = ("personal", "global", "HM", "own", "seen", "unseen", "on styles", "on shapes")
+BESIDE |= {f"{of} {end}" for of in PARTS for end in ("low", "high")}
+PATHS = sorted(expected.tables_in(ROOT / expected.EXPECTED))
+
+
+def noticed(table, moved, folder):
+    """How many cells of a table of ours are not the same in another one."""
+    for where, of in (("old", table), ("new", moved)):
+        (folder / where).mkdir(exist_ok=True)
+        of.to_csv(folder / where / "t.csv", index=False)
+    cells = expected.cells("t", folder / "new", folder / "old")
+    return (cells["verdict"] != "same").sum()
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_whatever_number_of_ours_moves_is_noticed(path, tmp_path):
+    """By 50 points or by half, in every row of every column."""
+    table = pd.read_csv(path).dropna(axis=1, how="all")
+    ours = table
+    if "ours" in set(table.get("table", ())):
+        ours = table[table["table"] == "ours"]
+    assert noticed(table, table, tmp_path) == 0
+    for name in {*table.select_dtypes("number")} - BESIDE:
+        moved = table.assign(**{name: 1.5 * table[name] + 50})
+        assert noticed(table, moved, tmp_path) >= ours[name].notna().sum(), name
+
+
+def test_the_repository_is_as_expected():
+    everything = ROOT / expected.EXPECTED
+    assert set(expected.all_cells(everything, everything)["verdict"]) == {"same"}
+
+
+def test_our_numbers_beside_published_ones_are_compared(tmp_path):
+    line = {"paper": "P", "table": "Table 1", "published_mean": 71.0, "ours_mean": 80.0}
+    table = pd.DataFrame([line | {"verdict": "outside", "own_mean": 82.5}])
+    assert noticed(table, table.assign(published_mean=9, ours_mean=77), tmp_path) == 0
+    for name in ("ours_mean", "own_mean"):
+        assert noticed(table, table.assign(**{name: 76}), tmp_path) == 1
+
+
+def test_further_columns_have_the_tolerance_of_their_row_and_counts_are_exact(tmp_path):
+    table = pd.DataFrame({"row": ["fedotp", "coop"], "personal": [50.0] * 2, "HM": [50.0] * 2})
+    table = table.assign(worst=[30.0] * 2, down=[2048] * 2)
+    usual, wide = expected.UNMEASURED, expected.TOLERANCE["fedotp"]
+    for name, by in (("personal", 1), ("HM", 1), ("worst", expected.FURTHER)):
+        for row, most in enumerate((wide, usual)):
+            for move, count in ((most * by - 0.1, 0), (most * by + 0.1, 1)):
+                moved = table.copy()
+                moved.loc[row, name] -= move
+                assert noticed(table, moved, tmp_path) == count
+    assert noticed(table, table.assign(down=2047), tmp_path) == 0
+    assert noticed(table, table.assign(down=2051), tmp_path) == 2
+    rows = expected.cells("t", tmp_path / "new", tmp_path / "old")["row"].tolist()
+    assert rows[:3] == ["fedotp", "coop", "fedotp: HM"]
 
 
 def test_nothing_to_compare_with_is_no_success(project):
@@ -151,14 +214,14 @@ def test_the_repository_knows_every_tolerance():
     """No tolerance is for a table or a row that does not exist, or wider than two means over as
     many seeds may differ: sqrt(2) times half their interval."""
     paths = expected.tables_in(ROOT / expected.EXPECTED)
-    rows = {row for path in paths for row in expected.means(path).index}
+    rows = {row for path in paths for _, row in expected.means(path).index}
     names = {path.stem for path in paths}
     assert names >= {*expected.MEASURED}
     assert all(name in names or name in rows for name in expected.TOLERANCE)
     wide = {name: most for name, most in expected.TOLERANCE.items() if most > 3}
     moving = ("fedotp - ", "promptfolio - ", "promptfl - ")
     pairs = {name for name in wide if name.startswith(moving) or name.endswith(" - promptfl")}
-    rest = {"fedotp", "promptfolio", "pFedMoAP - FedOTP"}
+    rest = {"fedotp", "promptfolio", "pFedMoAP - FedOTP", "against_paper_orders"}
     assert {*wide} == {*rest, *pairs} and max(wide.values()) == 5
     assert all(tolerance > 0 for tolerance in [*expected.TOLERANCE.values(), expected.USUAL])
     of_row = {"fedotp": "10_table1/table1.csv", "promptfolio": "24_since_then/since_then.csv"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -35,18 +36,31 @@ TOLERANCE = {
     **dict.fromkeys(("promptfl - coop", "promptfl - ridge_own"), 4.5),
     "promptfl_released": 2.0,
     "fedprox_released": 2.0,
+    "against_paper_orders": 5.0,  # its rows are differences, FedOTP's too
 }
 USUAL = 1.0
 MEASURED = ("table1", "ablation_n_experts", "ablation_d_gate", "ablation_lam")
 UNMEASURED = 3.5  # for other tables: nobody has measured how far another processor moves them
-VALUES = ("mean", "local", "difference", "personal", "seen", "own")
+# Columns of our numbers: those of a table are the first of these and all that follow it, but for
+# what is OTHER: spreads, counts, print, and what is no percentage or is made of our means.
+VALUES = {"mean", "local", "difference", "personal", "seen", "own", "accuracy", "over seeds"}
+VALUES |= {"half, changed", "ours_mean", "ours_difference"}
+OTHER = re.compile("(.*[ _])?(std|low|high)|p|holm|seeds|clients|share|ratio|evenness|paper.*")
+# Columns that are counted or computed, not trained. They may move by this part of them.
+FACTS = {"numbers", "trained", "read", "noise", "releases", "epsilon"}
+FACTS |= {"up", "down", "up, bytes", "down, bytes"}
+EXACT = 1e-3
+# What one client or class decides moves further than a mean: by so many times as much.
+EXTREME = {"worst", "10th percentile", "worst class", "worst client"}
+EXTREME |= {"lowest client", "highest client"}
+FURTHER = 3
 
 
 def cells(name: str, fresh: Path, expected: Path) -> pd.DataFrame:
-    """Return a line per row of a table: expected and fresh mean, difference, tolerance, verdict.
+    """Return a line per cell of a table: expected and fresh number, difference, tolerance, verdict.
 
-    name: of the table's file below both folders, without a suffix. The verdict is "same", "outside"
-    or "missing".
+    name: of the table's file below both folders, without a suffix. A cell of the first column is
+    called as its row, of others "row: column". The verdict is "same", "outside" or "missing".
     """
     old = means(expected / f"{name}.csv")
     path = fresh / f"{name}.csv"
@@ -54,25 +68,32 @@ def cells(name: str, fresh: Path, expected: Path) -> pd.DataFrame:
     table = Path(name).name
     lines = pd.DataFrame({"table": table, "expected": old, "fresh": new.reindex(old.index)})
     lines["difference"] = lines["fresh"] - lines["expected"]
-    lines["tolerance"] = [tolerance(table, str(row)) for row in old.index]
+    found = zip(old.index, old)
+    lines["tolerance"] = [tolerance(table, of, row, value) for (of, row), value in found]
     lines["verdict"] = "same"
     lines.loc[lines["difference"].abs() > lines["tolerance"], "verdict"] = "outside"
     lines.loc[lines["difference"].isna(), "verdict"] = "missing"
+    first = old.index.unique(0)[:1]
+    lines.index = [row if of in first else f"{row}: {of}" for of, row in old.index]
     return lines.rename_axis("row").reset_index()
 
 
-def tolerance(table: str, row: str) -> float:
-    """Return how far the mean of a table's row may move, in points of percent."""
+def tolerance(table: str, column: str, row: str, value: float) -> float:
+    """Return how far a cell may move, in points of percent, or in what it is counted in."""
+    if column in FACTS:
+        return EXACT * abs(value)
     if table in TOLERANCE:
         return TOLERANCE[table]
     usual = USUAL if table in MEASURED else UNMEASURED
-    return max(usual, TOLERANCE.get(row, usual))
+    points = max(usual, TOLERANCE.get(str(row), usual))
+    return FURTHER * points if column in EXTREME else points
 
 
 def means(path: Path) -> pd.Series:
-    """Return our means in a table, by the first column or, if it repeats, all before the mean.
+    """Return our numbers in a table, by column and row, those of the first column first.
 
-    Raises ValueError for a file that is no such table.
+    A row is named by the first column or, if it repeats, all before the numbers. Raises ValueError
+    for a file that is no such table.
     """
     try:
         return means_of(pd.read_csv(path))
@@ -82,16 +103,21 @@ def means(path: Path) -> pd.Series:
 
 
 def means_of(table: pd.DataFrame) -> pd.Series:
-    """Return the means that `means` does, of a table that is read."""
-    if "table" in table:  # published numbers stand in it too
+    """Return the numbers that `means` does, of a table that is read."""
+    if "ours" in set(table.get("table", ())):  # published numbers stand in it too
         table = table[table["table"] == "ours"]
-    value = next((name for name in VALUES if name in table), None)
-    if value is None:
+    there = [name for name in table if name in VALUES]
+    there += [name for name in table.select_dtypes("number") if name in FACTS]
+    if not there:
         return pd.Series(dtype=float)
-    keys = table[table.columns[: table.columns.get_loc(value)]].astype(object)
+    start = table.columns.get_loc(there[0])
+    keys = table[table.columns[:start]].astype(object)
     first = keys.iloc[:, 0]
     whole = keys.fillna("").astype(str).agg(", ".join, axis=1)  # not every row has every setting
-    return pd.Series(table[value].tolist(), first if first.is_unique else whole, dtype=float)
+    numbers = table.iloc[:, start + 1 :].select_dtypes("number")
+    further = [name for name in numbers if not OTHER.fullmatch(name)]
+    found = table[[there[0], *further]].astype(float)
+    return found.set_axis(first if first.is_unique else whole).unstack().dropna()
 
 
 def all_cells(fresh: Path, expected: Path = EXPECTED) -> pd.DataFrame:
