@@ -11,6 +11,7 @@ import pytest
 
 from fpl import privacy
 from fpl.audit import ledger, published
+from fpl.data.datasets import DATASETS
 from fpl.experiments import records, stats, tables
 
 TITLES = {"promptfl": "PromptFL", "pfedmoap": "pFedMoAP", "majority": "control: majority"}
@@ -348,6 +349,18 @@ def test_a_row_of_fewer_seeds_says_so():
     assert labelled == ["promptfl", "pfedmoap (1 seed)", f"{OWN} (2 seeds)"]
     pair = tables.differences(runs, {"one": ("promptfl", OWN)})
     assert pair["seeds"].tolist() == [2]
+
+
+@pytest.mark.parametrize("images", [*DATASETS, "shapes", "own"])
+@pytest.mark.parametrize("methods", [("promptfl", "pfedmoap"), ("promptfl", "majority")])
+def test_orders_are_counted_also_where_the_paper_prints_no_pair(images, methods):
+    made = [record(method, 1, data=images) | {"images": images} for method in methods]
+    runs = records.frame(store(made))
+    line = tables.orders(runs).iloc[0]
+    printed = {*tables.main_results()["dataset"]}
+    there = tables.PRINTED.get(images, "DTD") in printed  # others stand beside the paper's mean
+    assert line["pairs"] == (there and "pfedmoap" in methods)
+    assert math.isnan(line["share"]) == (line["pairs"] == 0)
 
 
 def test_traffic_adds_up_what_all_clients_sent_and_received():

@@ -265,17 +265,19 @@ def table1(runs: DataFrame) -> DataFrame:
 def orders(runs: DataFrame) -> DataFrame:
     """Return of how many pairs of methods Table 1 has the paper's order: pairs, same, share in %.
 
-    A pair counts by its means, however near they are.
+    A pair counts by its means, however near they are. Without a pair, as on data sets of which the
+    paper prints nothing, the share is nan.
     """
     table = table1(runs)
-    theirs = table["paper" if "paper" in table else BESIDE]
-    both = table[theirs.notna()]
-    ours, theirs = both["mean"].to_numpy(), theirs.dropna().to_numpy()
+    table["printed"] = table.get("paper", table.get(BESIDE, np.nan))
+    both = table.dropna(subset="printed")
+    ours, theirs = both["mean"].to_numpy(), both["printed"].to_numpy()
     first, second = np.triu_indices(len(both), 1)
     our_order = np.sign(ours[first] - ours[second])
     their_order = np.sign(theirs[first] - theirs[second])
     same = our_order == their_order
-    line = {"pairs": len(same), "same": int(same.sum()), "share": 100 * same.mean()}
+    share = 100 * same.mean() if same.size else np.nan
+    line = {"pairs": len(same), "same": int(same.sum()), "share": share}
     what = pd.Index(["orders"], name="what")
     return DataFrame([line], index=what).round(1)
 
