@@ -279,6 +279,34 @@ def test_documents_are_pages_whose_links_lead_to_pages_or_nowhere(site):
     assert [item.a["href"] for item in named(site, "index")("ol")[1]("li")] == ["reading.html"]
 
 
+LINKS = {
+    "`20_other`": "20_other.html",
+    "`notebooks/20_other.ipynb`": "20_other.html",
+    "`docs/data.md`": "data.html",
+    "`data`": None,
+    "`fpl/data/`": None,
+    "`fpl/20_other`": None,
+    "`data.csv`": None,
+    "[x](../notebooks/20_other.ipynb#a)": "20_other.html#a",
+    "[x](data.md)": "data.html",
+    "[x](../fpl/data/)": None,
+    "[x](../fpl/data.py)": None,
+    "[x](//host.example/data.md)": None,
+    "[x](https://host.example/owner/data)": "https://host.example/owner/data",
+    "[x](https://host.example/data.html)": "https://host.example/data.html",
+    "[x](https://host.example/20_other.ipynb)": "https://host.example/20_other.ipynb",
+    "[x](mailto:20_other.md)": "mailto:20_other.md",
+}
+
+
+@pytest.mark.parametrize("text", LINKS)
+def test_only_what_names_a_page_leads_to_it(text):
+    soup = report.harmless(report.html_of(text))
+    report.connect(soup, {"20_other", "data"}, {"10_things", "20_other"})
+    assert [link["href"] for link in soup("a")] == ([LINKS[text]] if LINKS[text] else [])
+    assert soup.get_text().strip() == ("x" if "[x]" in text else text.strip("`"))
+
+
 def test_contents_are_in_reading_order_with_a_sentence_each(site):
     entries = [item.get_text("|") for item in named(site, "index").ol("li")]
     assert entries[:2] == ["A & thing|It has code (v. 1.5) and e.g. more.", "Other|No end"]

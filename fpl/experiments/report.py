@@ -58,6 +58,7 @@ ATTRIBUTES = {
     "td": ["colspan", "rowspan"],
     "th": ["colspan", "rowspan"],
 }
+PAGES = {".ipynb", ".md", ".html"}  # files that a link or a name in code leads to
 PICTURE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[\w+/=\s]+", re.ASCII)
 ENVIRONMENT = Environment(
     loader=PackageLoader("fpl.experiments"), autoescape=True, trim_blocks=True
@@ -120,8 +121,9 @@ def build(
         raise FileNotFoundError(f"no executed notebooks in {executed}: run `make repro`")
     soups = {path.stem: notebook(path) for path in books}
     soups |= {path.stem: document(path) for path in sorted(docs.glob("*.md"))}
+    names = {path.stem for path in books}
     for stem, soup in soups.items():
-        connect(soup, soups.keys() - {stem})
+        connect(soup, soups.keys() - {stem}, names)
     read = [make_page(stem, soup) for stem, soup in soups.items()]
     results = read[: len(books)]
     sections = list_sections(tables, target / "tables", results)
@@ -199,10 +201,11 @@ def html_of(markdown: str) -> str:
     return MarkdownWithMath(renderer=renderer).render(markdown)
 
 
-def connect(soup: BeautifulSoup, others: Collection[str]) -> None:
+def connect(soup: BeautifulSoup, others: Collection[str], books: Collection[str]) -> None:
     """Make the tables of a page sortable, and links of what names another page.
 
-    others: the stems of the other pages. Links that lead out of the report become text.
+    others: the stems of the other pages; books: of those that are notebooks, whose stem alone is a
+    name, too. Links to other files become text, those to other hosts stay.
     """
     for table in soup.select("table:has(thead):has(tbody)"):
         head, body = table("thead")[0], table("tbody")[0]
@@ -214,16 +217,23 @@ def connect(soup: BeautifulSoup, others: Collection[str]) -> None:
             names = [last or name for last, name in zip(heads[-1], names)]
         table.replace_with(sortable(names, cells_of(body)))
     for code in soup("code"):
-        stem = PurePosixPath(code.get_text()).name.removesuffix(".ipynb")
+        text = code.get_text()
+        stem = text if text in books else stem_of(text)
         if stem in others and not code.find_parent(["a", "pre"]):
             code.wrap(soup.new_tag("a", href=f"{quote(stem)}.html"))
     for link in soup("a", href=True):
         url = urlsplit(str(link["href"]))
-        stem = PurePosixPath(url.path).stem
-        if stem in others:
+        stem = stem_of(url.path)
+        if stem in others and not url.scheme and not url.netloc:
             link["href"] = url._replace(path=f"{quote(stem)}.html").geturl()
         elif url.path and not url.scheme:
             link.unwrap()
+
+
+def stem_of(name: str) -> str:
+    """Return the stem of a page's file; the empty one of other files."""
+    path = PurePosixPath(name)
+    return path.stem if path.suffix in PAGES else ""
 
 
 def cells_of(part: Tag) -> list[list[str]]:
