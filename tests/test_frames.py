@@ -349,6 +349,10 @@ def test_a_row_of_fewer_seeds_says_so():
     assert labelled == ["promptfl", "pfedmoap (1 seed)", f"{OWN} (2 seeds)"]
     pair = tables.differences(runs, {"one": ("promptfl", OWN)})
     assert pair["seeds"].tolist() == [2]
+    alone = tables.table1(runs[runs["row"] == OWN])
+    assert alone["row"].tolist() == ["Mine"]
+    both = tables.marked(pd.concat([tables.table1(runs), alone]))
+    assert both["row"].tolist() == [*wanted, "Mine (2 seeds)"]
 
 
 @pytest.mark.parametrize("images", [*DATASETS, "shapes", "own"])

@@ -17,7 +17,7 @@ from matplotlib.collections import PathCollection
 from scipy import stats
 
 from fpl import rounds
-from fpl.experiments import assemble, inspect, measures, plots
+from fpl.experiments import assemble, inspect, measures, plots, tables
 from fpl.methods import PFedMoAP, PromptFL
 from fpl.privacy import noise_multiplier
 from fpl.state import generator
@@ -358,6 +358,17 @@ def test_controls_are_drawn_apart_and_each_data_set_has_a_panel(tmp_path):
         methods, controls = (line for line in ax.lines if line.get_marker() in "os")
         assert methods.get_xydata().tolist() == [[first, 0]] and methods.get_marker() == "o"
         assert controls.get_xydata().tolist() == [[first - 30, 1]] and controls.get_marker() == "s"
+
+
+def test_a_control_with_fewer_seeds_is_drawn_as_one():
+    names = ["A", "A (b)", "guess", "guess of (one)", "no guess"]
+    table = pd.DataFrame({"row": names, "mean": [50.0, 60, 20, 30, 40], "seeds": [9, 1, 1, 2, 9]})
+    table = tables.marked(table.assign(low=table["mean"], high=table["mean"]))
+    assert table["row"][1:3].tolist() == ["A (b) (1 seed)", "guess (1 seed)"]
+    (ax,) = plots.rows(table, ["guess", "guess of (one)"]).axes
+    methods, controls = (line for line in ax.lines if line.get_marker() in "os")
+    assert methods.get_ydata().tolist() == [0, 1, 4]
+    assert controls.get_ydata().tolist() == [2, 3]
 
 
 def test_a_curve_is_the_mean_of_clients_and_its_band_reaches_over_seeds(tmp_path):

@@ -25,6 +25,7 @@ from pandas import DataFrame, Series
 
 from fpl.data.files import atomic_write
 from fpl.experiments.notebook import TABLES
+from fpl.experiments.tables import unmarked
 
 # Okabe and Ito's colours, ordered so that neighbours differ in lightness too.
 COLOURS = ["#000000", "#E69F00", "#0072B2", "#56B4E9", "#D55E00", "#009E73", "#CC79A7"]
@@ -149,13 +150,14 @@ def legend(ax: Axes, where: str = "outside lower left", columns: int = 3, **opti
 def rows(table: DataFrame, controls: Collection[str] = ()) -> Figure:
     """Draw the rows of a table as points with 95 % intervals, the controls as white squares.
 
-    table: as `tables.table1`, in percent; controls: what its column `row` says of the controls.
+    table: as `tables.table1`, in percent; controls: what its column `row` says of the controls,
+    without a number of seeds.
     """
     fig, shown = stacked(table, 7.5, 0.9, per_row=0.34)
     for ax, part in shown:
         name_rows(ax, part["row"])
         y = np.arange(len(part))
-        is_control = part["row"].isin(controls)
+        is_control = unmarked(part["row"]).isin(controls)
         for here, marks, face in ((~is_control, "ko", "black"), (is_control, "ks", "white")):
             x = part["mean"][here]
             error = reach(part[here])

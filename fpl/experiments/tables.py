@@ -226,11 +226,20 @@ def titled(runs: DataFrame, key: Keys = "method") -> DataFrame:
 
 
 def marked(table: DataFrame) -> DataFrame:
-    """Return a table whose column `row` says where a row has fewer seeds than others."""
+    """Return a table whose column `row` says where a row has fewer seeds than others.
+
+    So it does of several tables, too, each of which said it of its own rows.
+    """
     seeds = table["seeds"]
     number = seeds.astype(str) + np.where(seeds == 1, " seed", " seeds")
-    few = table["row"] + " (" + number + ")"
-    return table.assign(row=table["row"].where(seeds == seeds.max(), few))
+    names = unmarked(table["row"])
+    few = names + " (" + number + ")"
+    return table.assign(row=names.where(seeds == seeds.max(), few))
+
+
+def unmarked(names: Series) -> Series:
+    """Return names of rows without the number of seeds that `marked` adds."""
+    return names.str.replace(r" \(\d+ seeds?\)$", "", regex=True)
 
 
 def add_paper(table: DataFrame, runs: DataFrame, other: Series, label: str) -> None:
