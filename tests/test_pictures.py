@@ -244,6 +244,11 @@ def test_verdict_needs_both_the_interval_and_the_test(
     assert {*inspect.followed(learnt)["verdict"]} == {verdict}
 
 
+def test_one_prompt_has_no_plane():
+    with pytest.raises(ValueError, match="one prompt alone has no axes"):
+        inspect.plane(torch.zeros(1, 2, 3))
+
+
 def test_the_plane_keeps_the_distances_of_prompts_that_lie_in_one():
     gen = torch.Generator().manual_seed(0)
     flat = (
@@ -406,6 +411,14 @@ def test_differences_have_their_interval_and_are_filled_where_they_are_claimed(t
     assert labels == [["a - b"], ["a - c", "a - d"]]
 
 
+def test_what_has_no_interval_is_not_said_to_be_seen_or_not(tmp_path):
+    table = of_claims(["a - b", "a - c", "a - d"]).assign(verdict="unknown")
+    (ax,) = saved(lambda: plots.differences(table), tmp_path).axes
+    assert ax.collections[1].get_facecolor().tolist() == [[1, 1, 1, 1]] * 3
+    (found,) = ax.figure.legends or [ax.get_legend()]
+    assert "none seen, or no interval" in [text.get_text() for text in found.get_texts()]
+
+
 def test_gains_stand_above_the_value_of_their_setting(tmp_path):
     index = pd.MultiIndex.from_tuples([("k", 10.0), ("k", 0.1), ("l", 0.1)], names=["pair", "at"])
     (ax,) = saved(lambda: plots.gains(of_claims(index), "alpha"), tmp_path).axes
@@ -430,6 +443,13 @@ def test_accuracy_stands_above_the_bytes_of_all_rounds_so_far(tmp_path):
     assert other.get_xydata().tolist() == [[32, 55], [64, 70]] and other.get_linestyle() == "--"
     level = ax.lines[8]
     assert [*level.get_ydata()] == [45, 45] and ax.get_xscale() == "log"
+
+
+def test_more_kinds_than_lines_are_refused():
+    index = pd.MultiIndex.from_product([["A"], range(5), [0]], names=["row", "n_ctx", "round"])
+    table = pd.DataFrame({"kB": 1.0, "mean": 50.0, "low": 49.0, "high": 51.0}, index)
+    with pytest.raises(ValueError, match="4 values of vectors can be drawn, not 5"):
+        plots.traffic(table, "vectors")
 
 
 def test_lines_over_words_stand_in_the_order_of_the_table(tmp_path):

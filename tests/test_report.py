@@ -107,7 +107,7 @@ def site(tmp_path_factory):
         ("10_things", "A & thing", "It has `code` (v. 1.5) and e.g. more. And more."),
     ):
         nbformat.write(cells(title, first), folder / "executed" / f"{name}.ipynb")
-    tables.save(TABLE, "lam", folder / "tables" / "10_things", note="What it says.")
+    tables.save(TABLE, "lam", folder / "tables" / "10_things", note="What `it` says: my\\_photos.")
     for name in ("10_things/all.svg", "10_things/all.png", "30_not_run/late.png"):
         (folder / "tables" / name).write_bytes(base64.b64decode(PIXEL))
     (folder / "docs" / "reading.md").write_text(DOCUMENT)
@@ -255,7 +255,8 @@ def test_tables_and_figures_stand_with_their_notebook_and_a_copy_of_each_file(si
     ]
     assert (
         "Made by 10_things." in soup.main.get_text()
-        and "What it says. lam.csv" in soup.main.get_text()
+        and "What it says: my_photos. lam.csv" in soup.main.get_text()
+        and soup.select_one("h3 + p > code").get_text() == "it"
     )
     folder = next(iter(site)).parent
     copy = pd.read_csv(folder / soup.select_one("a[href$=csv]")["href"], index_col=0)
@@ -447,6 +448,42 @@ def test_without_an_executed_notebook_it_says_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match="no executed notebooks in .*: run `make repro`"):
         report.build(tmp_path, tmp_path / "report", tmp_path, tmp_path)
     assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize("name", ["index", "tables", "reading"])
+def test_a_notebook_that_is_called_as_another_page_is_refused(name, tmp_path):
+    nbformat.write(cells("A thing", "It."), tmp_path / f"{name}.ipynb")
+    (tmp_path / "reading.md").write_text(DOCUMENT)
+    with pytest.raises(ValueError, match=f"a page {name} of its own: rename that notebook"):
+        report.build(tmp_path, tmp_path / "report", tmp_path, tmp_path)
+    assert not (tmp_path / "report").exists()
+
+
+def test_figures_whose_names_differ_in_case_are_two(site, tmp_path):
+    nbformat.write(cells("A thing", "It."), tmp_path / "10_things.ipynb")
+    (tmp_path / "tables/10_things").mkdir(parents=True)
+    for name in ("lam.png", "Lam.png"):
+        (tmp_path / "tables/10_things" / name).write_bytes(base64.b64decode(PIXEL))
+    report.build(tmp_path, tmp_path / "report", tmp_path / "tables", tmp_path / "none")
+    soup = BeautifulSoup((tmp_path / "report/tables.html").read_text(), "html.parser")
+    assert {image["src"].rpartition("/")[2] for image in soup("img")} == {"lam.png", "Lam.png"}
+
+
+LONG = ["0.1", "0.30000000000000004", "12345678901234567890", "-3", "none"]
+
+
+def test_numbers_are_filled_up_and_no_digit_is_made_up():
+    found = report.align(LONG)
+    assert found[:2] == ["0.10000000000000000", "0.30000000000000004"]
+    assert found[2:] == ["12345678901234567890." + 17 * "0", "-3." + 17 * "0", "none"]
+
+
+def test_the_script_leaves_tables_alone_that_have_no_buttons(site):
+    """As one without a head; else no table behind it could be sorted."""
+    soup = named(site, "10_things")
+    (selector,) = re.findall(r'querySelectorAll\("(table[^"]*)"\)', soup.script.string)
+    page = BeautifulSoup("<table><tr><td>1</td></tr></table>" + str(soup), "html.parser")
+    assert page.select(selector) == page("table")[1:]
 
 
 def test_a_notebook_is_listed_with_its_question():

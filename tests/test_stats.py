@@ -269,6 +269,14 @@ def test_the_difference_of_two_differences_is_that_of_the_means():
     assert stats.paired(both, "x", "y")["mean"] == pytest.approx(wanted)
 
 
+def test_equal_gains_differ_by_nothing_whatever_their_rounding():
+    rows = {"a": 0.8, "b": 0.6, "c": 0.5, "d": 0.3}  # 0.8 - 0.6 is not 0.5 - 0.3 in binary
+    runs = runs_of({row: np.full((4, 6), value) for row, value in rows.items()})
+    both = pd.concat([stats.minus(runs, "a", "b", "x"), stats.minus(runs, "c", "d", "y")])
+    found = stats.paired(both, "x", "y")
+    assert found["mean"] == 0 and stats.verdict(found["low"], found["high"]) == stats.UNSEEN
+
+
 LINE = {"mean": 1.2, "low": 0.3, "high": 2.1, "holm": 0.01, "verdict": "above", "seeds": 10}
 SAID = {
     "a minus b: +1.20 points [0.30, 2.10] over 10 seeds: above": {},

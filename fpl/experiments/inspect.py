@@ -312,7 +312,12 @@ def varies(values: Float[ndarray, " pairs"]) -> bool:
 
 
 def plane(prompts: Float[Tensor, "n m w"]) -> tuple[Float[ndarray, "n 2"], tuple[float, float]]:
-    """Return prompts on their first two principal axes, and each axis's part of the variance."""
+    """Return prompts on their first two principal axes, and each axis's part of the variance.
+
+    Raises ValueError for a single prompt.
+    """
+    if len(prompts) < 2:
+        raise ValueError("one prompt alone has no axes: take a run with two uploads or more")
     flat = prompts.flatten(1).double().cpu().numpy()
     u, s, _ = np.linalg.svd(flat - flat.mean(0), full_matrices=False)
     parts = s**2 / max((s**2).sum(), np.finfo(float).tiny)

@@ -214,7 +214,8 @@ def mark_claims(ax: Axes, x: Any, y: Any, table: DataFrame, marker: str = "o") -
 
 def explain_claims(ax: Axes) -> None:
     """Add what the filling of markers means to the figure's legend."""
-    kinds = {"black": "a difference", "#AAAAAA": "not after Holm", "white": "none seen"}
+    kinds = {"black": "a difference", "#AAAAAA": "not after Holm"}
+    kinds["white"] = "none seen, or no interval"
     for face, label in kinds.items():
         ax.scatter([], [], s=30, facecolor=face, edgecolor="black", label=label)
     legend(ax)
@@ -357,15 +358,18 @@ def traffic(table: DataFrame, kind: str) -> Figure:
 
     table: as `tables.traffic`, its index (row, variant, round): rows differ in colour and marker,
     variants in the line. kind: what the variants are. The last round has a marker and its interval.
-    A row that sends nothing is a level line at its last round.
+    A row that sends nothing is a level line at its last round. Raises ValueError for more variants
+    than there are kinds of lines.
     """
     lines = ("-", "--", ":", "-.")
     variants = [*table.index.unique(level=-2).sort_values()]
+    if len(variants) > len(lines):
+        raise ValueError(f"{len(lines)} values of {kind} can be drawn, not {len(variants)}")
     fig, shown = stacked(table, 7.2, 4.2)
     for ax, of in shown:
         rows = [*of.index.unique(level=0)]
         for (row, variant), part in of.groupby(level=[0, 1], sort=False):
-            line = lines[variants.index(variant) % len(lines)]
+            line = lines[variants.index(variant)]
             draw_traffic(ax, part, line, **look(rows.index(row)))
         for k, row in enumerate(rows):
             ax.plot([], [], label=row, **look(k))

@@ -114,14 +114,18 @@ def build(
 
     There is a page for each executed notebook, one for all tables and figures, which are copied
     beside it, and one for each document. Raises FileNotFoundError when no notebook was executed,
-    and ValueError for one that cannot be shown.
+    and ValueError for one that cannot be shown or is called as another page.
     """
     books = sorted(executed.glob("*.ipynb"))
     if not books:
         raise FileNotFoundError(f"no executed notebooks in {executed}: run `make repro`")
-    soups = {path.stem: notebook(path) for path in books}
-    soups |= {path.stem: document(path) for path in sorted(docs.glob("*.md"))}
+    texts = sorted(docs.glob("*.md"))
     names = {path.stem for path in books}
+    taken = names & {"index", "tables", *(path.stem for path in texts)}
+    if taken:
+        raise ValueError(f"the report has a page {min(taken)} of its own: rename that notebook")
+    soups = {path.stem: notebook(path) for path in books}
+    soups |= {path.stem: document(path) for path in texts}
     for stem, soup in soups.items():
         connect(soup, soups.keys() - {stem}, names)
     read = [make_page(stem, soup) for stem, soup in soups.items()]
@@ -300,7 +304,7 @@ def list_sections(tables: Path, target: Path, pages: Sequence[Page]) -> list[Sec
 
 
 def read_table(path: Path) -> tuple[str, BeautifulSoup]:
-    """Return the note above a table, from its Markdown file, and its CSV file as a table."""
+    """Return the note above a table as HTML, from its Markdown file, and its CSV as a table."""
     frame = pd.read_csv(path, dtype=str, keep_default_na=False)
     columns = [align(frame[name].map(escape)) for name in frame]
     table = sortable([escape(name) for name in frame], [*zip(*columns)])
@@ -309,7 +313,12 @@ def read_table(path: Path) -> tuple[str, BeautifulSoup]:
         return "", table
     note, *blocks = twin.read_text(encoding="utf-8").split("\n\n")
     # with more blocks, the note is of the first one only
-    return note if len(blocks) == 1 else "", table
+    return inline(note) if len(blocks) == 1 else "", table
+
+
+def inline(markdown: str) -> str:
+    """Return a paragraph of Markdown as harmless HTML of what is in it."""
+    return (harmless(html_of(markdown)).p or Tag(name="p")).decode_contents()
 
 
 def align(cells: Sequence[str]) -> list[str]:
@@ -318,7 +327,13 @@ def align(cells: Sequence[str]) -> list[str]:
     digits = max((len(cell.partition(".")[2]) for cell in numbers), default=0)
     if not digits:
         return [*cells]
-    return [f"{float(cell):.{digits}f}" if cell in numbers else cell for cell in cells]
+    return [filled(cell, digits) if cell in numbers else cell for cell in cells]
+
+
+def filled(number: str, digits: int) -> str:
+    """Return a number with so many decimals, of which none is made up."""
+    whole, _, part = number.partition(".")
+    return f"{whole}.{part:0<{digits}}"
 
 
 def make_page(stem: str, soup: BeautifulSoup) -> Page:

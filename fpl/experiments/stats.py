@@ -147,7 +147,10 @@ def paired(runs: DataFrame, a: str, b: str, draws: int = 10_000, seed: int = 1) 
 
 
 def paired_differences(runs: DataFrame, a: str, b: str) -> np.ndarray:
-    """Return accuracy of a minus b, (seeds, clients), of the seeds both have; see `paired`."""
+    """Return accuracy of a minus b, (seeds, clients), of the seeds both have; see `paired`.
+
+    What is left of equal ones is rounding, and 0 here.
+    """
     one = seeds_by_clients(runs, a)
     two = seeds_by_clients(runs, b)
     both = one.index.intersection(two.index)
@@ -162,7 +165,7 @@ def paired_differences(runs: DataFrame, a: str, b: str) -> np.ndarray:
             f"{a} or {b} lacks some clients in some seeds: "
             "choose runs with the same number of clients"
         )
-    return difference
+    return difference.round(12)
 
 
 def same_clients(runs: DataFrame) -> bool:

@@ -4,7 +4,7 @@ const number = text => parseFloat(text.replaceAll(",", "").replace("−", "-"));
 const byNumber = (a, b) => number(a) - number(b);
 const byWord = (a, b) => a.localeCompare(b, "en", { numeric: true });
 
-for (const table of document.querySelectorAll("table")) {
+for (const table of document.querySelectorAll("table:has(button)")) {
   const body = table.tBodies[0];
   const rows = [...body.rows];
   const heads = [...table.tHead.rows[0].cells];
