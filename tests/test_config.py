@@ -161,6 +161,14 @@ def test_a_data_set_differs_from_the_file_where_it_says_so(tmp_path):
     assert params.experiment("promptfl", 1).run.rounds == 4
 
 
+def test_a_data_set_of_another_name_keeps_its_own_store():
+    """As when own features are tried in the demo's folder."""
+    own = ["data.name=own", "data.root=own.csv", "data.store=mine"]
+    params = settings.read(ROOT / "params.yaml", own)
+    stores = {name: params.source(name).data.store for name in ("own", "styles", "shapes_views")}
+    assert stores == {"own": "mine", "styles": "", "shapes_views": "mine"}
+
+
 LISTS = {
     "3": ["3"],
     "0, 1,.5": ["0", "1", ".5"],

@@ -435,17 +435,24 @@ def seeds(listed: Any) -> tuple[int, ...]:
 
 
 def source(name: str, content: Mapping[str, Any], own: Any) -> Source:
-    """Return a data set: the sections of the whole file, with what its own say in their place."""
+    """Return a data set: the sections of the whole file, with what its own say in their place.
+
+    One of another `data.name` has a `store` of its own, or none.
+    """
     where = f"datasets.{name}"
     for key in of_type(own, dict, where):
         check_choice(key, SECTIONS, f"section of {where}")
     made: dict[str, Any] = {}
     for key, cls in SECTIONS.items():
         changed = of_type(own.get(key, {}), dict, f"{where}.{key}")
-        made[key] = build(cls, {**content.get(key, {}), **changed}, f"{where}.{key}")
+        above = dict(content.get(key, {}))
+        others = above.get("name", Data.name)
+        if key == "data" and changed.get("name", others) != others:
+            above.pop("store", None)
+        made[key] = build(cls, above | changed, f"{where}.{key}")
     data = made["data"]
-    above = content.get("data", {}).get("root")
-    if data.name == "own" and data.root != above and not data.store:
+    root = content.get("data", {}).get("root")
+    if data.name == "own" and data.root != root and not data.store:
         made["data"] = replace(data, store=name)
     return Source(name, **made)
 
