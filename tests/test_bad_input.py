@@ -397,6 +397,7 @@ WRONG_NOTEBOOKS = [
     b'{"cells": [], "metadata": {}, "nbformat": 3, "nbformat_minor": 0}',
     b'{"cells": [], "metadata": {}, "nbformat": 9, "nbformat_minor": 0}',
 ]
+OTHERS = ["--params", "fixed.yaml", "--data", "other"]
 COMMANDS = {
     "unknown method": (
         ["run", "pfedmoapp"],
@@ -461,6 +462,18 @@ COMMANDS = {
         ["sweep", "--set", "run.lr=1", "--set", "run.lr=2"],
         "fpl sweep: run.lr is given twice",
     ),
+    "a setting that the method has from elsewhere": (
+        ["run", "coop", "--params", "fixed.yaml", "--set", "run.rounds=3"],
+        "fpl run: --set run.rounds=3 does nothing for coop: write rounds=3 behind the method",
+    ),
+    "a setting that the data set has from elsewhere": (
+        ["sweep", "promptfl", *OTHERS, "--set", "partition.shots=3"],
+        "fpl sweep: --set partition.shots=3 does nothing for promptfl: write shots=3 behind",
+    ),
+    "a setting that the values replace": (
+        ["sweep", "promptfl", "rounds=1,2", "--set", "run.rounds=2"],
+        "fpl sweep: --set run.rounds=2 does nothing for promptfl",
+    ),
     "a notebook's parameter twice": (
         ["notebook", "x.ipynb", "-p", "seed", "1", "-p", "seed", "2"],
         "fpl notebook: seed is given twice",
@@ -517,6 +530,8 @@ def commands(here):
     for number, content in enumerate(WRONG_NOTEBOOKS):
         Path(f"wrong{number}.ipynb").write_bytes(content)
     Path("other.yaml").write_text(yaml.safe_dump({**FILE, "backbone": {"name": "local-dir:other"}}))
+    fixed = {"methods": {"coop": {"rounds": 1}}, "datasets": {"other": {"partition": {"shots": 1}}}}
+    Path("fixed.yaml").write_text(yaml.safe_dump({**FILE, **fixed}))
     Path("food.yaml").write_text(yaml.safe_dump({**FILE, "data": {"name": "food"}}))
     Path("nowhere").mkdir(exist_ok=True)
     Path("nowhere/params.yaml").write_text(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 from fpl.data.text import one_line
 
 if TYPE_CHECKING:
-    from fpl.experiments.settings import Settings
+    from fpl.experiments.settings import Experiment, Settings
 
 Options: TypeAlias = argparse.Namespace
 FLAGS = {"on": "--data"}  # options whose names are not those of their values
@@ -122,6 +122,24 @@ def read_settings(options: Options) -> Settings:
     from fpl.experiments import settings
 
     return settings.read(options.params, options.set)
+
+
+def check_reach(options: Options, settings: Settings, runs: Iterable[Experiment]) -> None:
+    """Raise ValueError for a --set of run or partition that a run has from elsewhere.
+
+    That is from section methods, from the method itself, or from the data set.
+    """
+    runs = [*runs]
+    for change in options.set:
+        place, _, value = change.partition("=")
+        section, _, name = place.partition(".")
+        if section not in ("run", "partition") or not name:
+            continue
+        wanted = getattr(getattr(settings, section), name)
+        for one in runs:
+            if getattr(getattr(one, section), name) != wanted:
+                instead = f"write {name}={value} behind the method"
+                raise ValueError(f"--set {change} does nothing for {one.row}: {instead}")
 
 
 @contextmanager

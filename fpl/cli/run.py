@@ -10,6 +10,7 @@ from fpl.cli.options import (
     add_data,
     add_fresh,
     add_settings,
+    check_reach,
     read_settings,
     seconds,
 )
@@ -51,6 +52,7 @@ def run(options: Options) -> None:
         if not any(SEVERAL.fullmatch(value) for value in map(str, changes.values())):
             raise
         raise ValueError(f"{error}; `fpl sweep` takes lists and ranges") from None
+    check_reach(options, settings, [experiment])
     asked = runner.Asked(options.fresh or options.live, options.keep)
     if options.checkpoint is not None:
         asked = replace(asked, every=options.checkpoint)

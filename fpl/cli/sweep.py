@@ -13,6 +13,7 @@ from fpl.cli.options import (
     add_data,
     add_fresh,
     add_settings,
+    check_reach,
     cluster_of,
     positive,
     read_settings,
@@ -76,6 +77,7 @@ def sweep_method(settings: Settings, options: Options) -> None:
     lists["seed"] = lists.pop("seed", [*settings.seeds])  # at the end: seeds change first
     every = values.combinations(lists, method)
     experiments = [settings.experiment(method, on=options.on, **chosen) for chosen in every]
+    check_reach(options, settings, experiments)
     asked = runner.Asked(options.fresh, cluster=cluster_of(settings, options))
     paths = runner.sweep(experiments, options.jobs, asked)
     if options.name:
