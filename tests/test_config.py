@@ -148,6 +148,59 @@ def test_a_change_on_the_command_line_is_as_if_the_file_said_so(change, read_as,
     assert found == settings.Settings(seeds=(4,), run=settings.Training(**read_as))
 
 
+DEEP = {
+    "methods.finetuned.tune_epochs=1": lambda s: (
+        s.experiment("finetuned", 1).method.tune_epochs == 1
+    ),
+    "methods.fedpha.rounds=3": lambda s: s.experiment("fedpha", 1).run.rounds == 3,
+    "methods.zeroshot.template=2024 {}": lambda s: s.said("zeroshot") == {"template": "2024 {}"},
+    "datasets.styles.data.root=2024": lambda s: s.source("styles").data.root == "2024",
+    "datasets.styles.partition.shots=3": lambda s: s.source("styles").partition.shots == 3,
+    "datasets.shapes_views.run.rounds=3": lambda s: s.source("shapes_views").run.rounds == 3,
+    "tables.11_ablations.lam.set.rounds=3": lambda s: (
+        [s.tables[name].set["rounds"] for name in ("lam", "d_gate")] == [3, 5]
+    ),
+    "tables.15_shots.shots.vary={lr: [1]}": lambda s: s.tables["shots"].vary == {"lr": [1]},
+}
+
+
+@pytest.mark.parametrize("change", DEEP)
+def test_a_change_reaches_any_value_and_no_other(change):
+    assert DEEP[change](settings.read(ROOT / "params.yaml", [change]))
+
+
+def test_a_change_reaches_a_row_whose_name_has_dots(tmp_path):
+    (tmp_path / "my.method.py").write_text(
+        "from dataclasses import dataclass\nfrom fpl.methods import PromptFL\n\n\n"
+        "@dataclass(frozen=True)\nclass Mine(PromptFL):\n    lam: float = 0.5\n"
+    )
+    row = f"{tmp_path}/my.method.py:Mine"
+    path = tmp_path / "params.yaml"
+    for content in ("seeds: [1]", yaml.safe_dump({"methods": {row: {"rounds": 2}}})):
+        path.write_text(content)
+        assert settings.read(path, [f"methods.{row}.lam=3"]).experiment(row, 1).method.lam == 3
+
+
+ASTRAY = {
+    "methods.finetund.tune_epochs=1": ["unknown method 'finetund'", "mean 'finetuned'?"],
+    "methods.finetuned.tune_epoch=1": ["of finetuned 'tune_epoch'", "mean 'tune_epochs'?"],
+    "methods.finetuned.tune_epochs.x=1": ["methods.finetuned.tune_epochs", "dict, not 5"],
+    "datasets.style.run.rounds=1": ["name in datasets 'style'", "mean 'styles'?"],
+    "datasets.styles.runs.rounds=1": ["section of datasets.styles 'runs'", "mean 'run'?"],
+    "datasets.styles.run.round=1": ["in datasets.styles.run 'round'", "mean 'rounds'?"],
+    "tables.15_shot.shots.seeds=1": ["name in tables '15_shot'", "mean '15_shots'?"],
+    "tables.15_shots.shot.seeds=1": ["name in tables.15_shots 'shot'", "mean 'shots'?"],
+    "tables.15_shots.shots.sets.rounds=1": ["part of tables.15_shots.shots 'sets'", "'set'?"],
+    "seeds.x=1": ["seeds", "dict"],
+    "run.rounds.x=1": ["run.rounds", "dict, not 10"],
+}
+
+
+@pytest.mark.parametrize("change", ASTRAY)
+def test_a_change_of_what_is_not_there_is_refused_with_the_nearest_name(change):
+    refuses(lambda: settings.read(ROOT / "params.yaml", [change]), ASTRAY[change])
+
+
 def test_a_data_set_differs_from_the_file_where_it_says_so(tmp_path):
     (tmp_path / "params.yaml").write_text(WORLDS)
     params = settings.read(tmp_path / "params.yaml")

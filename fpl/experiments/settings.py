@@ -6,8 +6,9 @@ import dataclasses
 import hashlib
 import importlib.util
 import itertools
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -340,10 +341,11 @@ def own_module(path: Path) -> Any:
 def read(path: Path | None = None, changes: Sequence[str] = ()) -> Settings:
     """Return the settings in a file; without one, those of the profile where we stand.
 
-    changes: of the form SECTION.NAME=VALUE, or SECTION=VALUE for a list, instead of what the file
-    says; a notebook has those of the command that runs it. Where they change the data, results go
-    to a folder of these, unless they name one. Raises FileNotFoundError, and ValueError for what is
-    no YAML and for anything in the file that would be ignored.
+    changes: of the form SECTION.NAME=VALUE, with as many names as it takes, or SECTION=VALUE for a
+    list, instead of what the file says; a notebook has those of the command that runs it. Where
+    they change the data, results go to a folder of these, unless they name one.
+    Raises FileNotFoundError, and ValueError for what is no YAML and for anything in the file that
+    would be ignored.
     """
     changes = changes or ([] if path else places.changes())
     path = path or values.profile()
@@ -399,16 +401,37 @@ def check_runs(settings: Settings, path: Path) -> None:
 SECTIONS = {"data": Data, "backbone": Backbone, "partition": Partition, "run": Training}
 
 
+# How long the way to a value is that is taken as text, of which `build` knows the type.
+TEXT = {**dict.fromkeys(SECTIONS, 2), "results": 1, "cluster": 1, "methods": 3, "datasets": 4}
+NAMED = {"datasets": 1, "tables": 2}  # how many names people choose come first
+
+
 def apply(place: str, text: str, content: dict[str, Any]) -> None:
-    """Put a value into the content of a settings file; place: SECTION.NAME or SECTION."""
-    section, _, name = place.partition(".")
-    is_text = place in ("results", "cluster") or (
-        name and section in SECTIONS
-    )  # `build` knows the type
-    value = text if is_text else plain(text, place)
-    if name:
-        value = {**of_type(content.get(section) or {}, dict, section), name: value}
-    content[section] = value
+    """Put a value into the content of a settings file; place: SECTION, or a way to what is in it.
+
+    Raises ValueError for a way through what is no mapping, or is not there.
+    """
+    section, _, rest = place.partition(".")
+    above, name, way = content, section, [section]
+    while rest:
+        where = ".".join(way)
+        above[name] = dict(of_type(above.get(name) or {}, dict, where))  # others may share it
+        above = above[name]
+        name, rest = step(rest, above)
+        if rest and len(way) <= NAMED.get(section, 0):
+            check_choice(name, above, f"name in {where}")
+        way.append(name)
+    above[name] = text if len(way) == TEXT.get(section) else plain(text, place)
+
+
+def step(way: str, known: Iterable[str]) -> tuple[str, str]:
+    """Return the first name of a way and the rest of it; the names of files have dots, too."""
+    for name in sorted(known, key=len, reverse=True):
+        if f"{way}.".startswith(f"{name}."):
+            return name, way[len(name) + 1 :]
+    file = re.match(r".*\.py:\w+", way)
+    first = file[0] if file else way.partition(".")[0]
+    return first, way[len(first) + 1 :]
 
 
 def mapping(content: Mapping[str, Any], section: str) -> dict[str, Any]:
