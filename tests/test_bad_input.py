@@ -511,7 +511,19 @@ COMMANDS = {
     ),
     "unknown table": (
         ["sweep", "promptfll"],
-        "fpl sweep: unknown table, notebook or method 'promptfll'",
+        "fpl sweep: unknown table, notebook or method 'promptfll': did you mean 'promptfl'?",
+    ),
+    "unknown notebook": (
+        ["sweep", "10_tabel", "--params", "tables.yaml"],
+        "fpl sweep: unknown table, notebook or method '10_tabel': did you mean '10_table1'?",
+    ),
+    "a method among tables": (
+        ["sweep", "table1", "promptfl", "--params", "tables.yaml"],
+        "fpl sweep: the method promptfl stands among tables: name it first, without tables",
+    ),
+    "a method of one's own among tables": (
+        ["sweep", "table1", "own.py:Mine", "--params", "tables.yaml"],
+        "fpl sweep: the method own.py:Mine stands among tables",
     ),
     "no file of one's own": (["run", "mine.py:Mine"], "fpl run: there is no file ", "mine.py"),
     "unknown method to check": (["check", "promptf"], "fpl check: unknown method 'promptf'"),
@@ -532,6 +544,8 @@ def commands(here):
     Path("other.yaml").write_text(yaml.safe_dump({**FILE, "backbone": {"name": "local-dir:other"}}))
     fixed = {"methods": {"coop": {"rounds": 1}}, "datasets": {"other": {"partition": {"shots": 1}}}}
     Path("fixed.yaml").write_text(yaml.safe_dump({**FILE, **fixed}))
+    tables = {"tables": {"10_table1": {"table1": {"rows": ["promptfl"]}}}}
+    Path("tables.yaml").write_text(yaml.safe_dump({**FILE, **tables}))
     Path("food.yaml").write_text(yaml.safe_dump({**FILE, "data": {"name": "food"}}))
     Path("nowhere").mkdir(exist_ok=True)
     Path("nowhere/params.yaml").write_text(

@@ -213,12 +213,17 @@ class Settings:
     def tables_of(self, name: str) -> list[str]:
         """Return the tables that a notebook shows, or the one table of that name.
 
-        Raises ValueError for a name that is neither.
+        Raises ValueError for a name that is neither, and for a method among them.
         """
         shown = [table for table, asked in self.tables.items() if asked.notebook == name]
         if name in self.tables:
             return [name]
-        return shown or [check_choice(name, self.tables, "table, notebook or method")]
+        if not shown and (name in ROWS or ".py:" in name):
+            first = "name it first, without tables"
+            raise ValueError(f"the method {name} stands among tables: {first}")
+        books = dict.fromkeys(asked.notebook for asked in self.tables.values())
+        known = [*self.tables, *books, *ROWS]
+        return shown or [check_choice(name, known, "table, notebook or method")]
 
     def runs(self, table: str) -> list[tuple[str, Experiment]]:
         """Return the runs of a table, each with the label of its row.
