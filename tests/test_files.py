@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from fpl.cli import repro
+from fpl.cli import options, repro
 from fpl.data import files
 
 
@@ -61,6 +61,27 @@ def test_a_full_disk_is_said_with_the_file(error, tmp_path):
     ):
         raise error
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for name in (pipe, tmp_path):
+        said = pytest.raises(OSError, match=f"^{name} is a folder, a device or a pipe: give")
+        with said, files.atomic_write(name) as temporary:
+            temporary.touch()
+    with pytest.raises(OSError, match=f"^{pipe} is a folder, a device or a pipe: give"):
+        options.check_target(pipe)
+    assert pipe.is_fifo() and [*tmp_path.iterdir()] == [pipe]
+
+
+def test_a_link_is_written_through_where_a_command_is_told_the_name(tmp_path):
+    link, file = tmp_path / "link", tmp_path / "deep" / "file"
+    link.symlink_to(file)
+    assert options.check_target(link) == file and options.check_target(file) == file
+    with files.atomic_write(options.check_target(link)) as temporary:
+        temporary.write_text("new")
+    assert link.is_symlink() and file.read_text() == "new"
 
 
 @pytest.mark.parametrize("number", files.NO_LOCKS)

@@ -26,7 +26,7 @@ def run(options: Options) -> None:
     from fpl.experiments import export, predict
 
     if options.to:
-        check_target(options.to)
+        options.to = check_target(options.to)
     model = restore(options)
     number = predict.number_of(model.kept, options.client)
     name = predict.file_of(options.record).stem

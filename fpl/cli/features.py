@@ -196,7 +196,7 @@ def describe_pack(options: Options) -> None:
         from fpl.data import pack
 
         data = read_settings(options).source(options.on).data
-        check_target(options.file)
+        options.file = check_target(options.file)
         described = pack.export(files_of(data), data.name, options.file)
     else:
         described = of_pack("verify", options.file)

@@ -157,13 +157,19 @@ def results_of(options: Options) -> Iterator[Path]:
         yield results
 
 
-def check_target(path: Path) -> None:
-    """Raise ValueError for a name that no file can have, and OSError where none can be written."""
-    from fpl.data.files import check_writable
+def check_target(path: Path) -> Path:
+    """Return the file to write, which is that behind a link.
+
+    Raises ValueError for a name that no file can have, and OSError where none can be written.
+    """
+    from fpl.data.files import check_file, check_writable
 
     if not path.name or path.is_dir():
         raise ValueError(f"{path} is a folder: give the name of a file in it")
+    check_file(path)
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     check_writable(path.parent)
+    return path
 
 
 def natural(text: str) -> int:

@@ -72,7 +72,7 @@ def run(options: Options) -> None:
 
 
 def check(options: Options) -> None:
-    """Raise ValueError for options that do not go together."""
+    """Raise ValueError for options that do not go together; find the file to write."""
     if options.adapt and options.client not in ("", "new"):
         raise ValueError(f"--adapt is for a new client, not for {options.client}: leave --client")
     if options.epochs and not options.adapt:
@@ -80,7 +80,7 @@ def check(options: Options) -> None:
     if options.evaluate and (len(options.images) > 1 or options.top > 1):
         raise ValueError("--evaluate takes one folder, and no --top: leave the others")
     if options.csv:
-        check_target(options.csv)
+        options.csv = check_target(options.csv)
 
 
 def restore(options: Options) -> Model:
