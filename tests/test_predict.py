@@ -335,19 +335,32 @@ def test_folders_and_patterns_without_an_image_are_refused(here, tmp_path):
         model.predict("gone/*.png")
 
 
+def test_the_same_model_may_stand_in_another_folder(images, tmp_path, monkeypatch):
+    *_, model = learn("coop")
+    shutil.copytree("clip", tmp_path / "moved")
+    moved = encoders.load(f"local-dir:{tmp_path / 'moved'}")
+    kept = Path("coop.safetensors").resolve()
+    keep.write(kept, model.kept)
+    assert predict.restore(kept, moved).predict(images[:3]).equals(model.predict(images[:3]))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"no folder clip, of the CLIP of {kept}: call"):
+        predict.restore(kept)
+    monkeypatch.setattr(predict, "ROOT", kept.parent)
+    assert predict.restore(kept).clip.provenance["weights"] == moved.provenance["weights"]
+
+
 def test_another_model_is_refused_by_what_differs(here):
     *_, model = learn("coop")
     store_clip(Path("other"), seed=1)
     other = encoders.load("local-dir:other")
     for name, words in {
-        "model": ["local-dir:clip", "local-dir:other"],
+        "model": ["local-dir:clip", "hf-hub:other"],
         "weights": [other.provenance["weights"][:50]],
         "architecture": [other.provenance["architecture"][:50]],
         "transform": ["0.25", "0.26"],
     }.items():
-        own = dict(
-            other.provenance, transform=other.provenance["transform"].replace("0.25", "0.26")
-        )
+        transform = other.provenance["transform"].replace("0.25", "0.26")
+        own = dict(other.provenance, model="hf-hub:other", transform=transform)
         if name == "architecture":
             own[name] = own[name][::-1]
             words = [own[name][:50]]

@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fpl.data import encoders, extraction
+from fpl.data.files import ROOT
 from fpl.experiments import cache, keep
 from fpl.experiments.answers import NO_CLASS
 from fpl.experiments.given import Images, Source, encode, gather, labelled, name_of, require_read
@@ -290,15 +291,33 @@ def load(kept: Kept, path: Path, device: str) -> Clip:
     known = kept.about.get("backbone") or {"name": name, "weights": "", "preprocessing": ""}
     if "backbone" not in kept.about and not name.startswith((encoders.LOCAL, encoders.HUB)):
         raise ValueError(f"{path} does not say which weights {name} had: give the CLIP as clip")
-    asked = known["name"], known["weights"], device
+    asked = place_of(known["name"], path), known["weights"], device
     return encoders.load(*asked, preprocessing=known["preprocessing"])
 
 
+def place_of(name: str, path: Path) -> str:
+    """Return the name of a model, from here or from the repository where its folder is relative.
+
+    Raises FileNotFoundError where there is no such folder.
+    """
+    folder = name.removeprefix(encoders.LOCAL)
+    if folder == name or Path(folder).exists():
+        return name
+    if not (ROOT / folder).exists():
+        instead = "call from the folder of that run's settings, or give the CLIP to `fpl.restore`"
+        raise FileNotFoundError(f"there is no folder {folder}, of the CLIP of {path}: {instead}")
+    return f"{encoders.LOCAL}{ROOT / folder}"
+
+
 def check_same(clip: Clip, kept: Kept, path: Path) -> None:
-    """Raise ValueError unless model, architecture, weights and transform are those of the run."""
+    """Raise ValueError unless model, architecture, weights and transform are those of the run.
+
+    Of a model in a folder, which may stand elsewhere, the name says nothing.
+    """
     for name in {**kept.provenance, **clip.provenance}:
         was, now = (made.get(name, "") for made in (kept.provenance, clip.provenance))
-        if was != now:
+        moved = all(text.startswith(encoders.LOCAL) for text in (was, now))
+        if was != now and not moved:
             same = max(0, len(os.path.commonprefix([was, now])) - 20)
             one, other = (shown(text[same : same + 60]) for text in (was, now))
             raise ValueError(
