@@ -417,7 +417,10 @@ def test_files_that_are_not_there_or_damaged_are_refused_in_one_sentence(here):
         predict.restore("promptfl-2")
     with pytest.raises(FileNotFoundError, match="there is no run promptfl-3 in results/records"):
         predict.restore("promptfl-3")
+    assert predict.file_of("promptfl") == kept, "the other has kept nothing"
+    other = sweep(seed=3).with_suffix(".safetensors")
     refuses(lambda: predict.restore("promptfl"), ["2 runs begin with promptfl", "write more"])
+    other.unlink()
     whole = kept.read_bytes()
     for content in (whole[:-9], whole[:40], b"", whole[:-9] + b"damage!!!", b"no safetensors"):
         kept.write_bytes(content)

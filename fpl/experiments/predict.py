@@ -267,19 +267,18 @@ def file_of(run: str | Path) -> Path:
         stem = RECORDS / stem
     near = stem.parent.glob(f"{glob.escape(stem.name)}*")
     found = sorted({path.with_suffix("") for path in near if path.suffix in SUFFIXES})
-    if stem in found:
-        found = [stem]
+    kept = [one for one in found if Path(f"{one}{keep.SUFFIX}").is_file()]
+    found = [stem] if stem in found else kept or found
     if not found:
         make = "make it with `fpl run`, and --keep"
         raise FileNotFoundError(f"there is no run {stem.name} in {stem.parent}: {make}")
     if len(found) > 1:
         some = f"{found[0].name} and {found[1].name}"
         raise ValueError(f"{len(found)} runs begin with {run}, {some} among them: write more of it")
-    kept = Path(f"{found[0]}{keep.SUFFIX}")
-    if not kept.is_file():
+    if found[0] not in kept:
         again = "call the same `fpl run` again, with --keep"
         raise FileNotFoundError(f"{found[0]}.json is of a run that kept nothing: {again}")
-    return kept
+    return Path(f"{found[0]}{keep.SUFFIX}")
 
 
 def load(kept: Kept, path: Path, device: str) -> Clip:
