@@ -296,7 +296,7 @@ CASES = {  # what is wrong -> who notices, and what the sentence must contain
     "missing features": (
         lambda monkeypatch: features.load(Path("nowhere.h5")),
         "no features at nowhere.h5",
-        "fpl features",
+        "`fpl features` and the same --data, --set and --params",
     ),
     "missing column": (
         manifest("path,label,class\na.png,0,cat\n"),

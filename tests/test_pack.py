@@ -457,5 +457,6 @@ def test_there_is_no_pack_without_features(elsewhere):
         cli.main(["features", "export", "x.pack"])
     assert (
         end.value.code
-        == f"fpl features: no features at {DATA.features}: make them with `fpl features`"
+        == f"fpl features: no features at {DATA.features}: make them with `fpl features` "
+        "and the same --data, --set and --params"
     )

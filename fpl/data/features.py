@@ -46,6 +46,7 @@ COMMANDS = {  # what a file can hold of an image, and the command that makes it
     "views": "fpl features --views V",
 }
 CONTENT = tuple(COMMANDS)
+SAME = "and the same --data, --set and --params"
 COLUMNS = ("labels", "split", "domain", "image_id", "classes")
 OPTIONAL = ("client", "rows", "skipped", "text")  # that a file has where they say something
 DIMENSIONS = {"feats": 2, "patches": 3, "views": 3}
@@ -231,7 +232,7 @@ def load(
     """
     command = COMMANDS[content]
     if not path.is_file():
-        raise FileNotFoundError(f"no features at {path}: make them with `{command}`")
+        raise FileNotFoundError(f"no features at {path}: make them with `{command}` {SAME}")
     data, made, checksum = read(path, content)
     for key, wanted in {**(request or {}), "content": content}.items():
         if key not in INFORMATION and made.get(key) != wanted:

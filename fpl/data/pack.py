@@ -21,6 +21,7 @@ import numpy as np
 from fpl.data.features import (
     BROKEN,
     DIMENSIONS,
+    SAME,
     Refused,
     check_columns,
     digest,
@@ -47,7 +48,8 @@ def export(files: Mapping[str, Path], name: str, path: Path) -> dict[str, str]:
     Raises FileNotFoundError without pooled features, and ValueError for what `verify` would refuse.
     """
     if not files["feats"].exists():
-        raise FileNotFoundError(f"no features at {files['feats']}: make them with `fpl features`")
+        make = f"make them with `fpl features` {SAME}"
+        raise FileNotFoundError(f"no features at {files['feats']}: {make}")
     if path.resolve() in {file.resolve() for file in files.values()}:
         raise ValueError(
             f"a pack at {path} would replace the features themselves: give it another name"
