@@ -519,6 +519,22 @@ def test_so_may_the_arguments_of_every_command(line, name, value):
     assert getattr(cli.parser().parse_args(line.split()), name) == value
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("run", "fpl run: error: the following arguments are required: method\n"),
+        ("check", "fpl check: error: the following arguments are required: method\n"),
+        ("run promptfl --seed 2", "fpl run: error: unrecognized arguments: --seed 2\n"),
+        ("sweep --seed 2", "fpl sweep: error: unrecognized arguments: --seed\n"),
+    ],
+)
+def test_what_is_missing_or_unknown_is_said_with_the_usage_of_the_command(line, said, capsys):
+    with pytest.raises(SystemExit):
+        cli.parser().parse_args(line.split())
+    shown = capsys.readouterr().err
+    assert shown.endswith(said) and shown.startswith(f"usage: {said.partition(':')[0]} ")
+
+
 def test_an_option_that_is_given_twice_is_refused(capsys):
     with pytest.raises(SystemExit):
         cli.parser().parse_args(["run", "coop", "--params", "a", "--params", "b"])

@@ -166,6 +166,12 @@ def test_the_command_refuses_in_one_sentence(run, capsys):
     assert "--client" in capsys.readouterr().err
 
 
+def test_the_command_that_adapts_is_named(clip, clients, tmp_path):
+    model = learn(make(ROWS["coop"]), clip, clients)
+    words = ["nothing that was trained", "`fpl predict --adapt FOLDER`"]
+    refuses(lambda: export.export(model, "new", tmp_path / "x"), words)
+
+
 def test_the_page_says_what_a_file_is_read_with():
     """Its five lines are those of `of_file`."""
     page = (ROOT / "docs" / "using.md").read_text()

@@ -19,9 +19,13 @@ KEEP = Asked(keep=True)
 PART = {"participation": 0.75}  # not everybody takes part
 
 
-def kept_of(experiment):
+def kept_path(experiment):
     (path,) = runner.sweep([experiment], asked=KEEP)
-    return keep.read(path.with_suffix(keep.SUFFIX))
+    return path.with_suffix(keep.SUFFIX)
+
+
+def kept_of(experiment):
+    return keep.read(kept_path(experiment))
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -120,3 +124,6 @@ def test_the_class_of_a_method_of_ones_own_is_said_by_whoever_reads(here):
     refuses(lambda: keep.read(here / "mine.safetensors"), ["mine.safetensors", "Mine", "method"])
     refuses(lambda: keep.read(here / "mine.safetensors", PromptFL), ["mine.safetensors", "Mine"])
     assert keep.read(here / "mine.safetensors", Mine).method == experiment.method
+    of_package = kept_path(small("promptfl", **PART))
+    words = ["is of PromptFL, a row of the table: leave out the method"]
+    refuses(lambda: keep.read(of_package, Mine), words)

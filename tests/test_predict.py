@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from helpers import BACKBONE, DATA, PARAMS, refuses, store_clip
@@ -425,6 +426,9 @@ def test_files_that_are_not_there_or_damaged_are_refused_in_one_sentence(here):
     for content in (whole[:-9], whole[:40], b"", whole[:-9] + b"damage!!!", b"no safetensors"):
         kept.write_bytes(content)
         refuses(lambda: predict.restore(kept), [str(kept), "damaged", "again, with --keep"])
+    for metadata in (None, {"fpl": '{"classes": []}'}):  # the second as of an export
+        kept.write_bytes(safetensors.torch.save({"weight": torch.zeros(2)}, metadata))
+        refuses(lambda: predict.restore(kept), [str(kept), "no file of a run", "made with --keep"])
 
 
 def test_a_method_of_ones_own_is_used_where_its_class_is_given(images, capsys):

@@ -11,7 +11,7 @@ def add(parser: Parser) -> None:
     which = "a class of your own, my_method.py:MyMethod, or a method of the table"
     parser.add_argument("method", help=which)
     what = "settings of the method, such as lam=1"
-    parser.add_argument("changes", nargs="*", metavar="name=value", help=what)
+    parser.add_argument("changes", nargs="*", default=[], metavar="name=value", help=what)
 
 
 def run(options: Options) -> None:

@@ -50,9 +50,12 @@ class Parser(argparse.ArgumentParser):
             return super().parse_known_args(args, namespace)
         self.is_inner = True  # the next line calls this function again
         try:
-            return self.parse_known_intermixed_args(args, namespace)
+            found, rest = self.parse_known_intermixed_args(args, namespace)
         finally:
             self.is_inner = False
+        if rest:  # the parser of all commands would show its own usage
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return found, rest
 
     def error(self, message: str) -> NoReturn:
         super().error(one_line(message))

@@ -28,7 +28,7 @@ def add(parser: Parser) -> None:
     which = "a row of the table, such as promptfl, or a class of your own: my_method.py:MyMethod"
     parser.add_argument("method", help=which)
     what = "settings to change, such as lam=1 seed=2"
-    parser.add_argument("changes", nargs="*", metavar="name=value", help=what)
+    parser.add_argument("changes", nargs="*", default=[], metavar="name=value", help=what)
     what = "keep what the run learns in a file beside its record, for `fpl predict`"
     parser.add_argument("--keep", action="store_true", help=what)
     what = "log every round with DVCLive, in results/live"

@@ -107,10 +107,14 @@ def read(path: Path, method: type[PromptFL] | None = None, device: str = "cpu") 
     if header.get("format") != FORMAT:
         raise Damaged(f"{path} is not what a run keeps, or was written by another version of fpl")
     try:
-        kind = method or ROWS.get(header["row"])
+        known = ROWS.get(header["row"])
+        kind = method or known
         if kind is None or kind.__name__ != header["class"]:
-            own = f"{header['class']}, a class of your own"
-            raise ValueError(f"{path} is of {own}: give it as method (--method FILE.py:CLASS)")
+            own = f"{header['class']}, a class of your own: give it as method"
+            said = f"{own} (--method FILE.py:CLASS)"
+            if known and known.__name__ == header["class"]:
+                said = f"{known.__name__}, a row of the table: leave out the method"
+            raise ValueError(f"{path} is of {said}")
         kept = kept_of(kind, tensors, header, str(path))
         check_clients(kept)
     except (LookupError, TypeError, AttributeError, RuntimeError):

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from fpl.data import encoders, extraction
 from fpl.data.files import ROOT
-from fpl.experiments import cache, keep
+from fpl.experiments import cache, keep, stored
 from fpl.experiments.answers import NO_CLASS
 from fpl.experiments.given import Images, Source, encode, gather, labelled, name_of, require_read
 from fpl.experiments.keep import Kept
@@ -41,7 +41,7 @@ from fpl.state import Clients, Server, Tensors, generator, take
 
 NEW = "new"  # the client that took no part
 SUFFIXES = (".json", keep.SUFFIX)
-ADAPT = "give it labelled images of its own, with `adapt` or --adapt FOLDER"
+ADAPT = "give it labelled images of its own, with `adapt` or `fpl predict --adapt FOLDER`"
 
 
 @dataclass(frozen=True)
@@ -252,6 +252,9 @@ def restore(
     kind = row_class(method) if isinstance(method, str) else method
     try:
         kept = keep.read(path, kind, device)
+    except stored.Foreign:
+        named = "name a run that was made with --keep"
+        raise stored.Foreign(f"{path} is no file of a run: {named}") from None
     except Damaged as error:
         raise Damaged(f"{error}: make its run again, with --keep") from None
     clip = clip or load(kept, path, device)

@@ -25,6 +25,10 @@ HEADER = "fpl"
 CHECKSUM = "sha256"
 
 
+class Foreign(Damaged):
+    """A whole file of safetensors that this module has not written."""
+
+
 def write(path: Path, tensors: Nested, header: Mapping[str, Any]) -> None:
     """Write tensors, wherever they live, and what JSON can hold of them, under a temporary name.
 
@@ -40,20 +44,23 @@ def write(path: Path, tensors: Nested, header: Mapping[str, Any]) -> None:
 def read(path: Path, device: str = "cpu") -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the tensors, in dictionaries as they were written, and the header.
 
-    Empty dictionaries are not written. Raises FileNotFoundError when there is no file, and Damaged
-    for one that was cut, has changed, or is none of ours.
+    Empty dictionaries are not written. Raises FileNotFoundError when there is no file, Damaged for
+    one that was cut or has changed, and Foreign for one that is none of ours.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}")
     try:
         with safe_open(path, "pt", "cpu") as file:
-            header = json.loads(file.metadata()[HEADER])
+            header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
             flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        whole = header.pop(CHECKSUM) == checksum(flat, header)
+        told = header.pop(CHECKSUM, None)
+        whole = told is None or told == checksum(flat, header)
     except (SafetensorError, *UNFIT):
         whole = False
     if not whole:
         raise Damaged(f"{path} is damaged")
+    if told is None:
+        raise Foreign(f"{path} is damaged")
     nested: dict[str, Any] = {}
     for name, value in flat.items():
         *folders, last = name.split("/")
