@@ -9,7 +9,7 @@ import nbformat
 import numpy as np
 import pytest
 import yaml
-from helpers import BACKBONE, PARAMS, standing_in, store_clip
+from helpers import BACKBONE, PARAMS, refuses, standing_in, store_clip
 from PIL import Image
 
 from fpl import cli
@@ -120,6 +120,19 @@ def test_clients_keep_their_names_and_their_order(here, capsys):
     assert result.prompts is None
     learnt = verbs.train("promptfl", clip, clients, rounds=1, progress=False)
     assert learnt.prompts.shape == (3, 16, clip.model.token_embedding.weight.shape[1])
+
+
+TRAINED = {
+    "a number": ((3, None, None), ["3 is no method: give a row such as 'promptfl'"]),
+    "a class": ((str, None, None), ["<class 'str'> is no method", "a subclass of"]),
+    "no split": (("promptfl", None, 3), ["clients are a Split, not int", "`fpl.split`"]),
+}
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_what_cannot_be_trained_is_refused_in_one_sentence(case):
+    given, words = TRAINED[case]
+    refuses(lambda: verbs.train(*given), words)
 
 
 SAME = [("Plain Circle", "plain circle"), ("a &amp; b", "a & b"), ("caf\u00e9", "cafe\u0301")]

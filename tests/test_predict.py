@@ -295,6 +295,8 @@ ASKED = {
     "a number": (lambda m: m.predict([1]), ["an image is a path", "not int"]),
     "no image": (lambda m: m.predict([]), ["no image among"]),
     "no rank": (lambda m: m.predict("x.png", top=0), ["top is 0", "at least 1"]),
+    "half a rank": (lambda m: m.predict("x.png", top=2.5), ["top must be", "2.5"]),
+    "half an epoch": (lambda m: m.adapt("x", epochs=2.5), ["epochs must be", "2.5"]),
     "no epoch": (lambda m: m.adapt("x", epochs=0), ["epochs is 0", "at least 1"]),
 }
 

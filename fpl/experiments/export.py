@@ -43,16 +43,16 @@ TOLD = "fpl"  # the entry of the header, or the extra file, that has what is tol
 def export(model: Model, client: int | str, path: str | Path) -> Path:
     """Write a client's classifier and return the file, with the ending of its kind.
 
-    Raises ValueError for the other kind's ending, as `Model.classifier` does, and for logits that
+    Raises ValueError for another ending, as `Model.classifier` does, and for logits that
     torch.export cannot follow: those of FedOTP, whose transport stops when its numbers say so.
     """
     one = on_cpu(model.classifier(client))
     linear = type(one.method).logits is PromptFL.logits
-    ending, other = (LINEAR, PROGRAM) if linear else (PROGRAM, LINEAR)
+    ending = LINEAR if linear else PROGRAM
     path = Path(path)
-    if path.suffix == other:
-        raise ValueError(f"{one.method.title} is written as NAME{ending}: correct {path}")
     if path.suffix != ending:
+        if path.suffix[1:].isidentifier():  # that of a name such as run-0.5 is none
+            raise ValueError(f"{one.method.title} is written as NAME{ending}: correct {path}")
         path = path.with_name(f"{path.name}{ending}")
     x = one.example()
     write = write_linear if linear else write_program

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from fpl.data import encoders, extraction
 from fpl.data.files import ROOT
-from fpl.experiments import cache, keep, stored
+from fpl.experiments import cache, keep, stored, values
 from fpl.experiments.answers import NO_CLASS
 from fpl.experiments.given import Images, Source, encode, gather, labelled, name_of, require_read
 from fpl.experiments.keep import Kept
@@ -143,6 +143,7 @@ class Model:
         an image cannot be read. Such an image has one line, without a class.
         Raises ValueError for a URL, for what is no image, and as `classifier` does.
         """
+        top = int(values.number(top, "int", "top"))
         if top < 1:
             raise ValueError(f"top is {top}: give how many classes, at least 1")
         found = gather(images)
@@ -197,6 +198,7 @@ class Model:
         """
         training = self.kept.training
         if epochs is not None:
+            epochs = int(values.number(epochs, "int", "epochs"))
             if epochs < 1:
                 raise ValueError(f"epochs is {epochs}: give at least 1")
             training = replace(training, local_epochs=epochs)

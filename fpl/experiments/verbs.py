@@ -34,7 +34,7 @@ from fpl.experiments.assemble import deal, seeds_of
 from fpl.experiments.extract import Request, make_features
 from fpl.experiments.predict import Model, restore
 from fpl.experiments.settings import Backbone, Data, part_of, row_class
-from fpl.experiments.values import build, check_choice
+from fpl.experiments.values import build, check_choice, shown
 from fpl.methods import PromptFL
 from fpl.prompts import Clip, PromptTree
 from fpl.rounds import Round, Setup, Training, run_rounds
@@ -203,12 +203,13 @@ def train(
     seed: of what training draws; by default that of the split. progress: show a bar.
     settings: of the method (n_experts=5) and of fpl.rounds.Training (rounds=10); what is not given
     has its default there. params.yaml is not read.
-    Raises ValueError for settings that are unknown or out of range, and FloatingPointError when the
-    loss is no longer finite.
+    Raises ValueError for what is no method or no split and for settings that are unknown or out of
+    range, and FloatingPointError when the loss is no longer finite.
     """
-    kind = row_class(method) if isinstance(method, str) else method
-    if not isinstance(kind, type):
-        kind = type(kind)
+    kind = kind_of(method)
+    if not isinstance(clients, Split):
+        given = type(clients).__name__
+        raise ValueError(f"clients are a Split, not {given}: deal the images with `fpl.split`")
     valid = [known.name for cls in (kind, Training) for known in fields(cls)]
     for name in settings:
         check_choice(name, sorted(valid), f"setting of {kind.title}")
@@ -224,6 +225,16 @@ def train(
     rounds = run_rounds(setup)
     bar = tqdm(rounds, made.title, training.rounds, unit="round", disable=not progress)
     return Result(setup, clip, list(bar))
+
+
+def kind_of(method: Any) -> type[PromptFL]:
+    """Return the class of a method. Raises ValueError for what is none."""
+    kind = row_class(method) if isinstance(method, str) else method
+    kind = kind if isinstance(kind, type) else type(kind)
+    if not issubclass(kind, PromptFL):
+        known = "a row such as 'promptfl', FILE.py:CLASS, or a subclass of fpl.methods.PromptFL"
+        raise ValueError(f"{shown(method)} is no method: give {known}")
+    return kind
 
 
 def save(result: Result, path: str | Path) -> Path:
