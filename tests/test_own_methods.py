@@ -6,7 +6,8 @@ import pytest
 import yaml
 from helpers import PARAMS, refuses, standing_in
 
-from fpl.experiments import predict, records, runner, settings
+from fpl import rounds
+from fpl.experiments import predict, promises, records, runner, settings
 from fpl.experiments.runner import Asked
 from fpl.methods import METHODS, PromptFL
 
@@ -206,7 +207,10 @@ def test_edited_it_is_another_method_in_the_same_session(alone):
     assert made(1)[1:] == (first, right)
 
 
-@pytest.mark.parametrize("name", ["seed", "method", "data", "rounds", "shots"])
+OF_RUNS = ["seed", "method", "data", "rounds", "shots", *sorted(records.TAKEN)]
+
+
+@pytest.mark.parametrize("name", OF_RUNS)
 def test_a_setting_that_every_run_has_is_refused(name, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(f"{STDLIB}{OWN.replace('lam: float = 0.5', f'{name}: int = 5')}")
@@ -220,17 +224,32 @@ def test_a_switch_is_kept_as_any_other_setting(alone):
     refuses(lambda: PARAMS.experiment("mine.py:MyMethod", 1, lam=True), ["lam", "True"])
 
 
-WITH_PATH = """
+LEARNT = """
     def init(self, text, gen):
         return {**super().init(text, gen), "net/w": text.words("a")}
 """
+READ = """
+    def context(self, text, down, client_ids, clients):
+        more = {"net/w": clients.feats[client_ids]}
+        return {**super().context(text, down, client_ids, clients), **more}
+"""
 
 
-def test_a_tensor_whose_name_no_file_can_hold_is_refused(alone):
-    code = OWN.replace("    def loss(", f"{WITH_PATH}\n    def loss(")
+@pytest.mark.parametrize("path", [LEARNT, READ])
+def test_a_tensor_whose_name_no_file_can_hold_breaks_a_promise(path, alone):
+    code = OWN.replace("    def loss(", f"{path}\n    def loss(")
+    (alone / "mine.py").write_text(STDLIB + code)
+    broken = promises.check(settings.row_class("mine.py:MyMethod"), {"n_ctx": 2})
+    (said,) = [one for one in broken if "a file can hold" in one]
+    assert "'net/w'" in said and "rename it" in said
+
+
+def test_and_no_run_trains_with_it(alone, monkeypatch):
+    code = OWN.replace("    def loss(", f"{LEARNT}\n    def loss(")
     (alone / "mine.py").write_text(STDLIB + code)
     experiment = PARAMS.experiment("mine.py:MyMethod", 1, n_ctx=2)
-    refuses(lambda: runner.sweep([experiment], asked=KEEP), ["'net/w'", "rename it"])
+    monkeypatch.setattr(rounds, "train_cohort", lambda *args, **named: pytest.fail("it trained"))
+    refuses(lambda: runner.sweep([experiment]), ["'net/w'", "rename it"])
 
 
 def test_naming_it_from_another_folder_is_naming_the_same(own, monkeypatch):

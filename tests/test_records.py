@@ -308,6 +308,8 @@ def test_frame(alone):
     # rounds times clients; what learns nothing has one round
     assert len(frame) == 2 * 4 + 2 * 3 + 1 * 4
     assert {*stats.settings_of(frame)} == {*promptfl.settings(), *majority.settings()}
+    others = {*frame} - {*stats.settings_of(frame)}  # no setting can be called `global`
+    assert others == records.TAKEN - records.OTHER | {"round", "up", "down", "global"}
     assert frame["accuracy"].between(0, 1).all()
     for experiment in (promptfl, fewer, majority):
         lines = frame[(frame["method"] == experiment.row) & (frame["seed"] == experiment.seed)]

@@ -14,9 +14,10 @@ from fpl.data.features import Features
 from fpl.data.partitions import Partition
 from fpl.experiments.cache import device, load_cached, patches_of, text_of, views_of
 from fpl.experiments.settings import Experiment
+from fpl.experiments.stored import check_names
 from fpl.prompts import PromptTree
 from fpl.released import splits
-from fpl.rounds import Round, Seeds, Setup, State, Training, run_rounds, select
+from fpl.rounds import Round, Seeds, Setup, State, Training, begin_run, run_rounds, select
 from fpl.state import Clients
 
 
@@ -160,6 +161,12 @@ def seeds_of(training: Training, seed: int) -> Seeds:
     return Seeds(training.init_seed or seed, training.order_seed or seed)
 
 
+def check_begin(setup: Setup) -> None:
+    """Raise ValueError, before it trains, for a method that learns what no file can hold."""
+    setup.method.check(setup.text, setup.clients)
+    check_names(begin_run(setup).local)
+
+
 def rounds_of(
     experiment: Experiment, setup: Setup | None = None, begin: State | None = None
 ) -> Iterator[Round]:
@@ -169,5 +176,6 @@ def rounds_of(
     same run left, from which it goes on.
     """
     setup = setup or setup_of(experiment)
+    check_begin(setup)
     elsewhere = elsewhere_of(experiment, setup.text, setup.clients)
     yield from run_rounds(setup, elsewhere, begin)

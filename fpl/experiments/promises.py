@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fpl.experiments.stored import check_names
 from fpl.experiments.values import build
 from fpl.methods import PromptFL
 from fpl.prompts import Clip, PromptTree
@@ -185,6 +186,13 @@ def expert_order(small: Setup) -> str:
     return far(classify(reads, x), classify(turned, x), "logits")
 
 
+def named(small: Setup) -> str:
+    """What a method learns, and what it reads, can be kept in a file."""
+    for tensors in second_round(small):
+        check_names(tensors)
+    return ""
+
+
 def repeated(small: Setup) -> str:
     """Two runs are equal to the bit."""
     for one, other in zip(run(small), run(small), strict=True):
@@ -235,6 +243,7 @@ PROMISES: dict[str, Callable[[Setup], str]] = {
     "clients in one batch learn what each learns alone": stacked,
     "the order of clients does not matter": client_order,
     "the order of experts does not matter": expert_order,
+    "every tensor has a name that a file can hold": named,
     "two runs are equal": repeated,
     "its degenerate cases are the methods that it declares": degenerate,
 }

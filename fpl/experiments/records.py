@@ -25,6 +25,9 @@ from fpl.experiments import places
 RECORDS = Path("results/records")
 # What a record says of a round that is not a list with a number for each client.
 OTHER = {"round", "participants", "loss", "up", "down", "elsewhere"}
+# Names that no setting can have: those of a frame's other columns, and OTHER.
+TAKEN = OTHER | {"row", "run", "title", "control", "images", "settings", "client", "domain"}
+TAKEN |= {"client_name", "accuracy", *ELSEWHERE}
 CHECKSUM = "sha256"
 # What JSON of another structure than ours ends in.
 UNFIT = (LookupError, TypeError, ValueError, AttributeError, RecursionError)

@@ -20,6 +20,7 @@ from fpl.controls import CONTROLS
 from fpl.data.partitions import Partition
 from fpl.data.world import VERSION, WORLDS
 from fpl.experiments import places, values
+from fpl.experiments.records import TAKEN
 from fpl.experiments.values import build, check_choice, load, of_type, plain
 from fpl.methods import METHODS, PromptFL
 from fpl.more_methods import MORE
@@ -300,7 +301,7 @@ def row_class(name: str) -> type[PromptFL]:
         raise ValueError(f"{name} is not a subclass of fpl.methods.PromptFL: make it one")
     if "__dataclass_fields__" not in vars(own):
         raise ValueError(f"{name} is no dataclass: write @dataclass(frozen=True) above the class")
-    of_runs = {"method", "seed", "data"} | names_of(Training, Partition)
+    of_runs = {"method", "seed", "data"} | TAKEN | names_of(Training, Partition)
     for twice in sorted(of_runs & names_of(own)):
         raise ValueError(f"{name} has a setting {twice}, which every run has: rename it")
     return own

@@ -76,14 +76,20 @@ def flatten(tensors: Nested, above: str = "") -> Iterator[tuple[str, Tensor]]:
 
     Raises ValueError for a name that would be a path.
     """
+    check_names(tensors)
     for name, value in tensors.items():
-        if "/" in name:
-            raise ValueError(f"a tensor is called {name!r}, which a file cannot hold: rename it")
         if isinstance(value, Mapping):
             yield from flatten(value, f"{above}{name}/")
         else:
             copied = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             yield f"{above}{name}", copied
+
+
+def check_names(tensors: Nested) -> None:
+    """Raise ValueError for a name that would be a path."""
+    for name in tensors:
+        if "/" in name:
+            raise ValueError(f"a tensor is called {name!r}, which a file cannot hold: rename it")
 
 
 def checksum(flat: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:

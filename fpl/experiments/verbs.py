@@ -30,7 +30,7 @@ from fpl.data.files import ROOT
 from fpl.data.manifest import SOURCE
 from fpl.data.partitions import Partition
 from fpl.experiments import cache, keep, values
-from fpl.experiments.assemble import deal, seeds_of
+from fpl.experiments.assemble import check_begin, deal, seeds_of
 from fpl.experiments.extract import Request, make_features
 from fpl.experiments.predict import Model, restore
 from fpl.experiments.settings import Backbone, Data, part_of, row_class
@@ -222,6 +222,7 @@ def train(
     text = PromptTree(clip, names, made.n_ctx, precision=training.precision)
     drawn = clients.seed if seed is None else values.seed(seed)
     setup = Setup(made, text, clients, training, seeds_of(training, drawn))
+    check_begin(setup)
     rounds = run_rounds(setup)
     bar = tqdm(rounds, made.title, training.rounds, unit="round", disable=not progress)
     return Result(setup, clip, list(bar))
