@@ -12,6 +12,7 @@ import pytest
 
 from fpl.cli import options, repro
 from fpl.data import files
+from fpl.experiments import verbs
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -66,12 +67,14 @@ def test_a_full_disk_is_said_with_the_file(error, tmp_path):
 def test_what_is_no_file_is_not_replaced(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    for name in (pipe, tmp_path):
-        said = pytest.raises(OSError, match=f"^{name} is a folder, a device or a pipe: give")
-        with said, files.atomic_write(name) as temporary:
-            temporary.touch()
-    with pytest.raises(OSError, match=f"^{pipe} is a folder, a device or a pipe: give"):
-        options.check_target(pipe)
+    saved = tmp_path / "pipe.safetensors"
+    os.mkfifo(saved)
+    calls = [lambda: options.check_target(pipe), lambda: verbs.save(None, saved)]
+    for call in calls:
+        with pytest.raises(OSError, match="is a folder, a device or a pipe: give"):
+            call()
+    assert saved.is_fifo()
+    saved.unlink()
     assert pipe.is_fifo() and [*tmp_path.iterdir()] == [pipe]
 
 

@@ -28,10 +28,9 @@ def atomic_write(path: str | Path, one_of_many: bool = False) -> Iterator[Path]:
 
     one_of_many: do neither, which takes long for thousands of files.
 
-    Raises OSError naming `path` when there is no room, or something that is no file.
+    Raises OSError naming `path` when there is no room.
     """
     path = Path(path)
-    check_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not one_of_many:
         remove_orphans(path)
@@ -63,7 +62,7 @@ def room_for(path: Path) -> Iterator[None]:
 
 
 def check_file(path: Path) -> None:
-    """Raise OSError for what is there and is no file, such as a pipe: it would be replaced."""
+    """Raise OSError for what is there and is no file, such as a pipe: writing would replace it."""
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is a folder, a device or a pipe: give the name of a file")
 

@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fpl.data.files import atomic_write
+from fpl.data.files import atomic_write, check_file
 from fpl.experiments.predict import Classifier, Model, names_of
 from fpl.experiments.records import RECORDS
 from fpl.methods import PromptFL
@@ -54,6 +54,7 @@ def export(model: Model, client: int | str, path: str | Path) -> Path:
         if path.suffix[1:].isidentifier():  # that of a name such as run-0.5 is none
             raise ValueError(f"{one.method.title} is written as NAME{ending}: correct {path}")
         path = path.with_name(f"{path.name}{ending}")
+    check_file(path)
     x = one.example()
     write = write_linear if linear else write_program
     write(one, x, described(model, client, one.logits(x).shape[-1]), path)

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from fpl.data import datasets, encoders, partitions, world
 from fpl.data.features import Features
 from fpl.data.features import load as open_features
-from fpl.data.files import ROOT
+from fpl.data.files import ROOT, check_file
 from fpl.data.manifest import SOURCE
 from fpl.data.partitions import Partition
 from fpl.experiments import cache, keep, values
@@ -247,6 +247,7 @@ def save(result: Result, path: str | Path) -> Path:
     path = Path(path)
     if path.suffix != keep.SUFFIX:
         raise ValueError(f"{path} must end in {keep.SUFFIX}: it is a file of that kind")
+    check_file(path)
     last, clients = result.rounds[-1], result.clients
     about = {"images": clients.images}
     keep.write(path, keep.of_run(result.setup, last, result.clip, clients.names, **about))
