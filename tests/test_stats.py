@@ -269,8 +269,15 @@ def test_the_difference_of_two_differences_is_that_of_the_means():
     assert stats.paired(both, "x", "y")["mean"] == pytest.approx(wanted)
 
 
-def test_equal_gains_differ_by_nothing_whatever_their_rounding():
-    rows = {"a": 0.8, "b": 0.6, "c": 0.5, "d": 0.3}  # 0.8 - 0.6 is not 0.5 - 0.3 in binary
+EQUAL = {
+    "in binary": (0.8, 0.6, 0.5, 0.3),
+    "in records": (0.833333, 0.666667, 0.5, 0.333333),  # 5/6 - 4/6 and 3/6 - 2/6
+}
+
+
+@pytest.mark.parametrize("rounded", EQUAL)
+def test_equal_gains_differ_by_nothing_whatever_their_rounding(rounded):
+    rows = dict(zip("abcd", EQUAL[rounded], strict=True))
     runs = runs_of({row: np.full((4, 6), value) for row, value in rows.items()})
     both = pd.concat([stats.minus(runs, "a", "b", "x"), stats.minus(runs, "c", "d", "y")])
     found = stats.paired(both, "x", "y")

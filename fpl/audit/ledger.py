@@ -25,7 +25,7 @@ T = TypeVar("T")
 LEDGER = ROOT / "data" / "ledger.yaml"
 TABLES = ("ledger", "ledger_views", "ledger_seeds", "ledger_domains")
 ONE_RUN = "rounds of one run"
-NO_SPREAD = 1e-9  # a standard deviation below it is rounding
+NO_SPREAD = 1e-6  # a standard deviation below it is the rounding of records
 NOTE_ATTRIBUTION = (
     "What makes pFedMoAP differ from PromptFL, in both orders of the two changes between them. "
     f"{tables.NOTE_PAIRED} `share` is the part of the whole difference in %, without an interval."
