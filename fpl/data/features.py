@@ -32,7 +32,7 @@ import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fpl.data.files import NO_LOCKS
@@ -241,9 +241,7 @@ def load(
                 f"run `{command}` or correct params.yaml"
             )
     feats = torch.from_numpy(data[content])
-    flat = [part.flatten(1) for part in feats.split(PART)]
-    fine = [part.isfinite().all(1) & part.any(1) for part in flat]
-    bad = (~torch.cat(fine)).nonzero().flatten().tolist()
+    bad = torch.cat([*map(is_bad, feats.split(PART))]).nonzero().flatten().tolist()
     if bad:
         first = f"the first is {data['image_id'][bad[0]]}: extract again"
         raise ValueError(f"{path}: features of {len(bad)} images are zero or not finite, {first}")
@@ -265,12 +263,18 @@ def load(
     )
 
 
+def is_bad(rows: Float[Tensor, "n *M d"]) -> Bool[Tensor, " n"]:
+    """Say of each row whether it is zero or not finite."""
+    flat = rows.flatten(1)
+    return ~(flat.isfinite().all(1) & flat.any(1))
+
+
 def text_in(data: Mapping[str, Any], path: Path, device: str) -> Float[Tensor, "c d"] | None:
     """Return a file's unit text features. Raises ValueError for some zero or not finite."""
     if "text" not in data:
         return None
     text = F.normalize(torch.from_numpy(data["text"]).float(), dim=-1)
-    if not (text.isfinite().all() and text.any(1).all()):
+    if is_bad(text).any():
         raise ValueError(f"{path} has text features that are zero or not finite: import them again")
     return text.to(device)
 

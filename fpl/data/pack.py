@@ -17,6 +17,7 @@ from pathlib import Path, PureWindowsPath
 
 import h5py
 import numpy as np
+import torch
 
 from fpl.data.features import (
     BROKEN,
@@ -25,6 +26,7 @@ from fpl.data.features import (
     Refused,
     check_columns,
     digest,
+    is_bad,
     opened,
     parts,
     require,
@@ -201,15 +203,9 @@ def check_values(group: h5py.Group, content: str) -> None:
     fits = len(labels) > 0 and labels.min() >= 0 and labels.max() < classes
     require(fits, f"has labels beyond its {classes} classes")
     for name in {content, "text"} & set(group):
-        bad = sum(map(count_bad, parts(group[name])))
+        bad = sum(int(is_bad(torch.from_numpy(part)).sum()) for part in parts(group[name]))
         what = "classes" if name == "text" else "images"
         require(not bad, f"has {name} of {bad} {what} that are zero or not finite")
-
-
-def count_bad(part: np.ndarray) -> int:
-    """Count the rows that are zero or not finite."""
-    rows = part.reshape(len(part), -1)
-    return int((~np.isfinite(rows).all(1) | ~rows.any(1)).sum())
 
 
 def check_belongs(pack: h5py.File, content: str, made: Mapping[str, Mapping[str, str]]) -> None:
