@@ -348,7 +348,7 @@ def test_the_same_model_may_stand_in_another_folder(images, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=f"no folder clip, of the CLIP of {kept}: call"):
         predict.restore(kept)
-    monkeypatch.setattr(predict, "ROOT", kept.parent)
+    monkeypatch.setattr(encoders, "ROOT", kept.parent)
     assert predict.restore(kept).clip.provenance["weights"] == moved.provenance["weights"]
 
 

@@ -24,7 +24,7 @@ from open_clip.transformer import VisionTransformer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fpl.data.files import sha256
+from fpl.data.files import ROOT, sha256
 from fpl.prompts import Clip, PromptTree
 
 # the files of a model in a repository of the hub or in a folder
@@ -188,6 +188,14 @@ def released_transform(preprocessing: str, size: int | tuple[int, int]) -> Compo
     square = size if isinstance(size, tuple) else (size, size)
     normalise = Normalize(*PREPROCESSINGS[preprocessing])
     return Compose([ToTensor(), normalise, Resize(square, InterpolationMode.BILINEAR)])
+
+
+def located(name: str) -> str:
+    """Return the name of a model whose relative folder is here or, if not, in the repository."""
+    folder = name.removeprefix(LOCAL)
+    if folder == name or Path(folder).exists():
+        return name
+    return f"{LOCAL}{ROOT / folder}"
 
 
 def resolve(name: str, weights: str) -> tuple[str, Path, dict[str, Any]]:

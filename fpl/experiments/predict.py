@@ -26,7 +26,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fpl.data import encoders, extraction
-from fpl.data.files import ROOT
 from fpl.experiments import cache, keep, stored, values
 from fpl.experiments.answers import NO_CLASS
 from fpl.experiments.given import Images, Source, encode, gather, labelled, name_of, require_read
@@ -295,22 +294,13 @@ def load(kept: Kept, path: Path, device: str) -> Clip:
     known = kept.about.get("backbone") or {"name": name, "weights": "", "preprocessing": ""}
     if "backbone" not in kept.about and not name.startswith((encoders.LOCAL, encoders.HUB)):
         raise ValueError(f"{path} does not say which weights {name} had: give the CLIP as clip")
-    asked = place_of(known["name"], path), known["weights"], device
-    return encoders.load(*asked, preprocessing=known["preprocessing"])
-
-
-def place_of(name: str, path: Path) -> str:
-    """Return the name of a model, from here or from the repository where its folder is relative.
-
-    Raises FileNotFoundError where there is no such folder.
-    """
-    folder = name.removeprefix(encoders.LOCAL)
-    if folder == name or Path(folder).exists():
-        return name
-    if not (ROOT / folder).exists():
+    name = encoders.located(known["name"])
+    place = name.removeprefix(encoders.LOCAL)
+    if place != name and not Path(place).exists():
+        folder = known["name"].removeprefix(encoders.LOCAL)
         instead = "call from the folder of that run's settings, or give the CLIP to `fpl.restore`"
         raise FileNotFoundError(f"there is no folder {folder}, of the CLIP of {path}: {instead}")
-    return f"{encoders.LOCAL}{ROOT / folder}"
+    return encoders.load(name, known["weights"], device, preprocessing=known["preprocessing"])
 
 
 def check_same(clip: Clip, kept: Kept, path: Path) -> None:

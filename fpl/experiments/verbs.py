@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from fpl.data import datasets, encoders, partitions, world
 from fpl.data.features import Features
 from fpl.data.features import load as open_features
-from fpl.data.files import ROOT, check_file
+from fpl.data.files import check_file
 from fpl.data.manifest import SOURCE
 from fpl.data.partitions import Partition
 from fpl.experiments import cache, keep, values
@@ -119,10 +119,7 @@ def load(name: str = "", weights: str | Path = "", preprocessing: str = "") -> C
 
 def demo_clip() -> str:
     """Return the name of the demo's CLIP; within a profile it is the name that features carry."""
-    name = Backbone().name
-    if Path(name.removeprefix(encoders.LOCAL)).exists():
-        return name
-    return f"{encoders.LOCAL}{ROOT / 'data' / 'demo_clip'}"
+    return encoders.located(Backbone().name)
 
 
 def features(
