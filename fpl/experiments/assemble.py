@@ -17,7 +17,7 @@ from fpl.experiments.settings import Experiment
 from fpl.experiments.stored import check_names
 from fpl.prompts import PromptTree
 from fpl.released import splits
-from fpl.rounds import Round, Seeds, Setup, State, Training, begin_run, run_rounds, select
+from fpl.rounds import Round, Seeds, Setup, State, Training, run_rounds, select
 from fpl.state import Clients
 
 
@@ -164,7 +164,7 @@ def seeds_of(training: Training, seed: int) -> Seeds:
 def check_begin(setup: Setup) -> None:
     """Raise ValueError, before it trains, for a method that learns what no file can hold."""
     setup.method.check(setup.text, setup.clients)
-    check_names(begin_run(setup).local)
+    check_names(setup.method.init(setup.text, torch.Generator()))
 
 
 def rounds_of(
