@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
@@ -127,12 +127,11 @@ def read_settings(options: Options) -> Settings:
     return settings.read(options.params, options.set)
 
 
-def check_reach(options: Options, settings: Settings, runs: Iterable[Experiment]) -> None:
+def check_reach(options: Options, settings: Settings, runs: Sequence[Experiment]) -> None:
     """Raise ValueError for a --set of run or partition that a run has from elsewhere.
 
     That is from section methods, from the method itself, or from the data set.
     """
-    runs = [*runs]
     for change in options.set:
         place, _, value = change.partition("=")
         section, _, name = place.partition(".")
