@@ -18,6 +18,8 @@ from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fpl.linear import linear
+
 Precision = Literal["single", "bfloat16", "half"]
 PRECISIONS = {"single": torch.float32, "bfloat16": torch.bfloat16, "half": torch.float16}
 BUDGET = {"cpu": 2048, "cuda": 8192}  # nodes encoded at once: more are not faster on a CPU
@@ -145,7 +147,6 @@ class Tree(nn.Module):
         groups = deal(paths, GROUP if len(ids) > ALONE else ALONE)
         members, sees = ancestors(groups, shared)
         place = {node: at for at, node in enumerate(sum(members, []))}
-        leaf = [path[-1] for group in groups for path in group]
         embedding = tower.token_embedding.weight.detach()
         position = tower.positional_embedding.detach()
         on = {"device": embedding.device}
@@ -156,7 +157,7 @@ class Tree(nn.Module):
         self.register_buffer("groups", torch.tensor(members, **on))
         self.register_buffer("mask", mask.to(embedding))
         self.register_buffer("place", torch.tensor([place[i] for i in range(len(self.pos))], **on))
-        self.register_buffer("leaf", torch.tensor(leaf, **on))
+        self.register_buffer("leaf", torch.tensor([path[-1] for path in sum(groups, [])], **on))
 
 
 def grow(rows: list[list[int]], shared: int) -> tuple[list[list[int]], list[int], list[int]]:
@@ -198,8 +199,7 @@ def ancestors(groups: list[list[list[int]]], shared: int) -> tuple[list[list[int
     for seen, group, nodes in zip(sees, groups, members, strict=True):
         for path in group:
             line = torch.tensor([*range(shared), *map(nodes.index, path)])
-            upto = torch.ones(len(line), len(line)).tril().bool()
-            seen[0, line.unsqueeze(1), line] = upto
+            seen[0, line.unsqueeze(1), line] = torch.ones(len(line), len(line)).tril().bool()
     return [nodes + [0] * (size - len(nodes)) for nodes in members], sees
 
 
@@ -212,7 +212,7 @@ def layer(
 ) -> Float[Tensor, "n read w"]:
     """Run one block of the transformer with attention within groups; return it at `nodes`."""
     attn = block.attn
-    qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
+    qkv = linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
     dealt = len(tree.groups) > 1
     if dealt:
         qkv = qkv[:, tree.groups].flatten(0, 1)
@@ -222,16 +222,16 @@ def layer(
     z = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
     if dealt:
         z = z.unflatten(0, (len(x), -1)).flatten(1, 2)[:, tree.place[nodes]]
-    x = x[:, nodes] + block.ls_1(attn.out_proj(z))
+    x = x[:, nodes] + block.ls_1(linear(z, *attn.out_proj.parameters()))
     return x + block.ls_2(mlp(block.mlp, block.ln_2(x)))
 
 
 def mlp(parts: nn.Sequential, x: Float[Tensor, "n t w"]) -> Float[Tensor, "n t w"]:
     """Run a block's perceptron; QuickGELU as silu(1.702 x) / 1.702 keeps one tensor, not two."""
     up, activation, down = parts
-    if isinstance(activation, QuickGELU):
-        return down(F.silu(1.702 * up(x)) / 1.702)
-    return down(activation(up(x)))
+    x = linear(x, *up.parameters())
+    x = F.silu(1.702 * x) / 1.702 if isinstance(activation, QuickGELU) else activation(x)
+    return linear(x, *down.parameters())
 
 
 def text_tower(clip: Clip) -> nn.Module:

@@ -11,7 +11,7 @@ from helpers import ROOT
 PACKAGE = ROOT / "fpl"
 # From the ground up. A room may import from floors below it and from itself.
 FLOORS = [
-    ["state"],
+    ["state", "linear"],
     ["prompts", "gate", "transport"],
     ["methods", "data"],
     ["controls", "ablations", "more_methods", "privacy", "released"],

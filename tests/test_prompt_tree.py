@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from helpers import ROOT
 from helpers.tiny import NAMES, error, golden, stored_clip, tiny_model
 
+from fpl import linear as maps
 from fpl.data.encoders import load
 from fpl.prompts import KEPT, PRECISIONS, Clip, Precision, PromptTree
 
@@ -148,8 +149,9 @@ def test_stacked_clients_equal_single_ones(text):
 def passes(clip):
     """The nodes of every pass through the first block's perceptron, forward and backward."""
     seen = []
-    up = clip.model.transformer.resblocks[0].mlp.c_fc
-    with up.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:2].numel())):
+    norm = clip.model.transformer.resblocks[0].ln_2  # before the perceptron
+    count = lambda module, args: seen.append(args[0].shape[:2].numel())  # noqa: E731
+    with norm.register_forward_pre_hook(count):
         yield seen
 
 
@@ -261,3 +263,37 @@ def test_a_lower_precision_is_of_the_transformer_alone(clip, precision):
         and 0 < (low_grad - grad).norm() / grad.norm() < bound
     )
     assert low.dtype == low_grad.dtype == torch.float32 and torch.equal(low_zero, zero)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "low", "there", "calls"),
+    [
+        (torch.float32, False, True, 2),  # there and back
+        (torch.float64, False, True, 0),
+        (torch.float32, True, True, 0),
+        (torch.float32, False, False, 0),
+    ],
+)
+def test_a_frozen_linear_map_is_pytorchs_whoever_computes_it(
+    dtype, low, there, calls, biased, monkeypatch
+):
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 7, 5, generator=gen, dtype=dtype).mT.requires_grad_()
+    w = torch.randn(4, 7, generator=gen, dtype=dtype)
+    b = torch.randn(4, generator=gen, dtype=dtype) if biased else None
+    seen = []
+    real = maps.ONEDNN
+    assert real or not torch.backends.mkldnn.is_available()
+    count = (lambda *given: seen.append(given) or real(*given)) if there and real else None
+    monkeypatch.setattr(maps, "ONEDNN", count)
+    found = []
+    for linear in (maps.linear, F.linear):
+        x.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            y = linear(x, w, b)
+        y.float().square().sum().backward()
+        found.append((y.detach(), x.grad))
+    assert len(seen) == (calls if real else 0)
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

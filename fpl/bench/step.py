@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from fpl.bench.measure import machine, memory, peak_speed, timed, wait
 from fpl.bench.parts import Case, Parts, Pixels, make_world
 from fpl.bench.ways import COMPILED, WAYS, load_model, names
 from fpl.experiments.cache import device
+from fpl.linear import ONEDNN
 from fpl.methods import PFedMoAP
 from fpl.prompts import Clip
 from fpl.rounds import Training, run_rounds
@@ -138,8 +140,8 @@ def count(parts: Parts, before: Sequence[Counted]) -> Counted:
 
 def operations(call: Any) -> int:
     """Return the floating-point operations of a call; a multiplication with its addition is two."""
-    attention = {torch.ops.aten._native_multi_head_attention: native_attention}
-    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+    unknown = {torch.ops.aten._native_multi_head_attention: native_attention, ONEDNN: linear_map}
+    with FlopCounterMode(display=False, custom_mapping=unknown) as counter:
         call()
     return counter.get_total_flops()
 
@@ -148,6 +150,11 @@ def native_attention(query: Sequence[int], *rest: Any, **named: Any) -> int:
     """Count PyTorch's fused self-attention (b, t, w): four maps, scores, and mixing."""
     b, t, w = query
     return 2 * b * t * (4 * w * w + 2 * t * w)
+
+
+def linear_map(x: Sequence[int], w: Sequence[int], *rest: Any, **named: Any) -> int:
+    """Count a linear map by oneDNN of rows x (..., i) with weights w (o, i)."""
+    return 2 * math.prod(x) * w[0]
 
 
 def encodings(kind: type[PFedMoAP], n: int, k: int, steps: int) -> tuple[int, int]:
