@@ -13,7 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from federation.protocol import (
@@ -140,16 +142,14 @@ class Site:
     def learn(self, kept: Kept, number: int, down: Tensors, begin: Tensors) -> None:
         """Train a round. begin: what the server knows of the shared tensors, beyond `down`."""
         setup, cohort = self.received(kept, down)
-        method, training = setup.method, setup.training
+        method = setup.method
         start = method.start(kept.local, down)
         kept.local, losses = train_cohort(setup, cohort, start, number)
         log.info("round %d: mean loss %.4f in the last epoch", number, losses.mean())
         upload = {name: kept.local[name] for name in method.shared}
         if kept.agreement.private and upload:
-            z = noise_of(method, training)
             check_finite(begin, "server")
-            draw = self.noise(kept.agreement, number)
-            upload = privacy.release(upload, begin | down, training.clip, z, [draw])
+            upload = self.released(kept.agreement, number, upload, begin | down)
         kept.upload, kept.round = upload, number
 
     def evaluate(self, asked: Parcel) -> Parcel:
@@ -197,12 +197,24 @@ class Site:
         """Return our client number."""
         return agreement.sites.index(check_choice(self.name, agreement.sites, "site"))
 
-    def noise(self, agreement: Agreement, number: int) -> torch.Generator:
-        """Return the generator of the noise of a round."""
+    def released(
+        self, agreement: Agreement, number: int, upload: Tensors, begin: Tensors
+    ) -> Tensors:
+        """Return an upload as it leaves the site: its change clipped, with the noise of a round.
+
+        begin: what the server knows already. All tensors have a client axis of one.
+        """
+        clip, z = agreement.run.clip, noise_of(agreement.rules, agreement.run)
         if agreement.noise == "named":
-            i = self.number(agreement)
-            return generator(agreement.seeds.order, "noise", number, i)
-        return torch.Generator().manual_seed(secrets.randbits(63))
+            draw = generator(agreement.seeds.order, "noise", number, self.number(agreement))
+            return privacy.release(upload, begin, clip, z, [draw])
+        # a torch.Generator uses 32 bits of its seed, which can be searched: it adds nothing here
+        wide = {name: value.double() for name, value in upload.items()}
+        released = privacy.release(wide, begin, clip, 0.0, [torch.Generator()])
+        for name, value in released.items():
+            noise = secret_normals(value.numel()).view(value.shape).to(value.device)
+            released[name] = (value + z * clip * noise).to(upload[name].dtype)
+        return released
 
     def path(self, key: str) -> Path:
         """Return the file of what is kept for an agreement. Raises Refused for what is no key."""
@@ -227,6 +239,16 @@ class Site:
             raise Refused(f"{self.name} has agreed to something else: join again")
         local, upload = tensors.get("local", {}), tensors.get("upload", {})
         return Kept(agreement, local, upload, header["round"], header["accuracy"])
+
+
+def secret_normals(n: int) -> Float[Tensor, " n"]:
+    """Return standard normal numbers (n,) in double precision, which nobody can draw again.
+
+    Each is made of 52 bits of the operating system's own randomness: there is no seed to be found.
+    """
+    bits = np.frombuffer(secrets.token_bytes(8 * n), "<u8") >> np.uint64(12)
+    uniform = (bits + 0.5) / 2.0**52  # exact, and neither 0 nor 1
+    return torch.special.ndtri(torch.from_numpy(uniform))
 
 
 def read_images(root: Path, folder: Path, clip: Clip, agreement: Agreement) -> Clients:

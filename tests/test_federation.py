@@ -1,6 +1,8 @@
 """Promise: sites that keep images and gates to themselves get what the in-process loop gets."""
 
+import hashlib
 import json
+import secrets
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -10,17 +12,18 @@ import torch
 from helpers import ROOT, refuses
 from helpers.runs import equal, near
 from helpers.tiny import NAMES, SMALL
+from scipy.stats import kstest
 
 from federation import protocol, server
 from federation.protocol import ROWS, Parcel, agreement_of, model_of
 from federation.server import Answer, Coordinator
 from federation.site import Site, read_images
-from fpl import prompts
+from fpl import privacy, prompts
 from fpl.experiments import stored, verbs
 from fpl.experiments.settings import part_of
 from fpl.methods import PromptFL
 from fpl.prompts import PromptTree
-from fpl.rounds import Setup, run_rounds
+from fpl.rounds import Setup, noise_of, run_rounds
 
 APART = [name for name, kind in ROWS.items() if not kind.in_step]
 SITES = ("north", "south", "west", "east")
@@ -172,6 +175,59 @@ def test_updates_are_released_at_the_site(method, tower, people, tmp_path, monke
     secret = replace(agreement, noise="secret")
     other, _ = federate(secret, tmp_path / "secret", tower, people)
     assert not near(other.server.params, coordinator.server.params)
+
+
+@pytest.fixture
+def site(tower, people, tmp_path):
+    return sites_of(agreed(), tmp_path, tower, people)[0]
+
+
+def test_secret_noise_is_as_large_as_that_of_release(site):
+    agreement = replace(agreed("promptfl", epsilon=5.0), noise="secret")
+    clip, z = agreement.run.clip, noise_of(agreement.rules, agreement.run)
+    gen = torch.Generator().manual_seed(1)
+    upload = {name: torch.randn(1, 200, w, generator=gen) for name, w in (("a", 300), ("b", 40))}
+    begin = {name: value[0] / 2 for name, value in upload.items()}
+
+    def noise(found, name):
+        assert found[name].dtype == upload[name].dtype and found[name].shape == upload[name].shape
+        return (found[name] - clipped[name]).double().flatten() / (z * clip)
+
+    clipped = privacy.release(upload, begin, clip, 0.0, [gen])
+    one, other = (site.released(agreement, 0, upload, begin) for _ in range(2))
+    named = privacy.release(upload, begin, clip, z, [gen])
+    for name in upload:
+        drawn = noise(one, name)
+        assert drawn.std().item() == pytest.approx(noise(named, name).std().item(), rel=0.05)
+        assert kstest(drawn.numpy(), "norm").pvalue > 1e-6
+        assert abs(torch.corrcoef(torch.stack([drawn, noise(other, name)]))[0, 1]) < 0.1
+    same = replace(agreed("promptfl", mechanism="clipping"), noise="secret")
+    assert near(site.released(same, 0, upload, begin), clipped)
+
+
+def test_secret_noise_has_no_seed_that_could_be_searched(site, monkeypatch):
+    agreement = replace(agreed("promptfl", epsilon=5.0), noise="secret")
+    upload, begin = {"ctx": torch.zeros(1, 4, 32)}, {"ctx": torch.zeros(4, 32)}
+    drawn = []
+
+    def flipped(at):
+        """What leaves the site when one bit of the entropy is another, and all else is equal."""
+
+        def source(number):
+            drawn.append(number)
+            found = bytearray(hashlib.shake_128(b"entropy").digest(number))
+            found[at % number] ^= 0x80
+            return bytes(found)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(secrets, "token_bytes", source)
+            return site.released(agreement, 0, upload, begin)["ctx"].flatten()
+
+    usual = flipped(7)
+    assert drawn == [8 * len(usual)]  # each number has its own bits
+    for i in (1, 2, 50, len(usual) - 1):
+        changed = (flipped(8 * i + 7) != usual).nonzero()[:, 0].tolist()
+        assert changed == [0, i]
 
 
 @pytest.mark.parametrize("method", APART)
