@@ -108,10 +108,12 @@ def site_of(context: Context) -> Site:
         root = Path(str(context.run_config["rehearsal"]))
         place = sorted(path for path in root.iterdir() if path.is_dir())[int(own["partition-id"])]
         here = {"site": place.name, "folder": str(place), "images": str(place / "images")}
-        own = {**context.run_config, **here}
+        own = {**context.run_config, **here, "agreement": ""}  # what is there is the server's
     clip, folder = clip_of(own), Path(str(own["folder"]))
     images = partial(read_images, Path(str(own["images"])), folder, clip)
-    return Site(str(own["site"]), folder, clip, images)
+    file = str(own.get("agreement", ""))
+    copy = protocol.read(Path(file), clip.provenance) if file else None
+    return Site(str(own["site"]), folder, clip, images, copy)
 
 
 def reply(kind: str, message: Message, context: Context) -> Message:

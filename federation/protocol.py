@@ -155,6 +155,14 @@ def check_model(ours: Mapping[str, str], theirs: Mapping[str, Any], who: str) ->
             raise Refused(f"{who} has a CLIP with another {name} ({one}), {agreed}")
 
 
+def check_same(ours: Agreement, theirs: Agreement, who: str) -> None:
+    """Raise Refused, naming what differs and no value of it, for another agreement than ours."""
+    own, other = json.loads(ours.text), json.loads(theirs.text)
+    if differ := ", ".join(name for name in own if own[name] != other[name]):
+        advice = "compare your files, and let server and site have the same"
+        raise Refused(f"the agreement of {who} is another ({differ}): {advice}")
+
+
 def check_tensors(found: Tensors, wanted: Tensors, who: str) -> None:
     """Raise Refused unless names, types and shapes are as wanted and all numbers are finite."""
     if sorted(found) != sorted(wanted):

@@ -27,6 +27,7 @@ from federation.protocol import (
     agreement_of,
     check_finite,
     check_model,
+    check_same,
     check_tensors,
     everybody,
     model_of,
@@ -66,13 +67,15 @@ class Site:
     """Answers what the server asks.
 
     name: as the agreement has it. folder: where features and tensors are kept. clip: the frozen
-    model. images: reads the site's own images.
+    model. images: reads the site's own images. copy: of the agreement, from elsewhere than the
+    server; a site that has one holds to no other, a site without takes what the server sends.
     """
 
     name: str
     folder: Path
     clip: Clip
     images: Images
+    copy: Agreement | None = None
 
     def answer(self, kind: str, asked: Parcel) -> Parcel:
         """Return the reply to a parcel of one of KINDS.
@@ -110,6 +113,7 @@ class Site:
         """Tell who this is and how many training images it has, if it can take part."""
         agreement = agreement_of(json.loads(str(asked.words["agreement"])), "the agreement")
         check_model(agreement.model, model_of(self.clip.provenance), self.name)
+        self.check(agreement)
         setup, _ = self.setup(agreement)
         if not self.path(agreement.key).exists():
             drawn = agreement.rules.init(setup.text, generator(agreement.seeds.init, "init"))
@@ -117,6 +121,10 @@ class Site:
             local = {name: value.to(device).unsqueeze(0) for name, value in drawn.items()}
             self.write(Kept(agreement, local))
         size = len(setup.clients.train[self.number(agreement)])
+        run, what = agreement.run, "%s joins: method %s, epsilon %g, noise %s, %d rounds"
+        log.info(what, self.name, agreement.method, run.epsilon, agreement.noise, run.rounds)
+        if self.copy is None:
+            log.info("%s has no copy of the agreement: this is what the server says", self.name)
         model = model_of(self.clip.provenance)
         return Parcel(words={"site": self.name, "images": size, **model})
 
@@ -193,6 +201,11 @@ class Site:
         ids = torch.tensor([i], device=clients.feats.device)
         return Setup(method, text, clients, training, agreement.seeds), ids
 
+    def check(self, agreement: Agreement) -> None:
+        """Raise Refused for another agreement than the site's own copy, if it has one."""
+        if self.copy is not None:
+            check_same(self.copy, agreement, self.name)
+
     def number(self, agreement: Agreement) -> int:
         """Return our client number."""
         return agreement.sites.index(check_choice(self.name, agreement.sites, "site"))
@@ -237,6 +250,7 @@ class Site:
         agreement = agreement_of(header["agreement"], str(self.path(key)))
         if agreement.key != key:
             raise Refused(f"{self.name} has agreed to something else: join again")
+        self.check(agreement)  # it may have joined before it had a copy
         local, upload = tensors.get("local", {}), tensors.get("upload", {})
         return Kept(agreement, local, upload, header["round"], header["accuracy"])
 

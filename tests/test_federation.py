@@ -410,6 +410,42 @@ def test_only_agreed_sites_with_the_agreed_model_join(tower, people, tmp_path):
     )
 
 
+def test_a_site_with_its_own_copy_joins_and_trains_under_no_other(tower, people, tmp_path):
+    ours = agreed("promptfl", epsilon=20.0)
+    trusting = sites_of(ours, tmp_path, tower, people)[0]
+    careful = replace(trusting, copy=ours)
+    others = {
+        "method": agreed("fedper", epsilon=20.0),
+        "training": agreed("promptfl", epsilon=50.0),
+        "noise": replace(ours, noise="secret"),
+        "name": replace(ours, name="once more"),
+        "seed": replace(ours, seed=5),
+    }
+    for differs, theirs in others.items():
+        join = Parcel(words={"agreement": theirs.text})
+        train = Parcel(words={"key": theirs.key, "round": 0})
+        refused = careful.answer("join", join).words["refused"]
+        assert f"({differs}" in refused and "north" in refused
+        assert not trusting.path(theirs.key).exists()
+        assert "refused" not in trusting.answer("join", join).words
+        assert f"({differs}" in careful.answer("train", train).words["refused"]  # joined before
+    said = careful.answer("join", Parcel(words={"agreement": ours.text})).words
+    assert "refused" not in said
+
+
+def test_a_site_says_in_its_log_what_it_joins(tower, people, tmp_path, caplog):
+    caplog.set_level("INFO", "federation")
+    ours = agreed("promptfl", epsilon=20.0)
+    site = sites_of(ours, tmp_path, tower, people)[0]
+    join = Parcel(words={"agreement": ours.text})
+    site.answer("join", join)
+    assert "north joins: method promptfl, epsilon 20, noise named, 3 rounds" in caplog.text
+    assert "no copy of the agreement" in caplog.text
+    caplog.clear()
+    replace(site, copy=ours).answer("join", join)
+    assert "method promptfl" in caplog.text and "no copy" not in caplog.text
+
+
 def refuses_time(call, words):
     with pytest.raises(TimeoutError, match=words):
         call()
