@@ -20,12 +20,13 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from federation import protocol
 from federation.protocol import Parcel
 from federation.server import Answer, Coordinator, run
-from federation.site import Site, read_images
+from federation.site import Site, failed, read_images
 from fpl.data.files import file_lock
 from fpl.experiments import verbs
 
 logging.basicConfig()
 logging.getLogger("federation").setLevel(logging.INFO)
+log = logging.getLogger("federation.app")  # Flower gives this file another name
 server = ServerApp()
 client = ClientApp()
 WORDS = "words"
@@ -72,6 +73,9 @@ class Flower:
         found = {}
         for reply in self.grid.send_and_receive(list(made.values()), timeout=self.timeout):
             node = reply.metadata.src_node_id
+            if reply.has_error():  # its reason is the node's own text, and may be long
+                code = reply.error.code
+                log.error("node %d: %s fails with Flower's error code %d", node, kind, code)
             if reply.has_error() or node not in made:
                 continue  # as good as silent
             try:
@@ -102,13 +106,18 @@ def clip_of(config: Mapping[str, Any]) -> verbs.Clip:
 
 
 def site_of(context: Context) -> Site:
-    """Return the site of this node: what its SuperNode says, or a folder of a rehearsal."""
+    """Return the site of this node: what its SuperNode says, or a folder of a rehearsal.
+
+    Raises ValueError for a node configuration that lacks something.
+    """
     own: Mapping[str, Any] = context.node_config
     if "site" not in own:  # the simulation: nodes have a number only
         root = Path(str(context.run_config["rehearsal"]))
         place = sorted(path for path in root.iterdir() if path.is_dir())[int(own["partition-id"])]
         here = {"site": place.name, "folder": str(place), "images": str(place / "images")}
         own = {**context.run_config, **here, "agreement": ""}  # what is there is the server's
+    if missing := [name for name in ("images", "folder") if not own.get(name)]:
+        raise ValueError(f"--node-config does not say {', '.join(missing)}: see README.md")
     clip, folder = clip_of(own), Path(str(own["folder"]))
     images = partial(read_images, Path(str(own["images"])), folder, clip)
     file = str(own.get("agreement", ""))
@@ -117,8 +126,14 @@ def site_of(context: Context) -> Site:
 
 
 def reply(kind: str, message: Message, context: Context) -> Message:
-    """Return the reply of this site to a message."""
-    answer = site_of(context).answer(kind, parcel_of(message.content))
+    """Return the reply of this site to a message, whatever happens.
+
+    What Flower catches it sends to the server with its text, which may name files.
+    """
+    try:
+        answer = site_of(context).answer(kind, parcel_of(message.content))
+    except Exception as error:  # models, pictures and files fail in many ways
+        answer = failed(str(context.node_config.get("site", "a site")), error)
     return Message(record_of(answer), reply_to=message)
 
 

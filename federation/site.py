@@ -98,8 +98,7 @@ class Site:
             LookupError,
             TypeError,
         ) as error:
-            log.error("%s", error)
-            return Parcel(words={"refused": f"{self.name} cannot do it, its own log says why"})
+            return failed(self.name, error)
 
     def here(self, asked: Parcel) -> Parcel:
         """Return a parcel with its tensors where the model is."""
@@ -253,6 +252,12 @@ class Site:
         self.check(agreement)  # it may have joined before it had a copy
         local, upload = tensors.get("local", {}), tensors.get("upload", {})
         return Kept(agreement, local, upload, header["round"], header["accuracy"])
+
+
+def failed(name: str, error: Exception) -> Parcel:
+    """Log why a site cannot do something, and return all that it says of that to the server."""
+    log.error("%s: %s", type(error).__name__, error)
+    return Parcel(words={"refused": f"{name} cannot do it, its own log says why"})
 
 
 def secret_normals(n: int) -> Float[Tensor, " n"]:

@@ -1,11 +1,15 @@
 """Promise: sites that keep images and gates to themselves get what the in-process loop gets."""
 
 import hashlib
+import importlib.util
 import json
 import secrets
 import shutil
+import sys
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -511,6 +515,64 @@ def test_own_images_become_a_client_with_the_agreed_labels(here, tmp_path):
     assert found.patches.shape[0] == len(paths)
     less = replace(agreement, classes=classes[:2])
     refuses(lambda: read_images(root, tmp_path, clip, less), ["plain heart", "class"])
+
+
+class Record(dict):
+    """Stands for Flower's records, groups by name, and for its messages."""
+
+    @property
+    def config_records(self):
+        return self
+
+    array_records = {}
+
+    def __init__(self, content=(), *_, **__):
+        super().__init__(content)
+        self.content = self
+
+
+@pytest.fixture
+def app(monkeypatch):
+    """The adapter as Flower loads it, with something in place of Flower, which is not here."""
+    for name in ("app", "clientapp", "serverapp", "supercore.inflatable.inflatable_object"):
+        monkeypatch.setitem(sys.modules, f"flwr.{name}", MagicMock())
+    for name in ("RecordDict", "ConfigRecord", "Message"):
+        setattr(sys.modules["flwr.app"], name, Record)
+    spec = importlib.util.spec_from_file_location("app", ROOT / "federation" / "app.py")
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+HERE = {"site": "north", "images": "ward7/images", "folder": "ward7/own", "clip": "local-dir:clip"}
+BROKEN = {
+    "ward7/models": (HERE | {"clip": "local-dir:ward7/models"}, {}),  # no CLIP there
+    "does not say folder": (HERE | {"folder": ""}, {}),
+    "ward7/copy.yaml": (HERE | {"agreement": "ward7/copy.yaml"}, {}),
+    "KeyError": (HERE, None),  # a message that is no parcel
+    "ward7/images": (HERE, {"agreement": "ours"}),
+}
+
+
+@pytest.mark.parametrize("words", BROKEN)
+def test_a_site_that_cannot_answer_tells_the_server_no_more(words, app, here, caplog):
+    config, sent = BROKEN[words]
+    if sent:
+        model = model_of(verbs.load("local-dir:clip").provenance)
+        sent = {"agreement": replace(agreed(), model=model).text}
+    message = Record({} if sent is None else {"words": sent})
+    reply = app.reply("join", message, SimpleNamespace(node_config=config))
+    assert reply["words"] == {"refused": "north cannot do it, its own log says why"}
+    assert words in caplog.text
+
+
+def test_an_error_of_flower_is_in_the_log_of_the_server(app, caplog):
+    error = SimpleNamespace(code=3, reason="Traceback /ward7")
+    reply = MagicMock(**{"has_error.return_value": True, "metadata.src_node_id": 8}, error=error)
+    grid = MagicMock(**{"send_and_receive.return_value": [reply]})
+    assert app.Flower(grid, 1.0).ask("train", {}) == {}
+    assert "node 8: train fails with Flower's error code 3" in caplog.text
+    assert "ward7" not in caplog.text
 
 
 def test_flower_is_known_to_the_adapter_alone():
