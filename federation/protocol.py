@@ -22,6 +22,7 @@ from fpl.experiments.assemble import seeds_of
 from fpl.experiments.predict import People
 from fpl.methods import METHODS, PromptFL
 from fpl.more_methods import MORE
+from fpl.more_methods.features import AFL
 from fpl.rounds import Seeds, Training
 from fpl.state import Clients, Tensors
 
@@ -61,7 +62,8 @@ class Agreement:
 
     name: of the federation. sites: their names, in the order of client numbers. model: see MODEL.
     noise: of differential privacy, "secret", or "named" by the seed for a rehearsal that can be
-    repeated, which protects nothing. evaluate: when sites test what they have.
+    repeated, which protects nothing. evaluate: when sites test what they have. reveal: whether
+    uploads may be features and labels, summed, as those of AFL are.
     """
 
     name: str
@@ -74,11 +76,15 @@ class Agreement:
     seed: int = 1
     noise: Literal["secret", "named"] = "secret"
     evaluate: Literal["last", "every"] = "last"
+    reveal: bool = False
 
     @property
     def text(self) -> str:
         """All of it, as JSON."""
-        return json.dumps(asdict(self), sort_keys=True)
+        content = asdict(self)
+        if not self.reveal:
+            del content["reveal"]  # agreements from before there was such a line keep their key
+        return json.dumps(content, sort_keys=True)
 
     @property
     def key(self) -> str:
@@ -118,6 +124,10 @@ class Agreement:
         if self.rules.in_step:
             every = "averages gradients in every step, and sites meet once a round"
             raise ValueError(f"{self.name}: {self.rules.title} {every}: take another method")
+        hidden = self.run.epsilon and self.noise == "secret"
+        if isinstance(self.rules, AFL) and not (hidden or self.reveal):
+            sums = "sends sums of features and labels, of a single image these themselves"
+            raise ValueError(f"{self.name}: AFL {sums}: say reveal: true, or take an epsilon")
         if getattr(self.rules, "noise", 0):
             known = "is drawn from the agreed seed, so whoever knows that takes it away again"
             raise ValueError(f"{self.name}: noise in a step {known}: take noise 0, and epsilon")
@@ -158,7 +168,7 @@ def check_model(ours: Mapping[str, str], theirs: Mapping[str, Any], who: str) ->
 def check_same(ours: Agreement, theirs: Agreement, who: str) -> None:
     """Raise Refused, naming what differs and no value of it, for another agreement than ours."""
     own, other = json.loads(ours.text), json.loads(theirs.text)
-    if differ := ", ".join(name for name in own if own[name] != other[name]):
+    if differ := ", ".join(k for k in own | other if own.get(k) != other.get(k)):
         advice = "compare your files, and let server and site have the same"
         raise Refused(f"the agreement of {who} is another ({differ}): {advice}")
 

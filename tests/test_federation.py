@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import re
 import secrets
 import shutil
 import sys
@@ -28,6 +29,7 @@ from fpl.experiments.settings import part_of
 from fpl.methods import PromptFL
 from fpl.prompts import PromptTree
 from fpl.rounds import Setup, noise_of, run_rounds
+from fpl.state import Server
 
 APART = [name for name, kind in ROWS.items() if not kind.in_step]
 SITES = ("north", "south", "west", "east")
@@ -53,7 +55,8 @@ def agreed(method="pfedmoap", settings=None, evaluate="every", **training):
     fixed = kind.training  # by the method itself
     training = {k: v for k, v in TRAINING.items() if k not in fixed} | training
     content = said | {"model": MADE_OF, "settings": settings, "training": training}
-    return agreement_of(content | {"noise": "named", "evaluate": evaluate}, "the test")
+    rest = {"noise": "named", "evaluate": evaluate, "reveal": method == "afl"}
+    return agreement_of(content | rest, "the test")
 
 
 def alone(clients, i):
@@ -468,6 +471,58 @@ def test_what_clients_exchange_in_every_step_is_refused():
 def test_noise_that_whoever_knows_the_seed_can_take_away_is_refused():
     noise = {"bound": 1.0, "noise": 1.0}
     refuses(lambda: agreed("fedsept", noise), ["noise in a step", "agreed seed", "epsilon"])
+
+
+def test_uploads_that_are_features_and_labels_are_refused_unless_agreed_on(tower, people, tmp_path):
+    few = replace(people, train=[people.train[0][:1], *people.train[1:]])
+    agreement = agreed("afl", {"gamma": 0.0})
+    _, wire = federate(agreement, tmp_path, tower, few)
+    moment = next(
+        reply.tensors["shared"]["moment"][0]
+        for kind, name, _, reply in wire.sent
+        if (kind, name) == ("train", SITES[0])
+    )
+    label = people.labels[people.train[0][0]]  # the feature stands in the column of its label
+    assert near({"x": moment[:, label]}, {"x": people.feats[people.train[0][0]]})
+    assert moment.abs().sum(0).nonzero()[:, 0].tolist() == [label]
+    content = json.loads(agreement.text)
+    content["training"] = {k: v for k, v in content["training"].items() if k != "epsilon"}
+    wanted = ["rehearsal", "AFL", "features and labels", "reveal: true"]
+    refuses(lambda: agreement_of(content | {"reveal": False}, "the test"), wanted)
+    noisy = content | {"reveal": False, "training": content["training"] | {"epsilon": 8.0}}
+    refuses(lambda: agreement_of(noisy | {"noise": "named"}, "the test"), wanted)
+    assert not agreement_of(noisy | {"noise": "secret"}, "the test").reveal
+
+
+def test_a_line_that_is_not_needed_does_not_change_the_key():
+    agreement = agreed("promptfl")
+    assert "reveal" not in agreement.text
+    assert replace(agreement, reveal=True).key != agreement.key
+
+
+def test_the_readme_says_of_every_method_what_the_server_needs():
+    text = (ROOT / "federation" / "README.md").read_text()
+    table = text.split("| method | the server needs |")[1].split("\n\n")[0]
+    needs = {}
+    for line in table.splitlines()[2:]:
+        names, what, _ = (cell.strip() for cell in line.strip("|").split("|"))
+        needs |= dict.fromkeys(names.split(", "), what)
+    kinds = {re.split(" [(]|, ", ROWS[name].title)[0]: ROWS[name] for name in APART}
+    assert needs.keys() == kinds.keys()
+    for name, kind in kinds.items():
+        assert (needs[name] == "nothing") == (kind().shared == ())
+        sums = {"weighted by": [0.25, 0.75], "alike": [0.5, 0.5], "the sum": [1.0, 1.0]}
+        for word in (word for word in sums if word in needs[name]):
+            assert aggregated(kind()) == pytest.approx(sums[word])
+
+
+def aggregated(method):
+    """What each of two sites counts in the aggregate, the second of which has thrice the images."""
+    has = torch.zeros(2, dtype=torch.bool)
+    uploads = {name: torch.eye(2) for name in method.shared}
+    server = Server({name: torch.zeros(2) for name in uploads}, uploads, has, has)
+    after = method.aggregate(server, torch.arange(2), uploads, torch.tensor([4, 12]))
+    return after.params[method.shared[0]].tolist()
 
 
 def test_what_cannot_be_agreed_on_is_refused():
