@@ -22,6 +22,7 @@ from federation.protocol import (
     nobody,
 )
 from fpl.data.extraction import device_of
+from fpl.data.text import one_line
 from fpl.experiments import stored
 from fpl.experiments.checkpoints import server_of, server_tensors
 from fpl.experiments.values import shown
@@ -53,7 +54,10 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class Line:
-    """What a round's question to a site took: bytes of the tensors, and of whole messages."""
+    """What a question to a site took: bytes of the tensors, and of whole messages.
+
+    round: in joining, the one that comes next.
+    """
 
     round: int
     kind: str
@@ -122,10 +126,15 @@ class Coordinator:
         invitation = Parcel(words={"agreement": self.agreement.text})
         new = {address: invitation for address in here if address not in self.places}
         for address, answer in sorted(network.ask("join", new).items() if new else ()):
+            name = one_line(answer.parcel.words.get("site", ""))[:80]  # none where it refuses
+            up = answer.parcel.bytes
+            line = Line(self.next, "join", name, invitation.bytes, up, *answer[1:])
             try:
                 self.admit(address, answer.parcel)
             except Refused as error:
                 log.error("%s", error)
+                line = replace(line, refused=str(error))
+            self.lines.append(line)
 
     def admit(self, address: int, reply: Parcel) -> None:
         """Take a site in. Raises Refused for one that is not agreed on or has another model."""

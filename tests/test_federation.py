@@ -24,10 +24,13 @@ from federation.protocol import ROWS, Parcel, agreement_of, model_of
 from federation.server import Answer, Coordinator
 from federation.site import Site, read_images
 from fpl import privacy, prompts
-from fpl.experiments import stored, verbs
+from fpl.ablations import ABLATIONS
+from fpl.controls import CONTROLS
+from fpl.experiments import settings, stored, verbs
 from fpl.experiments.settings import part_of
 from fpl.methods import PromptFL
 from fpl.prompts import PromptTree
+from fpl.released.methods import RELEASED
 from fpl.rounds import Setup, noise_of, run_rounds
 from fpl.state import Server
 
@@ -405,6 +408,15 @@ def test_only_agreed_sites_with_the_agreed_model_join(tower, people, tmp_path):
     coordinator = Coordinator(agreement, tower, tmp_path / "server.safetensors")
     refuses_time(lambda: server.run(coordinator, Wire(sites), patience=0), "south, west, east")
     assert len(coordinator.places) == 1
+    joined = sorted((line.kind, line.site, line.refused[:25]) for line in coordinator.lines)
+    assert joined == sorted(
+        [
+            ("join", "", "a site does not join: sou"),
+            ("join", "", "a site does not join: moo"),
+            ("join", "north", ""),
+            ("join", "north", "a second site calls itsel"),
+        ]
+    )
     replies = [site.answer("join", Parcel(words={"agreement": agreement.text})) for site in sites]
     assert "another weights" in replies[1].words["refused"]
     refuses(lambda: coordinator.admit(1, replies[3]), ["second site", "north"])
@@ -451,6 +463,26 @@ def test_a_site_says_in_its_log_what_it_joins(tower, people, tmp_path, caplog):
     caplog.clear()
     replace(site, copy=ours).answer("join", join)
     assert "method promptfl" in caplog.text and "no copy" not in caplog.text
+
+
+def test_a_site_that_does_not_join_stands_in_the_file_of_the_server(tower, people, tmp_path):
+    agreement = agreed("promptfl", rounds=1)
+    sites = sites_of(agreement, tmp_path, tower, people)
+    sites[1] = replace(sites[1], clip=replace(tower, provenance=MADE_OF | {"weights": "others"}))
+    path = tmp_path / "server.safetensors"
+    coordinator = Coordinator(agreement, tower, path, sizes={1: 4})  # it has been here before
+    server.run(coordinator, Wire(sites), patience=0)
+    lines = stored.read(path)[1]["lines"]
+    refused = {line["refused"] for line in lines if line["kind"] == "join"}
+    assert len(refused) == 2 and any("another weights" in why for why in refused)
+
+
+def test_the_readme_says_which_methods_can_be_agreed_on():
+    content = json.loads(agreed("promptfl").text)
+    outside = {*CONTROLS, *ABLATIONS, *RELEASED, "dpfpl"}
+    assert not set(APART) & outside and {*settings.ROWS} == {*APART, *outside}
+    for method in outside - {"dpfpl"}:
+        refuses(lambda m=method: agreement_of(content | {"method": m}, "x"), [method])
 
 
 def refuses_time(call, words):
