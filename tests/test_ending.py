@@ -18,7 +18,7 @@ import pytest
 from helpers.processes import Python
 
 from fpl import cli
-from fpl.cli import compare, ending, show, stage
+from fpl.cli import compare, ending, repro, show, stage
 from fpl.data import processes
 from fpl.data.processes import begin_worker, starting_workers
 from fpl.experiments import settings
@@ -263,6 +263,38 @@ def test_a_pipeline_that_is_stopped_or_killed_leaves_nothing_and_the_next_call_w
     out, said = process.communicate(timeout=60)
     assert process.returncode == 0, said
     assert Path("results/notebooks/slow.ipynb").exists() and "waiting" not in said
+
+
+@pytest.mark.parametrize(
+    ("demo", "asked", "whole"),
+    [
+        (True, [], ["dvc repro features", "fpl.cli sweep", "dvc repro"]),
+        (True, ["results@10_table1"], ["dvc repro results@10_table1"]),
+        (False, [], ["dvc repro"]),
+    ],
+)
+@pytest.mark.parametrize("fails", [0, 1, 2, 3])
+def test_all_runs_of_the_demo_are_made_by_one_sweep_and_what_fails_ends_it(
+    demo, asked, whole, fails, tmp_path, monkeypatch
+):
+    """fails: which of the commands ends with a status of its own."""
+    Path("params.yaml").write_text("{}")
+    if demo:
+        Path("results/expected").mkdir(parents=True)
+    called, compared = [], []
+
+    def call(command, environment, lock):
+        assert command[:2] == [sys.executable, "-m"] and stage.PIPELINE in environment
+        called.append(" ".join(command[2:]))
+        return 7 if len(called) == fails else 0
+
+    monkeypatch.setattr(repro, "call", call)
+    monkeypatch.setattr(repro.compare, "run", compared.append)
+    stopped = 0 < fails <= len(whole)
+    with pytest.raises(SystemExit, match="7") if stopped else contextlib.nullcontext():
+        cli.main(["repro", *asked])
+    assert called == (whole[:fails] if stopped else whole)
+    assert len(compared) == (demo and not stopped)
 
 
 def test_a_notebook_that_is_stopped_leaves_nothing(project):
