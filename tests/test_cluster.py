@@ -4,6 +4,7 @@ What happens when workers die, hang or differ is in tests/cluster, which takes m
 """
 
 import contextlib
+import hashlib
 import os
 import shutil
 from dataclasses import replace
@@ -214,3 +215,30 @@ def test_of_several_gpus_of_this_machine_each_worker_has_its_own(monkeypatch):
         runner.get_ready(1, [], gpus)
         found.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
     assert found == ["0", "1", None], "without a GPU nothing is said"
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """A worker's store, of this process."""
+    monkeypatch.setenv(remote.STORE, str(tmp_path / "store"))
+    monkeypatch.setattr(remote, "threads", lambda: 1)
+    remote.tower.cache_clear()
+    yield tmp_path / "store" / "files"
+    remote.tower.cache_clear()
+
+
+def sent(content):
+    """Put content into the store, and return its hash."""
+    sha = hashlib.sha256(content).hexdigest()
+    remote.put(sha, content, 0, True)
+    return sha
+
+
+def test_a_store_may_be_named_from_where_the_worker_was_started(tmp_path, monkeypatch):
+    monkeypatch.setenv(remote.STORE, f"store of {tmp_path.name}")
+    monkeypatch.chdir(tmp_path)
+    names = {"data/x": sent(b"content")}
+    with remote.standing_at(names):
+        assert Path("data/x").read_bytes() == b"content"
+        assert remote.missing([*names.values()]) == [], "asked while a run stands elsewhere"
+    assert [path.name for path in tmp_path.iterdir()] == [f"store of {tmp_path.name}"]

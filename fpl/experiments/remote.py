@@ -57,7 +57,13 @@ def identity() -> dict[str, str]:
 def store() -> Path:
     """Return the folder of files that were sent."""
     place = os.environ.get(STORE)
-    return Path(place) if place else Path.home() / ".cache" / "fpl"
+    return absolute(place) if place else Path.home() / ".cache" / "fpl"
+
+
+@functools.cache  # runs change the folder in which the process stands
+def absolute(place: str) -> Path:
+    """Return a path as it is from where the process stood when it was first asked for it."""
+    return Path(place).absolute()
 
 
 def missing(hashes: Sequence[str]) -> list[str]:
