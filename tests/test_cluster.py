@@ -234,6 +234,37 @@ def sent(content):
     return sha
 
 
+def damage(path):
+    """Change a file where it lies, as a disk would."""
+    with path.open("r+b") as file:
+        file.seek(-8, os.SEEK_END)
+        file.write(b"damaged!")
+
+
+def test_a_file_that_was_damaged_and_sent_again_is_the_one_that_is_read(store):
+    content = b"features of images"
+    names = {"data/features/x.h5": sent(content)}
+    with remote.standing_at(names):
+        assert Path("data/features/x.h5").read_bytes() == content
+    damage(store / names["data/features/x.h5"])
+    assert remote.missing([*names.values()]) == [*names.values()]
+    sent(content)
+    with remote.standing_at(names) as folder:
+        assert Path("data/features/x.h5").read_bytes() == content
+    assert [path.name for path in (folder / "data/features").iterdir()] == ["x.h5"]
+
+
+def test_no_features_come_from_damaged_weights(store, here):
+    paths = [Path("clip") / name for name in (encoders.CONFIG, encoders.WEIGHTS)]
+    told = tuple((str(path), sent(path.read_bytes())) for path in paths)
+    weights = told[1][1]
+    assert remote.tower(BACKBONE, told).provenance["weights"] == weights
+    remote.tower.cache_clear()  # as in a worker that was started anew
+    damage(store / weights)
+    with pytest.raises(OSError, match="weights of local-dir:clip .* are not those that were sent"):
+        remote.tower(BACKBONE, told)
+
+
 def test_a_store_may_be_named_from_where_the_worker_was_started(tmp_path, monkeypatch):
     monkeypatch.setenv(remote.STORE, f"store of {tmp_path.name}")
     monkeypatch.chdir(tmp_path)

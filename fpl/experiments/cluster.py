@@ -375,6 +375,7 @@ class Dealer:
 
     def again(self, job: Job, error: BaseException) -> None:
         """Let a job be tried elsewhere, unless it was tried often enough."""
+        self.has.pop(job.tried[-1], None)  # files there may be damaged: it is asked again
         if len(job.tried) < TRIES:
             self.waiting.append(job)
             return

@@ -92,6 +92,18 @@ def put(sha: str, piece: bytes, offset: int, is_last: bool) -> None:
     os.replace(coming, path)
 
 
+def link(file: Path, place: Path) -> None:
+    """Give a file of the store another name, also where an older one has it that was damaged."""
+    if place.exists() and place.samefile(file):
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    new = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    new.unlink(missing_ok=True)
+    os.link(file, new)  # a hard link: Python resolves others
+    os.replace(new, place)
+    new.unlink(missing_ok=True)  # it stays where another process was as quick
+
+
 @contextlib.contextmanager
 def standing_at(files: Mapping[str, str]) -> Iterator[Path]:
     """Stand in a folder in which files of the store have their names; files: name to hash."""
@@ -99,10 +111,7 @@ def standing_at(files: Mapping[str, str]) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with standing:
         for name, sha in files.items():
-            place = folder / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileExistsError):
-                os.link(store() / "files" / sha, place)  # Python resolves other links
+            link(store() / "files" / sha, folder / name)
         before = Path.cwd()
         os.chdir(folder)
         try:
@@ -221,10 +230,18 @@ def encode(
 
 @functools.lru_cache(maxsize=1)
 def tower(backbone: Backbone, names: tuple[tuple[str, str], ...]) -> Clip:
-    """Return the model of some files, name and hash: loaded once, not for every batch."""
+    """Return the model of some files, name and hash: loaded once, not for every batch.
+
+    Raises OSError for weights that are none of these files: no features may come from them.
+    """
     with standing_at(dict(names)):
         asked = backbone.name, backbone.weights, cache.device()
-        return encoders.load(*asked, preprocessing=backbone.preprocessing)
+        clip = encoders.load(*asked, preprocessing=backbone.preprocessing)
+    weights = clip.provenance["weights"]
+    if names and weights not in dict(names).values():  # of the hub's models none are sent
+        what = f"the weights of {backbone.name} in {store()} are not those that were sent"
+        raise OSError(f"{what}: delete that folder")
+    return clip
 
 
 def threads() -> int:
