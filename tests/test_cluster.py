@@ -7,15 +7,18 @@ import contextlib
 import hashlib
 import os
 import shutil
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import distributed
 import numpy as np
 import pytest
 import torch
 from helpers import BACKBONE, DATA, PARAMS, refuses
 from helpers.dask import cluster
+from tqdm.auto import tqdm
 
 from fpl import cli
 from fpl.data import encoders, extraction, features, foreign
@@ -181,11 +184,11 @@ def test_what_a_run_learnt_is_read_from_a_place_of_its_own(here, monkeypatch):
     write = keep.write
     monkeypatch.setattr(keep, "write", lambda path, kept: places.append(path) or write(path, kept))
     monkeypatch.setattr(remote, "standing_at", lambda files: contextlib.nullcontext(Path.cwd()))
-    monkeypatch.setattr(remote, "teller", lambda number: None)
+    monkeypatch.setattr(remote, "teller", lambda caller, number: None)
     monkeypatch.setattr(remote, "threads", lambda: 1)
     for experiment, key in zip(experiments, keys, strict=True):
         told = remote.described(experiment, "promptfl")
-        _, content = remote.perform(told, key, Asked(keep=True), {}, 0)
+        _, content = remote.perform(told, key, Asked(keep=True), {}, ("caller", 0))
         assert content
     assert len({*places}) == 2 and not any(path.exists() for path in places)
 
@@ -273,3 +276,101 @@ def test_a_store_may_be_named_from_where_the_worker_was_started(tmp_path, monkey
         assert Path("data/x").read_bytes() == b"content"
         assert remote.missing([*names.values()]) == [], "asked while a run stands elsewhere"
     assert [path.name for path in tmp_path.iterdir()] == [f"store of {tmp_path.name}"]
+
+
+class Workers:
+    """A client of workers in memory. What each says of itself, or how it does not, is in `says`.
+
+    One that hangs takes jobs and never ends them. later: workers that come with the tenth look.
+    """
+
+    def __init__(self, says, hangs=(), later=()):
+        self.says, self.hangs, self.later = {**says}, hangs, dict.fromkeys(later, OURS)
+        self.looks, self.heard = 0, []
+
+    def subscribe_topic(self, topic, hear):
+        self.heard.append(hear)
+
+    def scheduler_info(self, n_workers):
+        self.looks += 1
+        if self.looks == 10:
+            self.says |= self.later
+        return {"workers": dict.fromkeys(self.says)}
+
+    def run(self, function, *arguments, workers, on_error):
+        (worker,) = workers
+        said = self.says[worker].pop(0) if len(self.says[worker]) > 1 else self.says[worker][0]
+        if isinstance(said, OSError):
+            raise said
+        return {worker: said if function is remote.identity else []}
+
+    def submit(self, call, *arguments, workers, pure):
+        future = Future()
+        if workers[0] not in self.hangs:
+            future.set_result((workers[0], *arguments))
+        return future
+
+
+OURS = [remote.identity()]
+OTHERS = [remote.identity() | {"fpl": "another"}]
+GONE = OSError("the worker has gone")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """No second is waited for anything."""
+
+    def wait(futures, timeout, return_when):
+        return SimpleNamespace(done=[future for future in futures if future.done()])
+
+    monkeypatch.setattr(on_cluster, "wait", wait)
+    monkeypatch.setattr(on_cluster, "PATIENCE", 0.05)
+    monkeypatch.setattr(on_cluster, "OFTEN", 0.001)
+    monkeypatch.setattr(on_cluster, "AGAIN", 0.01)
+
+
+def dealt(workers):
+    """Let workers do three jobs, and return who did them."""
+    did = {}
+    jobs = [on_cluster.Job(k, None, lambda: (), {}, None) for k in range(3)]
+    dealer = on_cluster.Dealer(workers, tqdm(disable=True))
+    assert dealer.deal(jobs, lambda job, found: did.update({job.number: found[0]})) == []
+    return did
+
+
+@pytest.mark.parametrize("others", [{}, {"other": OTHERS}], ids=["alone", "beside another version"])
+def test_a_sweep_whose_only_worker_hangs_waits_for_another(others, quick):
+    workers = Workers({"hangs": OURS} | others, hangs=["hangs"], later=["comes"])
+    with pytest.warns(UserWarning, match="worker hangs has not said anything for long"):
+        assert dealt(workers) == dict.fromkeys(range(3), "comes")
+
+
+def test_a_worker_that_goes_while_it_is_asked_ends_no_sweep(quick):
+    with pytest.warns(UserWarning, match="worker goes is not used: the worker has gone"):
+        did = dealt(Workers({"goes": [GONE]}, later=["comes"]))
+    assert did == dict.fromkeys(range(3), "comes")
+
+
+def test_a_worker_that_could_not_be_asked_is_asked_again(quick):
+    with pytest.warns(UserWarning, match="worker back is not used: the worker has gone"):
+        assert dealt(Workers({"back": [GONE, *OURS]})) == dict.fromkeys(range(3), "back")
+
+
+@pytest.mark.parametrize("said", [OTHERS, [ImportError("no package")]], ids=["version", "package"])
+def test_without_a_worker_that_is_the_same_a_sweep_ends_in_a_sentence(said, quick):
+    with pytest.warns(UserWarning, match="worker one is not used"):
+        refuses(lambda: dealt(Workers({"one": said, "two": OTHERS})), ["no worker", "this version"])
+
+
+def test_another_callers_runs_keep_none_of_mine_alive(monkeypatch):
+    """All callers hear all workers."""
+    jobs = {}
+    for caller in ("mine", "other"):
+        workers = Workers({})
+        dealer = on_cluster.Dealer(workers, tqdm(disable=True), caller)
+        jobs[caller] = on_cluster.Job(0, None, lambda: (), {}, None)
+        dealer.by_number = {0: jobs[caller]}
+        worker = SimpleNamespace(log_event=lambda topic, said, w=workers: w.heard[0]((0.0, said)))
+        monkeypatch.setattr(distributed, "get_worker", lambda worker=worker: worker)
+        remote.teller("other", 0)({"round": 1})
+    assert jobs["mine"].heard == 0.0 < jobs["other"].heard

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import sys
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
@@ -32,10 +33,12 @@ PIECE = 16_000_000  # bytes of a file that are sent at once
 TRIES = 3  # of a run
 PATIENCE = 1800.0  # seconds without a round, after which a worker counts as hung
 OFTEN = 0.5  # seconds between two looks at who is there
+AGAIN = 15.0  # seconds until a worker that could not be asked what it is, is asked again
 CONNECT = 15.0  # seconds to reach the scheduler
 WEIGHTS = "weights.file"  # where a worker has weights of a built-in model
 # A run that ends in one of these would do so on any worker.
 HOPELESS = (ValueError, FloatingPointError)
+LACKING = (ImportError, AttributeError)  # in which a worker ends that has not what it is asked for
 
 
 @dataclass
@@ -60,14 +63,15 @@ def perform(todo: Sequence[Run], total: int, address: str) -> None:
     Raises ValueError without a scheduler at the address or without a fitting worker, OSError where
     a record cannot be written, and RuntimeError, when all others are made, for runs that failed.
     """
-    jobs = [job_of(run, number) for number, run in enumerate(runner.longest_first(todo))]
+    caller = uuid.uuid4().hex
+    jobs = [job_of(run, caller, number) for number, run in enumerate(runner.longest_first(todo))]
     with (
         connected(address) as client,
         client.as_current(),
         tqdm(total=total, initial=total - len(todo), desc="runs", unit="run") as bar,
     ):
         bar.write(f"Dask's dashboard: {client.dashboard_link}", file=sys.stderr)
-        failures = Dealer(client, bar).deal(jobs, take_record)
+        failures = Dealer(client, bar, caller).deal(jobs, take_record)
     runner.report([(job.what, error) for job, error in failures], len(todo))
 
 
@@ -92,7 +96,7 @@ def take_record(job: Job, found: tuple[dict[str, Any], bytes]) -> None:
     records.write(record)
 
 
-def job_of(run: Run, number: int) -> Job:
+def job_of(run: Run, caller: str, number: int) -> Job:
     """Return a run as a worker takes it, with the files that it needs."""
     experiment, key, asked = run
     row, weights, names = experiment.row, "", files_of(experiment)
@@ -105,7 +109,8 @@ def job_of(run: Run, number: int) -> Job:
     files = {hashes[name]: path for name, path in names.items()}
     told = remote.described(experiment, row, weights)
     plain = Key({**key.settings}, *key[1:])
-    return Job(number, remote.perform, lambda: (told, plain, asked, hashes, number), files, run)
+    arguments = told, plain, asked, hashes, (caller, number)
+    return Job(number, remote.perform, lambda: arguments, files, run)
 
 
 def hashes_of(names: Mapping[str, Path]) -> dict[str, str]:
@@ -213,15 +218,18 @@ class Dealer:
     """Deals jobs to workers until all are done.
 
     Workers may come and go; each has one job at a time. What they are and have is asked once.
+    caller: a name that no other has, under which its jobs say that they are alive.
     """
 
-    def __init__(self, client: Client, bar: tqdm) -> None:
-        self.client, self.bar = client, bar
+    def __init__(self, client: Client, bar: tqdm, caller: str = "") -> None:
+        self.client, self.bar, self.caller = client, bar, caller
         self.ours = remote.identity()
         self.waiting: list[Job] = []
         self.by_number: dict[int, Job] = {}
         self.under_way: dict[Future, tuple[str, Job]] = {}
-        self.fit: dict[str, bool] = {}  # workers that were asked what they are
+        self.fit: dict[str, bool] = {}  # workers that said what they are
+        self.later: dict[str, float] = {}  # when to ask a worker again that could not be asked
+        self.hung: dict[str, bool] = {}  # workers that are left alone
         self.has: dict[str, set[str]] = {}  # hashes of files that a worker has
         self.failures: list[tuple[Job, BaseException]] = []
         self.there: list[str] = []
@@ -230,8 +238,9 @@ class Dealer:
 
     def hear(self, event: tuple[float, Any]) -> None:
         """Note that something was heard of a job."""
-        job = self.by_number.get(event[1]["run"])
-        if job:
+        _, said = event
+        job = self.by_number.get(said["run"])
+        if job and said.get("caller") == self.caller:
             job.heard = time.monotonic()
 
     def deal(
@@ -259,31 +268,46 @@ class Dealer:
         return self.there
 
     def free(self) -> list[str]:
-        """Return the workers that fit and have no job; says so where there is none at all."""
+        """Return the workers that fit and have no job; says so where there is none at all.
+
+        Raises ValueError where all have said that they are something else.
+        """
         there = self.workers()
+        for known in (self.fit, self.later, self.hung, self.has):
+            for gone in known.keys() - {*there}:  # another worker may come at its address
+                del known[gone]
         for worker in there:
-            if worker not in self.fit:
-                self.fit[worker] = self.look_at(worker)
-        fitting = [worker for worker in there if self.fit[worker]]
-        if there and not fitting and not self.under_way:
+            if worker not in self.fit and time.monotonic() > self.later.get(worker, 0.0):
+                self.look_at(worker)
+        fitting = self.fitting()
+        differ = [worker for worker in there if self.fit.get(worker) is False]
+        if there and differ == there and not self.under_way:
             raise ValueError("no worker of the cluster has this version of fpl and its libraries")
-        self.bar.set_postfix_str("" if there else "waiting for workers")
+        self.bar.set_postfix_str("" if fitting else "waiting for workers")
         busy = {worker for worker, _ in self.under_way.values()}
         return [worker for worker in fitting if worker not in busy]
 
-    def look_at(self, worker: str) -> bool:
-        """Return whether a worker is what we are, and warn of one that is not."""
+    def fitting(self) -> list[str]:
+        """Return the workers that are what we are, and have not hung."""
+        there = self.workers()
+        return [worker for worker in there if self.fit.get(worker) and worker not in self.hung]
+
+    def look_at(self, worker: str) -> None:
+        """Note whether a worker is what we are, and warn of one that is not or does not say."""
         theirs = self.ask(worker, remote.identity)
         if isinstance(theirs, BaseException):
             warnings.warn(f"worker {worker} is not used: {theirs}", stacklevel=2)
-            return False
+            if isinstance(theirs, LACKING):
+                self.fit[worker] = False
+            self.later[worker] = time.monotonic() + AGAIN
+            return
         other = [name for name, version in self.ours.items() if theirs.get(name) != version]
         if other:
             there = ", ".join(f"{name} {theirs.get(name)}" for name in other)
             here = ", ".join(f"{name} {self.ours[name]}" for name in other)
             said = f"worker {worker} is not used: it has {there}, here is {here}"
             warnings.warn(said, stacklevel=2)
-        return not other
+        self.fit[worker] = not other
 
     def ask(self, worker: str, function: Callable[..., Any], *arguments: Any) -> Any:
         """Return what a function gives on a worker, or the error that it ends in."""
@@ -295,7 +319,7 @@ class Dealer:
 
     def give(self, worker: str) -> None:
         """Send a worker the next job that was not tried there, and its files first."""
-        fitting = {other for other in self.workers() if self.fit.get(other)}
+        fitting = {*self.fitting()}
         fresh = [job for job in self.waiting if worker not in job.tried or fitting <= {*job.tried}]
         if not fresh:
             return
@@ -350,8 +374,10 @@ class Dealer:
             elif worker not in there:
                 self.lose(future, ConnectionError(f"worker {worker} has gone"))
             elif time.monotonic() - job.heard > PATIENCE:
-                self.fit[worker] = False
-                self.lose(future, TimeoutError(f"worker {worker} has not said anything for long"))
+                self.hung[worker] = True
+                said = f"worker {worker} has not said anything for long"
+                warnings.warn(f"{said}: it is left alone", stacklevel=2)
+                self.lose(future, TimeoutError(said))
 
     def finish(self, future: Future) -> None:
         """Take what a job gave, or its error."""

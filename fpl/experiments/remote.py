@@ -158,11 +158,15 @@ def experiment_of(told: Mapping[str, Any]) -> Experiment:
 
 
 def perform(
-    told: Mapping[str, Any], key: Key, asked: runner.Asked, files: Mapping[str, str], number: int
+    told: Mapping[str, Any],
+    key: Key,
+    asked: runner.Asked,
+    files: Mapping[str, str],
+    whose: tuple[str, int],
 ) -> tuple[dict[str, Any], bytes]:
     """Make one run, and return its record and the file of what it learnt, empty if not asked for.
 
-    number: of the run in the caller's sweep, under which it hears of every round.
+    whose: the caller, and the number of the run in its sweep: so it hears of every round.
     Raises ValueError where the code here makes another run of the settings.
     """
     torch.set_num_threads(threads())
@@ -172,7 +176,7 @@ def perform(
         if made != key:
             raise ValueError("the worker's code makes another run of these settings: update it")
         checkpoint = Checkpoint(experiment, key, asked.every)
-        told_of = replace(asked, follow=teller(number))
+        told_of = replace(asked, follow=teller(*whose))
         found = runner.make(experiment, key, told_of, checkpoint)
         checkpoint.remove()
         if not asked.keep:
@@ -251,9 +255,9 @@ def threads() -> int:
     return get_worker().state.nthreads
 
 
-def teller(number: int) -> Callable[[Mapping[str, Any]], None]:
+def teller(caller: str, number: int) -> Callable[[Mapping[str, Any]], None]:
     """Return what tells the caller that a round has ended, by which it sees that a run is alive."""
     from distributed import get_worker
 
-    worker = get_worker()
-    return lambda line: worker.log_event("fpl", {"run": number, "round": line["round"]})
+    worker, whose = get_worker(), {"caller": caller, "run": number}  # all callers hear all
+    return lambda line: worker.log_event("fpl", {**whose, "round": line["round"]})
