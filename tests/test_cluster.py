@@ -282,11 +282,12 @@ class Workers:
     """A client of workers in memory. What each says of itself, or how it does not, is in `says`.
 
     One that hangs takes jobs and never ends them. later: workers that come with the tenth look.
+    wakes: those that hang, and say that they were slow when their job has been taken away.
     """
 
-    def __init__(self, says, hangs=(), later=()):
-        self.says, self.hangs, self.later = {**says}, hangs, dict.fromkeys(later, OURS)
-        self.looks, self.heard = 0, []
+    def __init__(self, says, hangs=(), later=(), wakes=()):
+        self.says, self.later, self.hangs, self.wakes = {**says}, later, {*hangs}, wakes
+        self.looks, self.heard, self.given = 0, [], []
 
     def subscribe_topic(self, topic, hear):
         self.heard.append(hear)
@@ -294,7 +295,12 @@ class Workers:
     def scheduler_info(self, n_workers):
         self.looks += 1
         if self.looks == 10:
-            self.says |= self.later
+            self.says |= dict.fromkeys(self.later, OURS)
+        if any(future.cancelled() for future in self.given):
+            self.hangs -= {*self.wakes}
+            for worker in self.wakes:
+                event = {"caller": "mine", "run": 0, "round": 1, "worker": worker}
+                self.heard[0]((0.0, event))
         return {"workers": dict.fromkeys(self.says)}
 
     def run(self, function, *arguments, workers, on_error):
@@ -306,6 +312,7 @@ class Workers:
 
     def submit(self, call, *arguments, workers, pure):
         future = Future()
+        self.given.append(future)
         if workers[0] not in self.hangs:
             future.set_result((workers[0], *arguments))
         return future
@@ -333,7 +340,7 @@ def dealt(workers):
     """Let workers do three jobs, and return who did them."""
     did = {}
     jobs = [on_cluster.Job(k, None, lambda: (), {}, None) for k in range(3)]
-    dealer = on_cluster.Dealer(workers, tqdm(disable=True))
+    dealer = on_cluster.Dealer(workers, tqdm(disable=True), "mine")
     assert dealer.deal(jobs, lambda job, found: did.update({job.number: found[0]})) == []
     return did
 
@@ -343,6 +350,12 @@ def test_a_sweep_whose_only_worker_hangs_waits_for_another(others, quick):
     workers = Workers({"hangs": OURS} | others, hangs=["hangs"], later=["comes"])
     with pytest.warns(UserWarning, match="worker hangs has not said anything for long"):
         assert dealt(workers) == dict.fromkeys(range(3), "comes")
+
+
+def test_a_worker_that_was_slow_is_used_again(quick):
+    with pytest.warns(UserWarning, match="worker slow has not said anything for long"):
+        did = dealt(Workers({"slow": OURS}, hangs=["slow"], wakes=["slow"]))
+    assert did == dict.fromkeys(range(3), "slow")
 
 
 def test_a_worker_that_goes_while_it_is_asked_ends_no_sweep(quick):
@@ -370,7 +383,9 @@ def test_another_callers_runs_keep_none_of_mine_alive(monkeypatch):
         dealer = on_cluster.Dealer(workers, tqdm(disable=True), caller)
         jobs[caller] = on_cluster.Job(0, None, lambda: (), {}, None)
         dealer.by_number = {0: jobs[caller]}
-        worker = SimpleNamespace(log_event=lambda topic, said, w=workers: w.heard[0]((0.0, said)))
+        told = []
+        worker = SimpleNamespace(log_event=lambda topic, said, told=told: told.append(said))
         monkeypatch.setattr(distributed, "get_worker", lambda worker=worker: worker)
         remote.teller("other", 0)({"round": 1})
+        workers.heard[0]((0.0, {**told[0], "worker": "one"}))  # as Dask says who spoke
     assert jobs["mine"].heard == 0.0 < jobs["other"].heard

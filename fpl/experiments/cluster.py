@@ -229,7 +229,7 @@ class Dealer:
         self.under_way: dict[Future, tuple[str, Job]] = {}
         self.fit: dict[str, bool] = {}  # workers that said what they are
         self.later: dict[str, float] = {}  # when to ask a worker again that could not be asked
-        self.hung: dict[str, bool] = {}  # workers that are left alone
+        self.hung: dict[str, bool] = {}  # workers that are left alone until they say something
         self.has: dict[str, set[str]] = {}  # hashes of files that a worker has
         self.failures: list[tuple[Job, BaseException]] = []
         self.there: list[str] = []
@@ -237,10 +237,13 @@ class Dealer:
         client.subscribe_topic("fpl", self.hear)
 
     def hear(self, event: tuple[float, Any]) -> None:
-        """Note that something was heard of a job."""
+        """Note that something was heard of a job, and that its worker has not hung."""
         _, said = event
+        if said.get("caller") != self.caller:
+            return
+        self.hung.pop(said["worker"], None)  # it was slow
         job = self.by_number.get(said["run"])
-        if job and said.get("caller") == self.caller:
+        if job:
             job.heard = time.monotonic()
 
     def deal(
