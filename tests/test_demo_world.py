@@ -7,6 +7,7 @@ import random
 import signal
 import statistics
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import open_clip
@@ -112,6 +113,50 @@ def test_a_finished_folder_is_left_alone(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     world.make(tmp_path, seed=1, **SIZE)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_the_images_of_another_world_do_not_stay(finished, drawn, tmp_path):
+    """Of which the file beside them says nothing, so that it fits folders of long ago."""
+    manifest = world.make(tmp_path, seed=1, **SIZE, world="styles")
+    if not finished:
+        manifest.unlink()
+    world.make(tmp_path, seed=1, **SIZE)
+    assert content(tmp_path) == drawn
+    styles = read_manifest(world.make(tmp_path, seed=1, **SIZE, world="styles"))
+    assert styles.classes == world.WORLDS["styles"].classes
+
+
+def test_worlds_are_told_apart_by_their_classes():
+    shapes, styles = (set(one.classes) for one in world.WORLDS.values())
+    assert shapes.isdisjoint(styles)
+
+
+DRAWER = """
+import pathlib
+from fpl.data import world
+
+world.make(pathlib.Path("."), seed=1, train_per_class=1, test_per_class=1)
+"""
+
+
+def test_another_process_waits_until_all_is_drawn(drawn, tmp_path):
+    """Both would take each other's temporary files for those of a killed drawing."""
+    images, others = iter(range(60)), []
+    render = world.render
+
+    def while_another_comes(*args):
+        if next(images) == 30:
+            others.append(Python(tmp_path, "-c", DRAWER))
+            with pytest.raises(TimeoutError):
+                others[0].communicate(timeout=3)
+        return render(*args)
+
+    with mock.patch.object(world, "render", while_another_comes):
+        world.make(tmp_path, seed=1, **SIZE)
+    _, said = others[0].communicate(timeout=60)
+    assert others[0].returncode == 0 and "another process is drawing into ." in said
+    assert content(tmp_path) == drawn
 
 
 KILLER = """

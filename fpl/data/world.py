@@ -14,15 +14,17 @@ import json
 import math
 import os
 import shutil
+import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFilter
 from tqdm.auto import tqdm
 
-from fpl.data.files import atomic_write
-from fpl.data.manifest import SOURCE, as_csv
+from fpl.data.files import atomic_write, lock_of_block
+from fpl.data.manifest import SOURCE, as_csv, read_manifest
 
 SHAPES = [
     "circle",
@@ -269,21 +271,56 @@ def make(
     """Draw the demo data set as PNG files in `folder`, write its manifest last and return its path.
 
     A finished folder is left alone and a killed drawing goes on; images of another seed or size
-    (SOURCE says which) are removed and drawn again.
+    (SOURCE says which) or of another world are removed and drawn again. One process draws at a
+    time, the others wait.
     """
     manifest = folder / "manifest.csv"
-    drawn = folder / SOURCE
     request = drawing(seed, train_per_class, test_per_class)
-    if not drawn.exists() or drawn.read_bytes() != request.encode():
-        manifest.unlink(missing_ok=True)
-        shutil.rmtree(folder / "images", ignore_errors=True)
-        with atomic_write(drawn) as temporary:
-            temporary.write_text(request)
-    if manifest.exists():
+    if manifest.exists() and is_of(folder, request, world):
         return manifest
+    with lock_of_block(folder / ".drawing.lock", partial(waiting, folder)):
+        if not is_of(folder, request, world):
+            manifest.unlink(missing_ok=True)
+            shutil.rmtree(folder / "images", ignore_errors=True)
+            with atomic_write(folder / SOURCE) as temporary:
+                temporary.write_text(request)
+        if not manifest.exists():  # it may be there by now
+            draw_all(folder, seed, (train_per_class, test_per_class), world)
+    return manifest
+
+
+def waiting(folder: Path) -> None:
+    """Warn that another process draws into a folder."""
+    said = f"another process is drawing into {folder}: waiting until it has finished"
+    warnings.warn(said, stacklevel=2)
+
+
+def is_of(folder: Path, request: str, world: str) -> bool:
+    """Say whether what is in a folder, finished or not, is drawn as asked and of a world.
+
+    SOURCE does not say which world; names of classes do. Raises ValueError for a manifest that
+    cannot be read.
+    """
+    drawn, manifest = folder / SOURCE, folder / "manifest.csv"
+    if not drawn.exists() or drawn.read_bytes() != request.encode():
+        return False
+    if manifest.exists():
+        names = {*read_manifest(manifest).classes}
+    else:
+        names = {path.name.replace("_", " ") for path in folder.glob("images/*/*")}
+    others = [{*one.classes} for name, one in WORLDS.items() if name != world]
+    return not names or not any(names <= other for other in others)
+
+
+def draw_all(folder: Path, seed: int, sizes: tuple[int, int], world: str) -> None:
+    """Draw the images that are not there, and then write the manifest; sizes: as `make` has them.
+
+    Only one process at a time may do this.
+    """
     for stale in folder.rglob(".*.tmp"):  # of a killed drawing
         stale.unlink()
     classes = WORLDS[world].classes
+    train_per_class, test_per_class = sizes
     splits = ["train"] * train_per_class + ["test"] * test_per_class
     rows = []
     for number in tqdm(range(len(classes) * len(splits)), desc="drawing", unit="image"):
@@ -299,6 +336,5 @@ def make(
             with atomic_write(folder / path, one_of_many=True) as temporary:
                 Image.fromarray(seen(world, what, rng)).save(temporary, format="PNG")
     os.sync()  # the manifest says that the images are there
-    with atomic_write(manifest) as temporary:
+    with atomic_write(folder / "manifest.csv") as temporary:
         temporary.write_bytes(as_csv(rows))
-    return manifest
