@@ -3,6 +3,7 @@ tables say all of it with intervals."""
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -225,6 +226,43 @@ def test_other_images_give_other_numbers_without_another_run(there):
     STYLES.manifest.unlink()
     draw()  # all again
     assert transfer.accuracies(run, OTHER) == before
+
+
+OWN = """
+from dataclasses import dataclass
+
+from fpl.methods import PromptFL
+
+
+@dataclass(frozen=True)
+class Halved(PromptFL):
+    n_ctx: int = 2
+
+    def ctx(self, p):
+        return p["ctx"] / 2
+"""
+
+
+def test_a_method_of_ones_own_is_tried_elsewhere_too(there):
+    """Its row is called FILE.py:CLASS, or the class is given."""
+    row = "halved.py:Halved"
+    Path("halved.py").write_text(OWN)
+    (path,) = runner.sweep([PARAMS.experiment(row, 1)], asked=KEEP)
+    recorded = records.read(path)["rounds"][-1]["elsewhere"][partitions.GLOBAL]
+    for method in (row, settings.row_class(row)):
+        own = transfer.accuracies(path, PARAMS.source(), method)
+        assert own == pytest.approx(recorded, abs=1e-6)
+    wanted = transfer.accuracies(path, OTHER, row)
+    on = tables.OTHER.format("drawn")
+    called = {row: None, "mine": {"mine": row}}
+    for name, methods in called.items():
+        (other,) = runner.sweep([small("zeroshot")], asked=KEEP)
+        runs = records.frame([path, other], [name, "zeroshot"])
+        lines = tables.with_others(runs, [OTHER], methods)
+        assert lines[lines["row"] == name][on].tolist() == wanted
+        assert lines[lines["row"] == "zeroshot"][on].tolist() == transfer.accuracies(other, OTHER)
+    unnamed = records.frame([path])
+    refuses(lambda: tables.with_others(unnamed, [OTHER]), ["Halved", "your own", "give it"])
 
 
 def test_a_run_that_kept_nothing_is_named(there):

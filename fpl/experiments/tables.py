@@ -591,17 +591,26 @@ def with_found(runs: DataFrame, found: Make) -> DataFrame:
     return last.join(pd.concat(of_runs, names=["run", "client"]), on=["run", "client"])
 
 
-def with_others(runs: DataFrame, sources: Sequence[Source]) -> DataFrame:
+def with_others(
+    runs: DataFrame, sources: Sequence[Source], methods: Mapping[str, str] | None = None
+) -> DataFrame:
     """Return the last round of runs with each client's accuracy on other data sets.
 
     The column of a data set is called by OTHER. sources: as `fpl.experiments.transfer.others` gives
-    them. The runs must have kept what they learnt: their table says `keep: true`. Raises
-    FileNotFoundError where they have not.
+    them. methods: FILE.py:CLASS of rows that are methods of your own and have other names. The runs
+    must have kept what they learnt: their table says `keep: true`. Raises FileNotFoundError where
+    they have not, and ValueError for a method of your own that nothing names.
     """
     from fpl.experiments.transfer import accuracies  # it loads torch
 
+    named = {row: row for row in runs["row"] if ".py:" in row} | dict(methods or {})
+    last = last_round(runs)
+    pairs = zip(last["run"], last["row"], strict=True)
+    own = {run: named[row] for run, row in pairs if row in named}
+
     def found(run: str) -> DataFrame:
-        return DataFrame({OTHER.format(to.name): accuracies(run, to) for to in sources})
+        method = own.get(run)
+        return DataFrame({OTHER.format(to.name): accuracies(run, to, method) for to in sources})
 
     return with_found(runs, found)
 

@@ -16,6 +16,7 @@ from fpl.data.encoders import IMPORTED
 from fpl.experiments.cache import device, load_cached, patches_of, text_of
 from fpl.experiments.predict import restore
 from fpl.experiments.settings import Settings, Source
+from fpl.methods import PromptFL
 from fpl.rounds import Setup, evaluate_cohorts, mean_right
 from fpl.state import Clients
 
@@ -35,14 +36,17 @@ def images_of(source: Source) -> tuple[str, str]:
     return source.data.name, source.data.root
 
 
-def accuracies(run: str | Path, source: Source) -> list[float]:
+def accuracies(
+    run: str | Path, source: Source, method: str | type[PromptFL] | None = None
+) -> list[float]:
     """Return the accuracy of every client of a run on the test images of a data set.
 
     The text features, and what clients read (experts and the like), are made of its class names,
     from what each client has received. A method that is bound to the classes of training
-    (`transfers`) has nan. run: its record, the file that it kept, or the name of these.
+    (`transfers`) has nan. run: its record, the file that it kept, or the name of these. method: the
+    class of a method of your own, or "FILE.py:CLASS".
     Raises FileNotFoundError for a run that has kept nothing, and ValueError where the features are
-    of another CLIP than the run's, or of none.
+    of another CLIP than the run's, or of none, and for a method of your own that is not given.
     """
     data, backbone, on = source.data, source.backbone, device()
     if backbone.name == IMPORTED:
@@ -50,15 +54,15 @@ def accuracies(run: str | Path, source: Source) -> list[float]:
             f"{data.features} came without a CLIP: a run is tried elsewhere with its own"
         )
     clip, feats = load_cached(data, backbone, on)
-    model = restore(run, clip)
+    model = restore(run, clip, method)
     kept = model.kept
-    method, n = kept.method, kept.n
-    if not method.transfers:
+    own, n = kept.method, kept.n
+    if not own.transfers:
         return [math.nan] * n
-    text = text_of(data, backbone, on, method.n_ctx, precision=kept.training.precision)
-    patches = patches_of(data, backbone, on) if method.inputs == "patches" else None
+    text = text_of(data, backbone, on, own.n_ctx, precision=kept.training.precision)
+    patches = patches_of(data, backbone, on) if own.inputs == "patches" else None
     test = [torch.from_numpy(np.flatnonzero(feats.split == "test")).to(on)] * n
     clients = Clients(feats.feats, feats.labels, test, test, text.n_cls, patches)
-    setup = Setup(method, model.text, clients, kept.training, kept.seeds)
+    setup = Setup(own, model.text, clients, kept.training, kept.seeds)
     found = evaluate_cohorts(setup, kept.cohorts, kept.deployed, text, clients)
     return mean_right(found).tolist()
