@@ -16,10 +16,10 @@ import PIL.Image
 import pytest
 import safetensors
 import torch
-from helpers import ROOT, standing_in
+from helpers import ROOT, refuses, standing_in
 from helpers.processes import Python
 
-from fpl.data import encoders, extraction, world
+from fpl.data import encoders, extraction, pretrain, world
 from fpl.data.manifest import read_manifest
 from fpl.experiments import assemble, settings
 
@@ -222,6 +222,27 @@ def test_the_demo_clip_says_how_it_was_made_and_was_not_trained_on_the_data():
         made = json.loads(f.metadata()["made_by"])
     assert {"draws", "epochs", "seed", "seconds"} <= set(made)
     assert made["seed"] != settings.read(ROOT / "params.yaml").data.seed
+
+
+WRONG = {
+    "more epochs than are scheduled": ({"epochs": 2}, ["stop is 7", "1 .. epochs", "2"]),
+    "no epoch": ({"stop": 0}, ["stop is 0", "1 .. epochs", "8"]),
+    "fewer drawings than a batch": ({"draws": 100}, ["batch is 256", "1 .. draws", "100"]),
+    "no batch": ({"batch": 0}, ["batch is 0", "1 .. draws"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_recipe_that_ends_in_no_model_is_refused_before_anything_is_drawn(case):
+    changes, words = WRONG[case]
+    refuses(lambda: pretrain.Recipe(**changes), words)
+
+
+def test_the_demo_clip_has_the_recipe_that_is_the_default():
+    with safetensors.safe_open(DEMO_CLIP / "open_clip_model.safetensors", "pt") as f:
+        made = json.loads(f.metadata()["made_by"])
+    same = {name: made[name] for name in ("draws", "seed", "batch", "lr")}
+    assert pretrain.Recipe(epochs=made["of"], stop=made["epochs"], **same) == pretrain.Recipe()
 
 
 @pytest.fixture(scope="module")

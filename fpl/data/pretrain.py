@@ -87,6 +87,8 @@ class Recipe:
 
     epochs: over which the learning rate is scheduled.
     stop: end after this many of them, because the demo needs a model that errs.
+
+    Raises ValueError for more epochs than are scheduled, and for fewer drawings than a batch has.
     """
 
     draws: int = 80_000
@@ -95,6 +97,12 @@ class Recipe:
     seed: int = 2024
     batch: int = 256
     lr: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.stop <= self.epochs:
+            raise ValueError(f"stop is {self.stop}: set it to 1 .. epochs, which are {self.epochs}")
+        if not 1 <= self.batch <= self.draws:
+            raise ValueError(f"batch is {self.batch}: set it to 1 .. draws, which are {self.draws}")
 
     @property
     def steps(self) -> int:
