@@ -43,7 +43,10 @@ class InTurn(PromptFL):
 
 @dataclass(frozen=True)
 class EverybodyFirst(InTurn):
-    """D31: in round 0 all clients train, by their numbers; the draws begin with round 1."""
+    """D31: in round 0 all clients train, by their numbers; the draws begin with round 1.
+
+    That holds where participants are drawn as released, with `form: released` of the partition.
+    """
 
     @classmethod
     def turns(cls, picks, n):
@@ -228,7 +231,8 @@ class ReleasedFedProx(ReleasedPromptFL, DetachedTerm):
 
 @dataclass(frozen=True)
 class ReleasedFedOTP(EverybodyFirst, FedOTP):
-    """D8c, D31: the velocity goes from client to client; everybody trains in round 0."""
+    """D8c, D31: the velocity goes from client to client; everybody trains in round 0, where the
+    partition has `form: released`."""
 
     key = "fedotp_released"
     title = "released: FedOTP"
@@ -237,7 +241,7 @@ class ReleasedFedOTP(EverybodyFirst, FedOTP):
 
 @dataclass(frozen=True)
 class ReleasedFedPGP(EverybodyFirst, PlaceholderAnchor, TwoPrompts):
-    """D8c, D10, D11, D31."""
+    """D8c, D10, D11, and D31 where the partition has `form: released`."""
 
     key = "fedpgp_released"
     title = "released: FedPGP"
