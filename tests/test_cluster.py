@@ -16,7 +16,7 @@ import distributed
 import numpy as np
 import pytest
 import torch
-from helpers import BACKBONE, DATA, PARAMS, refuses
+from helpers import BACKBONE, DATA, HALVED, PARAMS, refuses
 from helpers.dask import cluster
 from tqdm.auto import tqdm
 
@@ -90,23 +90,8 @@ def test_features_have_the_same_bytes_too(content, dask, alone, tmp_path):
     assert len(features.load(made, content=content).skipped) == 1
 
 
-OWN = """
-from dataclasses import dataclass
-
-from fpl.methods import PromptFL
-
-
-@dataclass(frozen=True)
-class Halved(PromptFL):
-    n_ctx: int = 2
-
-    def ctx(self, p):
-        return p["ctx"] / 2
-"""
-
-
 def test_methods_of_ones_own_and_runs_that_fail_go_there_too(dask, alone):
-    (alone / "mine.py").write_text(OWN)
+    (alone / "mine.py").write_text(HALVED)
     own = PARAMS.experiment("mine.py:Halved", 1)
     want = made_here([own])
     bad = PARAMS.experiment("promptfl", 4, lr=1e30)

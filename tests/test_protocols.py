@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import BACKBONE, DATA, PARAMS, refuses, standing_in, store_clip
+from helpers import BACKBONE, DATA, HALVED, PARAMS, refuses, standing_in, store_clip
 from helpers.runs import equal, small
 
 from fpl.data import encoders, extraction, partitions, world
@@ -228,25 +228,10 @@ def test_other_images_give_other_numbers_without_another_run(there):
     assert transfer.accuracies(run, OTHER) == before
 
 
-OWN = """
-from dataclasses import dataclass
-
-from fpl.methods import PromptFL
-
-
-@dataclass(frozen=True)
-class Halved(PromptFL):
-    n_ctx: int = 2
-
-    def ctx(self, p):
-        return p["ctx"] / 2
-"""
-
-
 def test_a_method_of_ones_own_is_tried_elsewhere_too(there):
     """Its row is called FILE.py:CLASS, or the class is given."""
     row = "halved.py:Halved"
-    Path("halved.py").write_text(OWN)
+    Path("halved.py").write_text(HALVED)
     (path,) = runner.sweep([PARAMS.experiment(row, 1)], asked=KEEP)
     recorded = records.read(path)["rounds"][-1]["elsewhere"][partitions.GLOBAL]
     for method in (row, settings.row_class(row)):

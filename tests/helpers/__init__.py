@@ -67,6 +67,22 @@ OTHER = {  # of every setting to which 1 cannot be added, a value that is not th
 }
 
 
+# a file with a method of one's own
+HALVED = """
+from dataclasses import dataclass
+
+from fpl.methods import PromptFL
+
+
+@dataclass(frozen=True)
+class Halved(PromptFL):
+    n_ctx: int = 2
+
+    def ctx(self, p):
+        return p["ctx"] / 2
+"""
+
+
 def store_clip(folder, seed=0):
     """Write a random open_clip model in the layout that `local-dir:` loads."""
     folder.mkdir(parents=True, exist_ok=True)
