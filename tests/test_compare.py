@@ -219,12 +219,13 @@ def test_the_repository_knows_every_tolerance():
     assert names >= {*expected.MEASURED}
     assert all(name in names or name in rows for name in expected.TOLERANCE)
     wide = {name: most for name, most in expected.TOLERANCE.items() if most > 3}
-    moving = ("fedotp - ", "promptfolio - ", "promptfl - ")
+    moving = ("fedotp - ", "promptfolio - ", "promptfl - ", "finetuned - ")
     pairs = {name for name in wide if name.startswith(moving) or name.endswith(" - promptfl")}
-    rest = {"fedotp", "promptfolio", "pFedMoAP - FedOTP", "against_paper_orders"}
+    rest = {"fedotp", "promptfolio", "finetuned", "pFedMoAP - FedOTP", "against_paper_orders"}
     assert {*wide} == {*rest, *pairs} and max(wide.values()) == 5
     assert all(tolerance > 0 for tolerance in [*expected.TOLERANCE.values(), expected.USUAL])
-    of_row = {"fedotp": "10_table1/table1.csv", "promptfolio": "24_since_then/since_then.csv"}
+    of_row = dict.fromkeys(("fedotp", "finetuned"), "10_table1/table1.csv")
+    of_row |= dict.fromkeys(("promptfolio", "finetuned"), "24_since_then/since_then.csv")
     newer = pd.read_csv(ROOT / expected.EXPECTED / "24_since_then/differences.csv").iloc[:, 0]
     with_promptfl = [row for row in newer if row.endswith("- promptfl")]
     of_row |= dict.fromkeys(with_promptfl, "24_since_then/differences.csv")

@@ -98,6 +98,31 @@ def test_the_oracle_takes_the_largest_overlap_of_labels():
     assert least.neighbours(everybody, torch.tensor([0, 1]), clients).tolist() == [[2, 3], [3, 0]]
 
 
+def test_the_oracle_compares_shares_however_many_images_a_client_has():
+    """By hand, sum_c min(p_i(c), p_j(c)) with client 0: half, 1, 0.9."""
+    labels = [torch.tensor(own) for own in ([0, 1], [0] * 50, [0, 1] * 3, [0] * 4 + [1] * 6)]
+    parts = torch.arange(68).split([len(own) for own in labels])
+    clients = Clients(torch.ones(68, 2), torch.cat(labels), parts, parts, 2)
+    everybody = torch.ones(4, dtype=torch.bool)
+    empty = server(torch.zeros(4, 1, 1)).__dict__
+    asked = Server(**empty | {"has_upload": everybody, "returned": everybody})
+    for choice, wanted in (("oracle", [2, 3, 1]), ("disjoint", [1, 3, 2])):
+        method = PFedMoAP(n_experts=3, choice=choice)
+        assert method.neighbours(asked, torch.tensor([0]), clients).tolist() == [wanted]
+
+
+@pytest.mark.parametrize("newcomers", [[True, False], [False, False]])
+def test_whoever_has_not_come_back_gets_no_experts(newcomers, prompts, clients):
+    params = {"ctx": prompts[0]}
+    returned = SEEN.clone()
+    returned[:2] = torch.tensor(newcomers)
+    asked = dataclasses.replace(server(prompts), params=params, returned=returned)
+    method = PFedMoAP(n_experts=2)
+    assert [*method.download(asked, torch.tensor([0, 1]), clients)] == ["ctx"]
+    down = method.download(asked, torch.tensor([2, 4]), clients)
+    assert down["experts"].shape == (2, 2, *prompts.shape[1:])
+
+
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_runs_and_only_the_choice_differs(choice, text, clients):
     log = play(make(PFedMoAP, choice=choice), text, clients, HALF)

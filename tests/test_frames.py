@@ -1,6 +1,7 @@
 """Promise: a frame says which run a line is of, and no result is ever taken for a setting."""
 
 import contextlib
+import csv
 import json
 import math
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import ROOT
 
 from fpl import privacy
 from fpl.audit import ledger, published
@@ -447,3 +449,107 @@ def test_one_seed_has_no_uncertainty():
     found = stats.over_seeds([0.7])
     assert found["mean"] == 0.7 and found["seeds"] == 1
     assert found[["std", "low", "high"]].isna().all()
+
+
+def by_hand(made, method, value="accuracy"):
+    """The mean over clients of every seed of a method, in percent, from its records' last round."""
+    own = [content for content in made if content["settings"]["method"] == method]
+    last = [content["rounds"][-1] for content in own]
+    found = [line if value == "accuracy" else line["elsewhere"] for line in last]
+    return 100 * np.array([line[value] for line in found])
+
+
+def printed_by(lines):
+    """Printed means by method, in the order of data/published.csv, read without pandas."""
+    found = {}
+    for line in lines:
+        found.setdefault(line["method"], []).append(float(line["mean"]))
+    return found
+
+
+def test_columns_of_a_table_are_what_their_names_say():
+    """By hand, from the records: means over clients, then over seeds; bytes are four a number."""
+    made = [record(method, seed) for method in TITLES for seed in (1, 2, 3)]
+    runs = records.frame(store(made))
+    table, novel = tables.table1(runs), tables.grid(runs, "method", "novel")
+    unequal, domains = tables.clients(runs), tables.beside(runs, "CIFAR100")
+    levels = tables.levels(runs, [*TITLES])["shapes"]
+    for method, title in TITLES.items():
+        last = [c["rounds"][-1] for c in made if c["settings"]["method"] == method]
+        values = by_hand(made, method)
+        assert table.loc[method, "mean"] == pytest.approx(values.mean(), abs=0.006)
+        assert levels[title] == pytest.approx(values.mean())
+        assert novel.loc[method, "mean"] == pytest.approx(
+            by_hand(made, method, "novel").mean(), abs=0.006
+        )
+        for way in ("up", "down"):
+            numbers = round(np.mean([line[way] for line in last]))
+            assert table.loc[method, way] == numbers
+            assert table.loc[method, f"{way}, bytes"] == 4 * numbers
+        assert domains.loc[method, tables.SPELT.get("photo", "photo")] == pytest.approx(
+            values[:, :2].mean(), abs=0.006
+        )
+        assert domains.loc[method, tables.SPELT.get("sketch", "sketch")] == pytest.approx(
+            values[:, 2:].mean(), abs=0.006
+        )
+        wanted = {
+            "mean": values.mean(),
+            "worst": values.min(1).mean(),
+            "10th percentile": np.quantile(values, 0.1, axis=1).mean(),
+            "std over clients": values.std(1).mean(),
+        }
+        for name, value in wanted.items():
+            assert unequal.loc[method, name] == pytest.approx(value, abs=0.006), name
+
+
+def test_a_table_stands_beside_the_printed_means_of_its_own_data_set():
+    with (ROOT / "data" / "published.csv").open(newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line["paper"] == tables.PAPER]
+    table1 = [line for line in lines if line["table"] == "Table 1"]
+    main = [line for line in table1 if line["variant"] != "lambda=0.0"]
+    made = [record(method, 1) for method in TITLES]
+    drawn = tables.table1(records.frame(store(made)))
+    real = [content | {"images": "flowers102"} for content in made]
+    for content in real:
+        content["settings"] = content["settings"] | {"data": "flowers102"}
+    own = tables.table1(records.frame(store(real)))
+    cifar = tables.beside(records.frame(store(made)), "CIFAR100")
+    of_cifar = [line for line in lines if line["dataset"] == "CIFAR100"]
+    of_cifar = [line for line in of_cifar if line["table"] == "Table 2"]
+    for method, title in (("promptfl", "PromptFL"), ("pfedmoap", "pFedMoAP")):
+        every = printed_by(main)[title]
+        assert len(every) == 5
+        assert drawn.loc[method, tables.BESIDE] == pytest.approx(np.mean(every), abs=0.006)
+        flowers = printed_by([line for line in main if line["dataset"] == "Flowers102"])[title]
+        assert own.loc[method, "paper"] == flowers[0] and tables.BESIDE not in own
+        (printed,) = printed_by([x for x in of_cifar if x["variant"] != "lambda=0.0"])[title]
+        assert cifar.loc[method, "paper, CIFAR100"] == printed
+
+
+def test_an_order_is_the_papers_where_both_put_the_same_row_first():
+    """PromptFL is printed below pFedMoAP, FedProx below PromptFL."""
+    level = {"promptfl": 0.5, "pfedmoap": 0.9, "fedprox": 0.7}
+    titles = TITLES | {"fedprox": "Prompt+FedProx"}
+    made = []
+    for method, accuracy in level.items():
+        content = record("promptfl", 1) | {"title": titles[method]}
+        content["settings"] = content["settings"] | {"method": method}
+        for found in content["rounds"]:
+            found["accuracy"] = [accuracy] * CLIENTS
+        made.append(content)
+    line = tables.orders(records.frame(store(made))).iloc[0]
+    assert (line["pairs"], line["same"], line["share"]) == (3, 2, 66.7)
+
+
+def test_an_ablation_is_in_ascending_order():
+    made = [record("pfedmoap", 1, lam=lam) for lam in (2.0, 0.0, 0.5)]
+    table = tables.ablation(records.frame(store(made)), "lam")
+    assert table.index.tolist() == [0.0, 0.5, 2.0]
+
+
+def test_the_note_above_a_table_tells_real_images_from_drawn_and_own_ones():
+    (path,) = store([record("promptfl", 1)])
+    runs = records.frame([path])
+    assert tables.note(runs, "drawn") == "drawn"
+    assert tables.note(runs.assign(images="dtd"), "drawn") == tables.NOTE_REAL
+    assert "those of shapes" in tables.note(runs.assign(images="own"), "drawn")

@@ -288,6 +288,28 @@ def test_fedprox_adds_the_gradient_of_its_term(case):
     assert error(got["ctx"] - plain["ctx"], want) < 1e-9
 
 
+def test_fedamps_sigma_is_that_of_the_first_round_with_two_uploads(case):
+    method, ids = FedAMP(n_ctx=4), torch.tensor([0, 1, 2])
+    alone = dataclasses.replace(case.server, has_upload=torch.zeros(6, dtype=torch.bool))
+    prompts = case.server.uploads["ctx"]
+    one = method.aggregate(alone, ids[:1], {"ctx": prompts[:1]}, torch.tensor([1]))
+    assert not one.memory
+    first = method.aggregate(one, ids[1:], {"ctx": prompts[1:3]}, torch.tensor([1, 1]))
+    apart = [(prompts[i] - prompts[j]).square().sum() for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert first.memory["sigma"].item() == pytest.approx(sorted(apart)[1].item())
+    later = method.aggregate(first, ids, {"ctx": 5 * prompts[:3]}, torch.tensor([1, 1, 1]))
+    assert torch.equal(later.memory["sigma"], first.memory["sigma"])
+
+
+def test_fedotp_reads_the_direction_of_a_patch_and_not_its_length(text):
+    gen = torch.Generator().manual_seed(0)
+    x, method = torch.randn(2, 3, 5, text.dim, generator=gen), FedOTP(n_ctx=4)
+    t = F.normalize(torch.randn(2, 2, text.n_cls, text.dim, generator=gen), dim=-1)
+    long = 10.0 ** torch.arange(-4, 1).view(1, 1, 5, 1)
+    same = [method.logits(text, t, {}, {}, part) for part in (x, long * x)]
+    assert error(*same) < 1e-5
+
+
 @pytest.mark.parametrize("step", [1.0, 30.0], ids=["default", "own weight clamped at 0"])
 def test_fedamp_adds_the_gradient_of_its_term(case, step):
     method = FedAMP(n_ctx=4, attraction=0.3, step=step)

@@ -92,7 +92,8 @@ def test_a_run_whose_file_is_missing_or_damaged_is_made_again(here):
     assert file.read_bytes() == whole and path.read_bytes() == before
 
 
-def test_a_table_keeps_what_it_says(here):
+@pytest.mark.parametrize("order", [["both", "kept"], ["kept", "both"]])
+def test_a_table_keeps_what_it_says(order, here):
     shutil.rmtree(records.RECORDS, ignore_errors=True)
     tables = {
         "10_x": {
@@ -103,7 +104,7 @@ def test_a_table_keeps_what_it_says(here):
     asked = {"data": dataclasses.asdict(DATA), "backbone": {"name": BACKBONE.name}, "seeds": [1]}
     asked |= {"partition": {"clients": 4, "shots": 2}, "run": {"rounds": 1, "local_epochs": 1}}
     here.joinpath("t.yaml").write_text(yaml.safe_dump(asked | {"tables": tables}))
-    runner.tables(settings.read(here / "t.yaml"), ["both", "kept"], jobs=1)
+    runner.tables(settings.read(here / "t.yaml"), order, jobs=1)
     files = {path.name.split("-")[0]: path for path in records.RECORDS.glob("*.safetensors")}
     assert [*files] == ["promptfl"] and len([*records.RECORDS.glob("*.json")]) == 2
     here.joinpath("t.yaml").write_text(yaml.safe_dump({"tables": {"x": {"t": {"keep": "often"}}}}))

@@ -236,6 +236,14 @@ def test_calibration_by_hand():
     assert metrics.ece(frame, bins=2) == pytest.approx(wanted)
 
 
+def test_a_confidence_at_an_edge_is_in_the_bin_above_as_in_the_calibration_error():
+    frame = framed([0, 0, 0, 1], [0, 1, 0, 1], [0.25, 0.5, 0.5, 0.75])
+    table = metrics.reliability(frame, bins=4)
+    assert table["images"].tolist() == [0, 1, 2, 1]
+    gaps = (table["confidence"] - table["accuracy"]).abs() * table["images"]
+    assert metrics.ece(frame, bins=4) == pytest.approx(gaps.sum() / 4)
+
+
 def test_full_confidence_has_no_bin_of_its_own():
     frame = framed([0, 0], [0, 1], [1.0, 0.99])
     assert metrics.ece(frame) == pytest.approx(0.995 - 0.5)

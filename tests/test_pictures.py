@@ -149,14 +149,18 @@ def test_norms_are_those_of_the_prompts_and_changes_of_a_run(here):
         assert line.prompt == pytest.approx(received.norm().item(), rel=1e-5)
         assert line.numbers == received.numel()
     beside = measures.beside(found, experiment, [50.0])
+    shown = found["prompt"].iloc[0], received.norm().item(), np.median(found["update"])
+    assert beside.iloc[:4].tolist() == pytest.approx([*shown, experiment.run.clip], rel=1e-5)
+    assert shown[0] != pytest.approx(shown[1], rel=1e-3)
     noise = noise_multiplier(50.0, 0.05, 2) * experiment.run.clip * math.sqrt(received.numel())
     assert beside["noise in an upload, epsilon 50"] == pytest.approx(noise)
     assert beside["noise in the mean of 4 uploads, epsilon 50"] == pytest.approx(noise / 2)
     refuses(lambda: measures.norms(PARAMS.experiment("zeroshot", 1)), ["zeroshot sends nothing"])
 
 
-def test_steps_are_those_that_the_loop_takes(here):
-    experiment = PARAMS.experiment("promptfl", 1, batch_size=4)
+@pytest.mark.parametrize("batch_size", [3, 4])  # the last batch of 3 is not full
+def test_steps_are_those_that_the_loop_takes(batch_size, here):
+    experiment = PARAMS.experiment("promptfl", 1, batch_size=batch_size)
     setup = assemble.setup_of(experiment)
     orders = [rounds.batches(setup, i, 0) for i in range(len(setup.clients))]
     assert measures.steps(experiment) == experiment.run.rounds * sum(map(len, orders)) > 8

@@ -18,6 +18,7 @@ from fpl import privacy, rounds
 from fpl.audit import privacy as audit
 from fpl.experiments import values
 from fpl.methods import CoOp, PFedMoAP, PromptFL
+from fpl.more_methods.private import DPFPL
 from fpl.released.methods import RELEASED
 from fpl.rounds import Training
 
@@ -267,6 +268,14 @@ def test_a_row_whose_clients_leave_each_other_more_than_uploads_is_refused(
     with pytest.raises(
         ValueError, match=r"^clients of this row .* epsilon 0 and mechanism gaussian, or another"
     ):
+        next(run)
+
+
+@pytest.mark.parametrize("how", [PRIVATE, {"mechanism": "clipping"}], ids=["noise", "clipping"])
+def test_a_method_whose_clients_step_together_is_refused(how, text, clients):
+    training = dataclasses.replace(RUN, **how)
+    run = rounds.run_rounds(rounds.Setup(make(DPFPL), text, clients, training, SEEDS))
+    with pytest.raises(ValueError, match="clients of this row leave each other"):
         next(run)
 
 

@@ -228,6 +228,23 @@ def test_p_is_that_of_the_t_test_where_it_is_the_larger():
     assert stats.paired(runs, "a", "b")["p"] == pytest.approx(wanted)
 
 
+def test_p_of_draws_counts_both_sides_the_draw_at_hand_and_those_at_0():
+    """By hand: 2 (1 + beyond) / (1 + draws), at most 1."""
+    drawn = np.array([0.1] * 96 + [0.0, -0.1, -0.2])
+    for values in (drawn, -drawn):
+        assert stats.p_of_draws(values) == pytest.approx(2 * 4 / 100)
+    assert stats.p_of_draws(np.array([0.1] * 99)) == pytest.approx(2 / 100)
+    assert stats.p_of_draws(np.zeros(99)) == 1
+
+
+def test_a_draw_is_the_mean_of_its_clients_accuracies():
+    """Nine clients of ten at 0 and one at 1: means of draws are near 0.1, medians would be 0."""
+    values = np.zeros((1, 10))
+    values[0, 0] = 1
+    drawn = stats.two_level(values, 4000, np.random.default_rng(0))
+    assert drawn.mean() == pytest.approx(0.1, abs=0.01)
+
+
 HOLM = [
     ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),  # the textbook's
     ([0.5, 0.9], [1.0, 1.0]),
@@ -302,6 +319,8 @@ SAID = {
     },
     "a minus b: +1.20 points [0.30, 2.10] over 10 seeds: above, but not among all comparisons of "
     "the table (Holm: p = 0.120)": {"holm": 0.12},
+    "a minus b: +1.20 points [0.30, 2.10] over 10 seeds: below, but not among all comparisons of "
+    "the table (Holm: p = 0.060)": {"holm": 0.06, "verdict": "below"},
 }
 
 

@@ -20,9 +20,10 @@ TOLERANCE = {
     "fedprox": 2.5,
     "fedpgp": 1.5,
     "fedper": 1.5,
-    "finetuned": 3.0,
+    # five of its seeds were moved by three points
+    **dict.fromkeys(("finetuned", "finetuned - coop", "finetuned - ridge_own"), 4.5),
     "fedpgp_released": 3.0,
-    "fedotp": 5.0,  # three seeds, of which one moves by several points
+    "fedotp": 4.5,  # three seeds, of which one moves by several points
     **dict.fromkeys(("pFedMoAP - FedOTP", "fedotp - coop", "fedotp - ridge_own"), 5.0),
     # a seed or two of it end elsewhere with another instruction set
     "promptfolio": 5.0,
