@@ -33,12 +33,22 @@ test: check
 fuzz: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist load tests/fuzz/targets.py
 
-# what can be said without running anything; pre-commit calls it, too
+# what can be said without running anything, two things at a time; pre-commit calls it, too
 check: setup
+	@$(MAKE) --no-print-directory -j 2 style types copies stripped
+
+.PHONY: style types copies stripped
+style:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types:
 	$(BIN)/mypy fpl
+
+copies:
 	$(BIN)/pylint --disable=all --enable=duplicate-code --min-similarity-lines=6 fpl tests
+
+stripped:
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
 
 # from nothing to the first trained prompt and a picture of it

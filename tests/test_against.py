@@ -8,7 +8,9 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+from fpl import gate
 from fpl.audit import published
 from fpl.experiments import stats, tables
 from fpl.methods import METHODS
@@ -79,6 +81,20 @@ def test_other_papers_are_listed_with_the_reason_that_keeps_them_apart(of_their_
         and others["ours_mean"].isna().all()
     )
     assert set(others["method"]) <= {published.published_name(m.title) for m in METHODS.values()}
+
+
+def test_rows_stand_beside_the_printed_ones_of_as_many_experts_and_numbers():
+    printed = {*tables.published()["variant"]}
+    for k, variant in {0: "K+1=1 experts", 4: "K+1=5 experts", 19: "K+1=20 experts"}.items():
+        assert published.PLACES["table8"].spelling[k] == ("pFedMoAP", variant)
+        assert (variant in printed) == (k > 0)
+    for d, (method, variant) in published.PLACES["d_gate"].spelling.items():
+        numbers = sum(value.numel() for value in gate.init(d, torch.Generator()).values())
+        size = f"{numbers / 1e3:.1f}K" if numbers < 1e6 else f"{numbers / 1e6:.1f}M"
+        assert (method, variant) == ("pFedMoAP", f"d_feature={d}, gating {size} params")
+        assert variant in printed
+    for label, (_, variant) in published.PLACES["table7"].spelling.items():
+        assert variant in printed and all(word in variant for word in label.split(", "))
 
 
 @pytest.mark.parametrize("query", [*published.NEVER, *published.CAVEATS])

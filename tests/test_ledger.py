@@ -205,6 +205,11 @@ def test_both_orders_of_an_account_add_up_and_need_not_agree():
     """Two seeds of two clients; the gain of testing early is 4 points alone and 1 with experts."""
     base = np.array([[[0.5, 0.6]], [[0.52, 0.62]]])
     steps = {ledger.PROMPTFL: 0, ledger.BEFORE: 0.04, ledger.AFTER: 0.09, ledger.PFEDMOAP: 0.1}
+    gen = np.random.default_rng(0)
+    noisy = {name: base + step + gen.normal(0, 1e-3, base.shape) for name, step in steps.items()}
+    runs = of(noisy)
+    p = [stats.paired(runs, *rows)["p"] for rows in ledger.STEPS.values()]
+    assert ledger.attribution(runs)["holm"].tolist() == pytest.approx(stats.holm(p), abs=1e-4)
     table = ledger.attribution(of({name: base + step for name, step in steps.items()}))
     assert table["difference"].tolist() == pytest.approx([10, 4, 6, 9, 1])
     assert table["share"].tolist() == [100, 40, 60, 90, 10]
@@ -290,6 +295,15 @@ def test_rounding_is_no_spread_to_divide_by():
         assert line[["over seeds", "as released"]].tolist() == [0, found]
         assert line[["ratio", "low", "high"]].isna().all()
         assert ledger.numbers(one, None, spreads) == "it: no spread to compare with"
+
+
+def test_an_item_says_the_numbers_of_its_tables():
+    pair = ledger.Pair("cost", "a", "b"), ledger.Pair("spread", "a", "b", ["split_seed"])
+    line = {"difference": 1.0, "low": 0.5, "high": 1.5, "verdict": "above"}
+    costs = pd.DataFrame([line], pd.MultiIndex.from_tuples([("D0", "cost")]))
+    spreads = pd.DataFrame({"ratio": [0.25]}, pd.MultiIndex.from_tuples([("D0", "spread")]))
+    said = ledger.numbers(item(costs=pair[:1], spreads=pair[1:]), costs, spreads)
+    assert said == "cost: +1.00 (0.50 to 1.50, above); spread: std times 0.25"
 
 
 def test_the_spread_of_the_last_five_rounds():

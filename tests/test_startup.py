@@ -11,11 +11,9 @@ from helpers import ROOT
     "code",
     [
         "from fpl import cli; cli.parser().format_help()",
-        "from fpl.experiments import notebook, plots, records, stats, tables; notebook.start()",
-        "from fpl.audit import ledger; from fpl.experiments import notebook; notebook.start()",
-        "from fpl.audit import label_prior; from fpl.experiments import notebook; notebook.start()",
-        "from fpl.experiments import values, notebook; import papermill",
-        "from fpl.experiments import expected, report",
+        "from fpl.audit import label_prior, ledger; from fpl.experiments import expected, report; "
+        "from fpl.experiments import notebook, plots, records, stats, tables, values; "
+        "notebook.start(); import papermill",
     ],
 )
 def test_torch_is_not_loaded(code):
