@@ -224,11 +224,11 @@ def test_the_repository_knows_every_tolerance():
     rest = {"fedotp", "promptfolio", "finetuned", "pFedMoAP - FedOTP", "against_paper_orders"}
     assert {*wide} == {*rest, *pairs} and max(wide.values()) == 5
     assert all(tolerance > 0 for tolerance in [*expected.TOLERANCE.values(), expected.USUAL])
-    of_row = dict.fromkeys(("fedotp", "finetuned"), "10_table1/table1.csv")
-    of_row |= dict.fromkeys(("promptfolio", "finetuned"), "24_since_then/since_then.csv")
+    of_row = [(row, "10_table1/table1.csv") for row in ("fedotp", "finetuned")]
+    of_row += [(row, "24_since_then/since_then.csv") for row in ("promptfolio", "finetuned")]
     newer = pd.read_csv(ROOT / expected.EXPECTED / "24_since_then/differences.csv").iloc[:, 0]
     with_promptfl = [row for row in newer if row.endswith("- promptfl")]
-    of_row |= dict.fromkeys(with_promptfl, "24_since_then/differences.csv")
-    for row, name in of_row.items():
+    of_row += [(row, "24_since_then/differences.csv") for row in with_promptfl]
+    for row, name in of_row:
         table = pd.read_csv(ROOT / expected.EXPECTED / name, index_col=0)
         assert (table.loc[row, "high"] - table.loc[row, "low"]) / 2**0.5 > wide[row]

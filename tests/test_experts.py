@@ -104,8 +104,8 @@ def test_the_oracle_compares_shares_however_many_images_a_client_has():
     parts = torch.arange(68).split([len(own) for own in labels])
     clients = Clients(torch.ones(68, 2), torch.cat(labels), parts, parts, 2)
     everybody = torch.ones(4, dtype=torch.bool)
-    empty = server(torch.zeros(4, 1, 1)).__dict__
-    asked = Server(**empty | {"has_upload": everybody, "returned": everybody})
+    empty = server(torch.zeros(4, 1, 1))
+    asked = dataclasses.replace(empty, has_upload=everybody, returned=everybody)
     for choice, wanted in (("oracle", [2, 3, 1]), ("disjoint", [1, 3, 2])):
         method = PFedMoAP(n_experts=3, choice=choice)
         assert method.neighbours(asked, torch.tensor([0]), clients).tolist() == [wanted]

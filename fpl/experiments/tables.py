@@ -603,9 +603,9 @@ def with_others(
     """
     from fpl.experiments.transfer import accuracies  # it loads torch
 
-    named = {row: row for row in runs["row"] if ".py:" in row} | dict(methods or {})
-    last = last_round(runs)
-    pairs = zip(last["run"], last["row"], strict=True)
+    named = {row: row for row in runs["row"] if ".py:" in row}
+    named |= methods or {}
+    pairs = zip(runs["run"], runs["row"], strict=True)
     own = {run: named[row] for run, row in pairs if row in named}
 
     def found(run: str) -> DataFrame:
