@@ -169,6 +169,18 @@ def test_a_fresh_run_takes_no_checkpoint(alone):
     assert lines == [False, False, False]
 
 
+def test_one_killed_behind_its_record_leaves_nothing_when_called_again(alone, monkeypatch):
+    experiment = short("promptfl")
+    with monkeypatch.context() as killed:
+        killed.setattr(checkpoints.Checkpoint, "remove", lambda self: None)
+        runner.sweep([experiment], asked=EVERY_ROUND)
+    path = checkpoint_of(experiment).path
+    assert path.exists()
+    path.with_name(f".{path.name}.{2**22 + 1}.tmp").touch()  # of a process that cannot be
+    runner.sweep([experiment], asked=EVERY_ROUND)
+    assert {p.suffix for p in records.RECORDS.iterdir()} == {".json", keep.SUFFIX}
+
+
 def test_checkpoints_come_as_often_as_asked_and_take_a_small_share_of_the_time(alone, monkeypatch):
     experiment = short("promptfl", rounds=12)
     now, written = [100.0], []

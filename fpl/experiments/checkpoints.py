@@ -79,9 +79,9 @@ class Checkpoint:
         self.again = end + max(self.every, (end - begin) / SHARE if self.every else 0)
 
     def remove(self) -> None:
-        """Remove it, and what a kill left half written: the run is done."""
-        self.path.unlink(missing_ok=True)
+        """Remove what a kill left half written, then the checkpoint: the run is done."""
         remove_orphans(self.path)
+        self.path.unlink(missing_ok=True)
 
 
 def tensors_of(state: State) -> dict[str, Any]:

@@ -96,7 +96,12 @@ def sweep(
     for experiment, key, keeps in zip(experiments, keys, kept or [asked.keep] * len(keys)):
         twice = key.path in wanted and wanted[key.path][2].keep  # under another label
         wanted[key.path] = experiment, key, replace(asked, keep=keeps or twice)
-    todo = [run for run in wanted.values() if asked.fresh or not is_made(*run)]
+    todo = []
+    for run in wanted.values():
+        if asked.fresh or not is_made(*run):
+            todo.append(run)
+        elif (left := Checkpoint(*run[:2])).path.exists():  # of one killed behind its record
+            left.remove()
     if todo:
         check_writable(records.RECORDS)
     if todo and asked.cluster:
