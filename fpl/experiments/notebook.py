@@ -75,7 +75,13 @@ def execute(source: Path, target: Path, given: Mapping[str, Any] | None = None) 
     target.parent.mkdir(parents=True, exist_ok=True)
     (results() / "tables" / source.stem).mkdir(parents=True, exist_ok=True)
     try:
-        papermill.execute_notebook(str(source), str(target), passed, kernel_name="python3")
+        papermill.execute_notebook(
+            str(source),
+            str(target),
+            passed,
+            kernel_name="python3",
+            shutdown_kernel="immediate",  # which has nothing left to do, and would take two seconds
+        )
     except papermill.PapermillExecutionError as error:
         raise RuntimeError(
             f"{source}, cell [{error.exec_count}]: {error.ename}: {error.evalue} "
