@@ -76,14 +76,15 @@ class Server:
     params: Tensors  # the aggregate of what is shared, without a client axis
     uploads: Tensors  # the last upload of every client
     has_upload: Bool[Tensor, " n"]  # who has sent one
-    returned: Bool[Tensor, " n"]  # who was drawn, this round or before, when it had an upload
+    returned: Bool[Tensor, " n"]  # who was drawn, up to now, when it and others had one
     round: int = 0
     draw: Any = None  # draw("experts", 3): the run's generator of that stream and those numbers
     memory: Tensors = field(default_factory=dict)  # what a method keeps from round to round
 
     def begin(self, number: int, drawn: Ids) -> Server:
         """Return the server at the beginning of a round in which these clients train."""
-        comes_back = torch.zeros_like(self.has_upload).index_fill(0, drawn, True) & self.has_upload
+        others = self.has_upload.sum() > 1
+        comes_back = torch.zeros_like(self.returned).index_fill(0, drawn, others) & self.has_upload
         return replace(self, round=number, returned=self.returned | comes_back)
 
     def store(self, client_ids: Ids, uploads: Tensors) -> Server:
@@ -101,8 +102,7 @@ class Clients:
 
     feats: unit features of all images; patches: those of their patches, not normalised, for methods
     that ask for them. views: features of V random crops of each training image, of which a local
-    epoch sees one after the other; place: an image's row of `views`. turns: who trains when, if not
-    as drawn.
+    epoch sees one after the other; place: an image's row of `views`. turns: who trains when.
 
     Raises ValueError for a client without images and for features that are not finite.
     """

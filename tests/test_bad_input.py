@@ -269,6 +269,21 @@ CASES = {  # what is wrong -> who notices, and what the sentence must contain
         "equal to 1, not 1.5",
     ),
     "unknown schedule": (run(schedule="linear"), "'linear'", "constant, cosine, zigzag"),
+    "a schedule through all clients without their optimiser": (
+        run(schedule="zigzag"),
+        "zigzag",
+        "set optimiser to shared",
+    ),
+    "sums of one round in several": (
+        lambda monkeypatch: [*assemble.rounds_of(PARAMS.experiment("afl", 1, rounds=2))],
+        "AFL",
+        "set rounds to 1",
+    ),
+    "a shared optimiser for a method with its own": (
+        run("fedclip", optimiser="shared"),
+        "FedCLIP is not trained by SGD",
+        "fresh",
+    ),
     "no round": (run(rounds=0), "rounds must be greater than 0, not 0"),
     "no batch": (run(batch_size=0), "batch_size must be greater than 0, not 0"),
     "a last step after which there are no numbers": (

@@ -111,6 +111,19 @@ def test_the_oracle_compares_shares_however_many_images_a_client_has():
         assert method.neighbours(asked, torch.tensor([0]), clients).tolist() == [wanted]
 
 
+def test_a_client_that_has_never_met_another_has_not_come_back():
+    """It trained its gate without experts, however often it was drawn."""
+    now = server(torch.zeros(4, 1, 1))
+    nobody = torch.zeros(4, dtype=torch.bool)
+    now = dataclasses.replace(now, has_upload=nobody, returned=nobody)
+    returned = []
+    for number, drawn in enumerate([2, 2, 3, 2], 1):
+        now = now.begin(number, torch.tensor([drawn]))
+        returned.append(now.returned.nonzero().flatten().tolist())
+        now = now.store(torch.tensor([drawn]), {})
+    assert returned == [[], [], [], [2]]
+
+
 @pytest.mark.parametrize("newcomers", [[True, False], [False, False]])
 def test_whoever_has_not_come_back_gets_no_experts(newcomers, prompts, clients):
     params = {"ctx": prompts[0]}

@@ -255,6 +255,24 @@ def test_who_needs_the_images_of_all_has_no_new_client(images):
         refuses(use, ["images of all clients", "take another row"])
 
 
+def test_who_adds_up_what_all_say_is_not_adapted(images):
+    """AFL's classifier is sent without the sums to which a new client's would be added."""
+    _, setup, model = learn("afl")
+    mine = sorted_by_class(setup.clients.train[0], images, "mine")
+    refuses(lambda: model.adapt(mine), ["AFL", "run it again with the new one"])
+
+
+def test_adapting_begins_at_the_full_rate(images):
+    """The released schedule begins with 1e-5, in the first epoch of the first client of all."""
+    _, setup, model = learn("promptfl_released", rounds=1)
+    mine = sorted_by_class(setup.clients.train[0], images, "mine")
+    plain = dataclasses.replace(
+        model.kept, training=dataclasses.replace(model.kept.training, schedule="constant")
+    )
+    constant = dataclasses.replace(model, kept=plain).adapt(mine, epochs=1)
+    assert near(model.adapt(mine, epochs=1).new.p, constant.new.p)
+
+
 def test_adapting_is_what_fine_tuning_does(images):
     """With all images in one batch their order plays no part."""
     how = {"rounds": 2, "batch_size": 100, "lr": 0.1}
@@ -269,7 +287,7 @@ def test_adapting_is_what_fine_tuning_does(images):
     assert model.new is None
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row != EVERYBODY])
+@pytest.mark.parametrize("row", [row for row in ROWS if row not in (EVERYBODY, "afl")])
 def test_whatever_learns_can_be_adapted(row, images):
     """Training lowers the loss on the client's own images, and the same call gives the same."""
     _, setup, model = learn(row)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim import SGD
 
 from fpl.data import partitions
 from fpl.data.features import Features
@@ -162,8 +163,16 @@ def seeds_of(training: Training, seed: int) -> Seeds:
 
 
 def check_begin(setup: Setup) -> None:
-    """Raise ValueError, before it trains, for a method that learns what no file can hold."""
+    """Raise ValueError, before it trains, for what cannot be trained so, or held by no file."""
     setup.method.check(setup.text, setup.clients)
+    training = setup.training
+    if training.schedule == "zigzag" and training.optimiser != "shared":
+        raise ValueError("schedule zigzag goes on through all clients: set optimiser to shared")
+    one = [{"name": "ctx", "params": [torch.zeros(1)]}]
+    if training.optimiser == "shared" and not isinstance(
+        setup.method.optimiser(one, 0.0, 0.0), SGD
+    ):
+        raise ValueError(f"{setup.method.title} is not trained by SGD: set optimiser to fresh")
     check_names(setup.method.init(setup.text, torch.Generator()))
 
 

@@ -34,6 +34,7 @@ from fpl.experiments.records import RECORDS, Damaged
 from fpl.experiments.settings import row_class
 from fpl.experiments.values import check_choice, shown
 from fpl.methods import PromptFL
+from fpl.more_methods.features import AFL
 from fpl.prompts import Clip, PromptTree
 from fpl.rounds import TEST_ROWS, Cohort, Setup, train_cohort
 from fpl.state import Clients, Server, Tensors, generator, take
@@ -196,11 +197,15 @@ class Model:
         that reads other clients' images, and FloatingPointError for a loss that is not finite.
         """
         training = self.kept.training
+        if isinstance(self.kept.method, AFL):
+            raise ValueError("AFL fits all clients at once: run it again with the new one")
         if epochs is not None:
             epochs = int(values.number(epochs, "int", "epochs"))
             if epochs < 1:
                 raise ValueError(f"epochs is {epochs}: give at least 1")
             training = replace(training, local_epochs=epochs)
+        if training.schedule == "zigzag":  # which goes on from client to client: here is one
+            training = replace(training, schedule="constant")
         setup, server, cohort = arrive(self, people(self, *labelled(folder, self.kept.classes)))
         local = take(drawn(self), slice(None))
         start = self.kept.method.start(local, cohort.received)

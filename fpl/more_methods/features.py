@@ -73,6 +73,8 @@ class AFL(PromptFL):
         return -known - (p["moment"] * moment).sum((1, 2))
 
     def aggregate(self, server, client_ids, uploads, sizes):
+        if server.round:
+            raise ValueError("AFL adds up what is sent in one round: set rounds to 1")
         total = {name: value.sum(0) for name, value in uploads.items()}
         return replace(server.store(client_ids, uploads), params=total)
 
