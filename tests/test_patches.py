@@ -285,3 +285,25 @@ def test_python_trains_on_patches_as_the_command_line_does(here, patched):
     assert result.rounds[0].loss == pytest.approx(want["loss"], rel=1e-5)
     without = verbs.split(verbs.features("shapes", clip), clients=4, shots=2)
     refuses(lambda: verbs.train("fedotp", clip, without), ["patches=True"])
+
+
+def test_other_patches_or_crops_are_another_run(here, patched):
+    experiment = PARAMS.experiment("fedotp", 1)
+    (before,) = runner.keys_of([experiment, PARAMS.experiment("promptfl", 1)])[:1]
+    plain = runner.keys_of([PARAMS.experiment("promptfl", 1)])
+    path = DATA.file("patches")
+    content = path.read_bytes()
+    with features.h5py.File(path, locking=False) as f:
+        held = {name: f[name][:] for name in f}
+        made = dict(f.attrs)
+    try:
+        path.unlink()
+        with features.written(path) as f:
+            f.attrs["provenance"] = made["provenance"]
+            for name, value in held.items():
+                f[name] = value / 2 if name == "patches" else value
+        (after,) = runner.keys_of([experiment])
+        assert after.path != before.path
+        assert runner.keys_of([PARAMS.experiment("promptfl", 1)]) == plain
+    finally:
+        path.write_bytes(content)

@@ -450,6 +450,24 @@ def test_a_method_of_ones_own_depends_on_the_package_as_its_base_does(own, packa
     assert of_own(own) != after, "a module that is imported as a whole"
 
 
+WAYS = {
+    "a module": ("import fpl.methods", "fpl.methods.FedProx"),
+    "everything": ("from fpl.methods import *", "FedProx"),
+    "by way of another module": ("from fpl.released.methods import FedProx", "FedProx"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_base_counts_however_it_is_imported(way, package, tmp_path):
+    statement, base = WAYS[way]
+    path = tmp_path / "mine.py"
+    head = f"from dataclasses import dataclass\n\n{statement}\n\n\n@dataclass(frozen=True)\n"
+    write(path, f"{head}class Mine({base}):\n    key = title = 'mine'\n")
+    before = of_own(path)
+    replace(package / "methods.py", "self.mu / 2 *", "self.mu / 3 *")
+    assert of_own(path) != before
+
+
 def test_a_file_may_be_moved(own, tmp_path):
     moved = tmp_path / "elsewhere" / own.name
     write(moved, own.read_text())

@@ -349,6 +349,15 @@ def is_of_type(data: h5py.Dataset, column: str) -> bool:
     return h5py.check_string_dtype(data.dtype) is not None
 
 
+def hash_in(path: Path) -> str:
+    """Return the hash that a features file says it has, "" where it cannot be read."""
+    try:
+        with h5py.File(path, locking=False) as f:
+            return f.attrs["sha256"]
+    except (OSError, KeyError):
+        return ""
+
+
 def digest(f: h5py.Group) -> str:
     """Hash provenance and all datasets, in the order of their names, by SHA-256."""
     total = hashlib.sha256(f.attrs["provenance"].encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ T = TypeVar("T", bound=Callable)
 
 
 def cached_by_features(maxsize: int) -> Callable[[T], T]:
-    """Keep in memory what a function of (data, ...) returned, until the features file changes."""
+    """Keep in memory what a function of (data, ...) returned, until a features file changes."""
 
     def wrap(function):
         @functools.lru_cache(maxsize)
@@ -31,9 +32,9 @@ def cached_by_features(maxsize: int) -> Callable[[T], T]:
 
         @functools.wraps(function)
         def look(data: Data, *arguments, **named):
-            path = data.features
-            changed = path.stat().st_mtime_ns if path.exists() else 0
-            return cached((str(path.resolve()), changed), data, *arguments, **named)
+            files = [data.file(content) for content in features.COMMANDS]
+            changed = tuple(path.stat().st_mtime_ns if path.exists() else 0 for path in files)
+            return cached((str(files[0].resolve()), changed), data, *arguments, **named)
 
         return look
 
@@ -56,6 +57,20 @@ def load_cached(data: Data, backbone: Backbone, device: str) -> tuple[Clip, feat
     there = data.manifest.exists()
     images = {"manifest": sha256(data.manifest)} if there else {"data": data.name}
     return clip, features.load(data.features, clip.provenance | images, device)
+
+
+def hash_of(data: Data, backbone: Backbone, inputs: str) -> str:
+    """Return the hash of all features that a run reads: pooled ones, patches, crops.
+
+    inputs: what its method reads. What lies beside the pooled ones and cannot be read counts as
+    nothing; the run says so.
+    """
+    _, feats = load_cached(data, backbone, device())
+    beside = ["patches"] * (inputs == "patches") + ["views"] * bool(data.views)
+    if not beside:
+        return feats.sha256
+    hashes = [feats.sha256, *(features.hash_in(data.file(content)) for content in beside)]
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
 def check_source(data: Data) -> None:

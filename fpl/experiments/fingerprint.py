@@ -44,7 +44,8 @@ def code_fingerprint(experiment: Experiment) -> str:
     kind = type(experiment.method)
     reached: dict[Place, str] = {}
     of_module = functools.cache(definitions)  # one look at each file
-    waiting = [Place(kind.__module__, kind.__name__), Place(*LOOP)]
+    # what a class inherits counts, however its file names it
+    waiting = [Place(*LOOP), *(Place(base.__module__, base.__name__) for base in kind.__mro__)]
     while waiting:
         place = waiting.pop()
         if place in reached or place.module in stop:

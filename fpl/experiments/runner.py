@@ -30,7 +30,7 @@ from fpl.data.files import check_writable
 from fpl.data.processes import begin_worker, starting_workers
 from fpl.experiments import answers, keep, records, stored
 from fpl.experiments.assemble import names_of, rounds_of, setup_of, text_for
-from fpl.experiments.cache import device, load_cached
+from fpl.experiments.cache import device, hash_of, load_cached
 from fpl.experiments.checkpoints import EVERY, Checkpoint
 from fpl.experiments.fingerprint import code_fingerprint, file_of
 from fpl.experiments.records import Key
@@ -235,8 +235,8 @@ def make(
     where the features did, and for a row that needs a text tower where they came without one.
     """
     source = experiment.source
-    clip, feats = load_cached(source.data, source.backbone, device())
-    if feats.sha256 != key.features:
+    clip, _ = load_cached(source.data, source.backbone, device())
+    if hash_of(source.data, source.backbone, experiment.method.inputs) != key.features:
         changed = "has changed since this command began: call it again"
         raise ValueError(f"{source.data.features} {changed}")
     check_tower(experiment)
@@ -311,12 +311,12 @@ def keys_of(experiments: Iterable[Experiment]) -> list[Key]:
     keys = []
     for experiment in experiments:
         source = experiment.source
-        _, feats = load_cached(source.data, source.backbone, device())
-        keys.append(key_of(feats.sha256, experiment))
+        features = hash_of(source.data, source.backbone, experiment.method.inputs)
+        keys.append(key_of(features, experiment))
     return keys
 
 
 def key_of(features: str, experiment: Experiment) -> Key:
-    """Return by what a record is found: settings, code, and the hash of the features."""
+    """Return by what a record is found: settings, code, and the hash of the features it reads."""
     views = experiment.source.data.views
     return Key(experiment.settings(), code_fingerprint(experiment), features, views)
