@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import json
 import math
 from pathlib import Path
@@ -90,7 +91,7 @@ def everything(runs):
     yield tables.beside(main, "CIFAR100")
     yield tables.grid(runs, ["row", "lam"])
     yield tables.grid(main, "row", "novel")
-    yield tables.labelled(runs)
+    yield tables.labelled(main)
     yield tables.with_controls(tables.ablation(lam, "lam"), main)
     yield tables.differences(runs, {"one": ("pfedmoap", OWN)})
     yield tables.differences(tables.by_settings(lam, ["lam"]), {"two": ("lam 0", "lam 0.5")})
@@ -327,6 +328,43 @@ def test_a_table_of_differences_says_one_interval_a_verdict_and_holms_p():
     assert len(said) == 3 and said[0].startswith("* *pfedmoap minus promptfl*: ")
     assert all(line.verdict in text for line, text in zip(table.itertuples(), said))
     assert tables.sentences(table, ["twice"]) == said[2]
+
+
+def test_holms_p_is_of_all_lines_of_the_table_on_several_data_sets_too():
+    made = [
+        record(method, seed, data=data)
+        for data in ("shapes", "styles", "dtd")
+        for method in ("promptfl", "pfedmoap")
+        for seed in (1, 2, 3)
+    ]
+    runs = records.frame(store(made))
+    table = tables.differences(runs, {"a - b": ("promptfl", "pfedmoap")})
+    assert table.index.names == ["data", "pair"] and len(table) == 3
+    assert table["holm"].tolist() == pytest.approx(stats.holm(table["p"]), abs=3e-4)
+    assert (table["holm"] > table["p"]).any()
+
+
+def test_a_table_without_pairs_is_empty():
+    runs = records.frame(store([record("promptfl", 1)]))
+    assert tables.differences(runs, tables.pairs_of(runs, [("promptfl", "gone")])).empty
+
+
+AVERAGES = {
+    "by_seed": stats.by_seed,
+    "spread": stats.spread,
+    "table1": tables.table1,
+    "clients": tables.clients,
+    "results": functools.partial(tables.results, columns={"personal": "accuracy"}),
+    "generalisation": tables.generalisation,
+}
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+def test_two_rows_of_one_method_are_no_average(average):
+    made = [record("pfedmoap", 1, n_experts=k) for k in (0, 2)]
+    runs = records.frame(store(made), ["none", "two"])
+    with pytest.raises(ValueError, match="2 runs are called pfedmoap, 1: group by a column"):
+        AVERAGES[average](runs)
 
 
 def test_differences_at_values_of_a_setting_keep_pair_and_value_apart():

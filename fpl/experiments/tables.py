@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,7 @@ from fpl.experiments.stats import (
     ABOVE,
     RUN,
     by_seed,
+    check_single,
     holm,
     last_round,
     minus,
@@ -444,19 +445,26 @@ def pairs_of(runs: DataFrame, asked: Sequence[tuple[str, str]]) -> dict[str, tup
     return {f"{a} - {b}": (a, b) for a, b in asked if {a, b} <= there}
 
 
+def differences(runs: DataFrame, pairs: Mapping[Any, Sequence[str]]) -> DataFrame:
+    """Return `differences_on` each data set, and holm: the p of all lines, adjusted together."""
+    table = differences_on(runs, pairs)
+    holms = Series(holm(table["p"].tolist()), table.index).round(4)
+    table.insert(table.columns.get_loc("p") + 1, "holm", holms)
+    return table.assign(p=table["p"].round(4))
+
+
 @several
-def differences(runs: DataFrame, pairs: Mapping[str, Sequence[str]]) -> DataFrame:
+def differences_on(runs: DataFrame, pairs: Mapping[Any, Sequence[str]]) -> DataFrame:
     """Return what `fpl.experiments.stats.paired` says of pairs of rows, in points of percent.
 
     pairs: for each line's name the labels of two rows; the second is subtracted from the first. Of
     four rows a, b, c, d it is (a - b) - (c - d). A name may have two parts, a pair and where it is
-    compared. holm: the p of all lines on a data set, adjusted by `stats.holm`.
+    compared.
     """
-    found = DataFrame({name: compared(runs, labels) for name, labels in pairs.items()}).T
+    lines = {name: compared(runs, labels) for name, labels in pairs.items()}
+    found = DataFrame(lines, ["mean", "low", "high", "p", "seeds", "clients"]).T
     table = (100 * found[["mean", "low", "high"]]).round(2) + 0.0  # no -0.0
-    table["p"] = found["p"].round(4)
-    table["holm"] = holm(found["p"].tolist())
-    table["holm"] = table["holm"].round(4)
+    table["p"] = found["p"].astype(float)
     table["verdict"] = [verdict(*ends) for ends in found[["low", "high"]].to_numpy()]
     numbers = found[["seeds", "clients"]].astype(int)
     return table.join(numbers).rename_axis(["pair", "at"][: table.index.nlevels])
@@ -496,7 +504,7 @@ def passing(table: DataFrame, bases: Sequence[str]) -> list[str]:
     on which.
     """
     flat = table.reset_index()
-    clear = flat[(flat["verdict"] == ABOVE) & (flat["holm"] < 0.05)]
+    clear = flat[(flat["verdict"] == ABOVE) & (flat["holm"] <= 0.05)]
     names = clear["pair"].str.rsplit(" - ", n=1)
     where = names.str[0] + (", " + clear["data"] if "data" in clear else "")
     passed = names.str[1].groupby(where, sort=False).agg(set)
@@ -560,6 +568,7 @@ def generalisation(runs: DataFrame, key: str = "method") -> DataFrame:
     """
     columns = {"accuracy": "local", "base": "base", "novel": "novel"}
     groups = last_round(runs).groupby([key, "seed"], sort=False)
+    check_single(groups)
     found = groups[[*columns]].mean().rename(columns=columns)
     found["HM"] = 3 / (1 / found).sum(axis=1, skipna=False)
     seeds = (100 * found).groupby(level=key, sort=False)
@@ -661,6 +670,7 @@ def results(runs: DataFrame, columns: Mapping[str, str], hm: bool = False) -> Da
 def means(lines: DataFrame, columns: Mapping[str, str], key: str) -> DataFrame:
     """Return means over clients of several results by their names, for each (key, seed)."""
     groups = lines.groupby([key, "seed"], sort=False, dropna=False)
+    check_single(groups)
     return DataFrame({name: groups[column].mean() for name, column in columns.items()})
 
 
