@@ -38,12 +38,12 @@ def noise_multiplier(epsilon: float, delta: float, releases: int) -> float:
     Together they are one release of multiplier z / sqrt(releases), exactly and even if each depends
     on those before it (Dong, Roth and Su, 2022, Corollary 3.3), whose delta is known in closed form
     (Balle and Wang, 2018, Theorem 8): Opacus computes it.
-    Raises ValueError for an epsilon outside (0, 500], a delta outside (0, 1), or no release.
+    Raises ValueError for an epsilon outside [1e-6, 500], a delta outside (0, 1), or no release.
     """
     from scipy.optimize import brentq  # its import takes time, and few runs need it
 
-    if not 0 < epsilon <= LARGEST:
-        raise ValueError(f"epsilon {epsilon} must be above 0 and at most {LARGEST:g}")
+    if not 1e-6 <= epsilon <= LARGEST:
+        raise ValueError(f"epsilon {epsilon} must be at least 1e-6 and at most {LARGEST:g}")
     delta_of = accountant(delta, releases).delta_eps_mu
     mu = brentq(lambda mu: delta_of(eps=epsilon, mu=mu) - delta, 1e-9, 100.0)
     return math.sqrt(releases) / mu

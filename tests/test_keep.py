@@ -128,3 +128,11 @@ def test_the_class_of_a_method_of_ones_own_is_said_by_whoever_reads(here):
     of_package = kept_path(small("promptfl", **PART))
     words = ["is of PromptFL, a row of the table: leave out the method"]
     refuses(lambda: keep.read(of_package, Mine), words)
+
+
+def test_clients_that_receive_nothing_are_kept(patched):
+    """FedPer with no vector shared receives tensors without numbers."""
+    with standing_in(patched):
+        kept = kept_of(small("fedper", n_base=0))
+    (cohort,) = kept.cohorts
+    assert cohort.received["base"].shape[:2] == (4, 0)

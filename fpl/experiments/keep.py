@@ -188,5 +188,9 @@ def packed(value: Tensor | Lookup) -> dict[str, Tensor]:
     if isinstance(value, Lookup):
         return {"rows": value.rows, "place": value.place}
     lead = 2 if value.ndim == 4 else 1
-    rows, place = value.flatten(0, lead - 1).unique(dim=0, return_inverse=True)
+    flat = value.flatten(0, lead - 1)
+    if value.numel():
+        rows, place = flat.unique(dim=0, return_inverse=True)
+    else:  # of which no two differ
+        rows, place = flat[:1], torch.zeros(len(flat), dtype=torch.long)
     return {"rows": rows, "place": place.view(value.shape[:lead])}
