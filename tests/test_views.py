@@ -15,7 +15,7 @@ from helpers import store_clip
 
 from fpl.data import encoders as clips
 from fpl.data import extraction, features
-from fpl.data.manifest import read_manifest
+from fpl.data.manifest import read_manifest, write_manifest
 from fpl.data.views import Views, crop
 
 SIZES = [(40, 40), (64, 48), (33, 90), (200, 31)]  # (width, height)
@@ -265,3 +265,15 @@ def test_a_data_set_without_training_images_has_no_views(manifest, tower, tmp_pa
     )
     with pytest.raises(ValueError, match="^no training images in "):
         extraction.extract(none, tower, tmp_path / "f.h5", "views")
+
+
+def test_crops_are_the_same_wherever_a_data_set_lies(manifest, tower, tmp_path):
+    """A manifest that is written elsewhere has paths that lead to the images from there."""
+    here = stored(manifest, tower, tmp_path / "here.h5")
+    for folder in ("near", "far/away/from/here"):
+        moved = read_manifest(write_manifest(manifest, tmp_path / folder / "manifest.csv"))
+        assert moved.rows[0]["path"].startswith("../")
+        found = stored(moved, tower, tmp_path / folder / "there.h5")
+        if folder == "near":
+            near = found
+    assert torch.equal(found.feats, near.feats) and found.feats.shape == here.feats.shape

@@ -159,6 +159,7 @@ class Images(Dataset):
         self.paths = [manifest.rows[i]["path"] for i in images_of(manifest, content)]
         self.transform = transform
         self.content = content
+        self.outside = outside(manifest)
         self.drawn = (views or Views(1)) if content == "views" else None
         self.views = self.drawn.number if self.drawn else 1
         if self.drawn:
@@ -185,11 +186,23 @@ class Images(Dataset):
     def transformed(self, content: bytes, name: str) -> Float[Tensor, "V 3 s s"]:
         decoded = pictures.decode(content, self.upright)
         if self.drawn:
-            return self.drawn.draw(self.transform, decoded, name, self.pixels[1:])
+            inside = name.removeprefix(self.outside)
+            return self.drawn.draw(self.transform, decoded, inside, self.pixels[1:])
         return self.transform(decoded).unsqueeze(0)
 
     def black(self) -> Float[Tensor, "V 3 s s"]:
         return torch.zeros(self.views, *self.pixels)
+
+
+def outside(manifest: Manifest) -> str:
+    """Return how all paths begin that lead out of the manifest's folder, "" where not all do.
+
+    Crops are drawn by what follows it, and so are the same wherever a data set lies.
+    """
+    folders = [os.path.dirname(row["path"]) for row in manifest.rows]
+    if not folders or not all(folder.startswith("..") for folder in folders):
+        return ""
+    return os.path.commonpath(folders) + "/"
 
 
 def reason_of(error: Exception) -> str:
