@@ -42,6 +42,10 @@ from fpl.rounds import Setup, Training, train_locally
 from fpl.state import Clients
 
 TOKENS = 4  # of a class name in the prompt tree with "." and EOS: 4.06 for Food101
+# items of a checklist: those without which nothing is to run, and those that are counted
+BAD = ("layout that is read", "images on disk")
+COUNTED = ("train images", "test images", "classes", "domains")
+PART = ": others than are published, so not to be compared with print"
 GB = 1e9
 HOUR = 3600
 
@@ -61,13 +65,15 @@ class Tower(NamedTuple):
 class Images(NamedTuple):
     """How many images and classes a data set has, as found or, if it is not there, as published.
 
-    todo: what to do if it is not there.
+    todo: what to do if it is not there, or in another split than papers have. note: that its
+    numbers are not as published.
     """
 
     train: int
     test: int
     classes: int
     todo: str = ""
+    note: str = ""
 
 
 class File(NamedTuple):
@@ -103,22 +109,27 @@ def needs(settings: Settings, fetch: bool = False) -> pd.DataFrame:
         found = images_of(data)
         state = "not there"
         if not found.todo:
-            state = f"{found.train + found.test} images, {found.classes} classes"
+            state = f"{found.train + found.test} images, {found.classes} classes{found.note}"
         table.append(("data set", data.name, state, found.todo))
     models = [replace(source.backbone, preprocessing="") for source in sources]
+    users: dict[str, str] = {}  # the model that has a file as its weights
     for backbone in dict.fromkeys(models):
         name = f"{backbone.name} {backbone.weights}".strip()
-        table.append(("weights", name, *weights_of(backbone, fetch)))
+        state, todo = weights_of(backbone, fetch)
+        first = users.setdefault(backbone.weights, backbone.name)
+        if first != backbone.name and Path(backbone.weights).is_file():
+            todo = f"{backbone.weights} cannot be of {first}, too: give each `weights` of its own"
+        table.append(("weights", name, state, todo))
     sizes = disk(settings)
-    # a file may be larger than estimated
-    left = sizes["GB"] - sizes["there, GB"]
-    wanted = left.clip(lower=0).sum()
+    # a file may be larger than estimated, and at its end it is there twice
+    left = (sizes["GB"] - sizes["there, GB"]).clip(lower=0)
+    wanted = left.sum() + left.max()
     free = shutil.disk_usage(".").free / GB
     todo = ""
     if wanted > free:
         where = Path.cwd().name
         todo = f"{wanted:.1f} GB more are needed in {where} and {free:.1f} are free: make room"
-    state = f"{wanted:.2f} GB to write, {free:.0f} GB free"
+    state = f"{wanted:.2f} GB needed meanwhile, {free:.0f} GB free"
     table.append(("disk", "features and records", state, todo))
     return pd.DataFrame(table, columns=["need", "of", "state", "todo"])
 
@@ -151,15 +162,18 @@ def count_images(data: Data, here: Path) -> Images:
         count = dataset.layouts[key].count
         if count:
             train, test = count(folder)
-            return published._replace(train=train, test=test)
-    listed = datasets.checklist(data.name, root).set_index("item")
+            note = "" if (train, test) == (paper.train, paper.test) else PART
+            return published._replace(train=train, test=test, note=note)
+    listed = datasets.checklist(data.name, root, data.layout or None).set_index("item")
     if "manifest" in listed.index:
         todo = f"the data set {data.name} cannot be read: {listed.loc['manifest', 'todo']}"
         return published._replace(todo=todo)
-    absent = listed.loc["images on disk", "todo"]
-    todo = f"images of {data.name} are missing: {absent}" if absent else ""
+    asked = listed["todo"][listed["todo"] != ""]
+    wrong = [f"{item} of {data.name}: {asked[item]}" for item in BAD if item in asked]
+    note = PART if asked.index.isin(COUNTED).any() else ""
     found = listed["found"]
-    return Images(found["train images"], found["test images"], found["classes"], todo)
+    numbers = (found[item] for item in COUNTED[:3])
+    return Images(*numbers, "; ".join(wrong), note)
 
 
 def weights_of(backbone: Backbone, fetch: bool) -> tuple[str, str]:
@@ -180,6 +194,7 @@ def weights_of(backbone: Backbone, fetch: bool) -> tuple[str, str]:
         return f"to be downloaded from {repository}", ""
     try:
         _, path, _ = encoders.resolve(name, backbone.weights)
+        encoders.check_plain(path)
     except (FileNotFoundError, ValueError) as e:
         return "not there", str(e)
     return f"{path.stat().st_size / 1e6:.0f} MB on this machine", ""
@@ -267,12 +282,13 @@ def encodings(method: PromptFL, n: int, training: Training, tower: Tower) -> tup
     the test of all clients. Counted by running the method with clients of one step an epoch.
     """
     gen = torch.Generator().manual_seed(0)
-    patches = torch.randn(2 * n, 2, tower.dim, generator=gen)
-    own = torch.arange(2 * n).split(2)
+    b = min(training.batch_size, 64)  # of methods that see all images at once
+    patches = torch.randn(b * n, 2, tower.dim, generator=gen)
+    own = torch.arange(b * n).split(b)
     feats = F.normalize(patches[:, 0], dim=-1)
-    clients = Clients(feats, torch.arange(2 * n) % 2, own, own, 2, patches)
+    clients = Clients(feats, torch.arange(b * n) % 2, own, own, 2, patches)
     rounds = min(training.rounds, 2)
-    short = replace(training, rounds=rounds, participation=1.0, batch_size=2)
+    short = replace(training, rounds=rounds, participation=1.0, batch_size=b)
     encoder = CountingEncoder(tower.width, tower.dim)
     trained, read = count_round(method, encoder, clients, short)
     return trained / n, read
@@ -373,14 +389,15 @@ def recorded(experiment: Experiment) -> bool:
 
 
 def calibrate(settings: Settings) -> Rates:
-    """Measure the rates of each backbone, with random weights."""
+    """Measure the rates of each backbone, with random weights; several GPUs share the work."""
     text: dict[str, float] = {}
     pixels: dict[str, float] = {}
+    devices = max(1, torch.cuda.device_count())
     models = {settings.source(name).backbone.name for name in settings.contents()}
     for name in sorted(models):
         clip = load_model(name)
-        text[name] = text_speed(clip, tower_of(Backbone(name)))
-        pixels[name] = image_speed(clip, 512 if device() == "cuda" else 8)
+        text[name] = devices * text_speed(clip, tower_of(Backbone(name)))
+        pixels[name] = devices * image_speed(clip, 512 if device() == "cuda" else 8)
     return Rates(text, pixels)
 
 

@@ -1,4 +1,4 @@
-"""Ten other methods, of 2023 to 2026, and a control of one: each states only what differs from PromptFL.
+"""Ten other methods, of 2023 to 2026, and a control: each states what differs from PromptFL.
 
 `prompts` learn prompts in another way; `features` learn on image features, without a text tower's
 gradient; `private` have what a step draws at random: dropout, or noise. Shapes and symbols are

@@ -139,15 +139,15 @@ def overview(root: Path) -> pd.DataFrame:
     return pd.DataFrame(table, columns=["data set", "classes", "train", "test", "found"])
 
 
-def checklist(name: str, root: Path) -> pd.DataFrame:
+def checklist(name: str, root: Path, layout: str | None = None) -> pd.DataFrame:
     """Compare what a data set needs with what is there: columns item, expected, found, todo.
 
-    todo is empty where nothing is to be done.
+    todo is empty where nothing is to be done. layout: the one that was chosen, if one was.
     """
     table: list[Line] = []
     reason = used = ""
     try:
-        manifest = read(name, root)
+        manifest = read(name, root, layout)
     except FileNotFoundError as e:
         reason = str(e) if name == "own" else "see above"
     except ValueError as e:
@@ -157,9 +157,9 @@ def checklist(name: str, root: Path) -> pd.DataFrame:
         dataset = get(name)
         folder = next(filter(Path.is_dir, dataset.places(root)), dataset.places(root)[0])
         if not reason:
-            folder, used, _ = find(name, root)
+            folder, used, _ = find(name, root, layout)
             sizes = dataset.sizes(used)
-            best = dataset.best if dataset.split else used
+            best = layout or (dataset.best if dataset.split else used)
             todo = f"{dataset.split} is in the files of the {best} layout" if used != best else ""
             table.append(("layout that is read", best, used, todo))
         table += missing_files(dataset, folder, used)
