@@ -51,6 +51,9 @@ def check_notebook(path: Path) -> None:
     """Raise FileNotFoundError without the file, and ValueError if it is no notebook."""
     import warnings
 
+    from fpl.experiments.notebook import import_quickly
+
+    import_quickly()
     import nbformat
 
     if not path.is_file():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fpl.data.files import ROOT, atomic_write
 from fpl.experiments.places import results
@@ -64,6 +65,7 @@ def execute(source: Path, target: Path, given: Mapping[str, Any] | None = None) 
     made. Raises ValueError for a parameter that the notebook does not declare, and RuntimeError,
     with the executed cells kept in `target`, when a cell fails.
     """
+    import_quickly()
     import nbformat
     import papermill
 
@@ -98,6 +100,14 @@ def execute(source: Path, target: Path, given: Mapping[str, Any] | None = None) 
     with atomic_write(target) as temporary:
         nbformat.write(book, temporary)
     return target
+
+
+def import_quickly() -> None:
+    """Keep jsonschema, which nbformat imports, from building a grammar of addresses for seconds.
+
+    It does without where the grammar's package is not there, and notebooks have no such field.
+    """
+    sys.modules.setdefault("rfc3987_syntax", cast(Any, None))
 
 
 def as_declared(value: Any, default: str, where: str) -> Any:
