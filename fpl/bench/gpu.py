@@ -151,7 +151,7 @@ class Work:
     def row(self, row: str) -> Iterator[Number]:
         """Train four clients here and on the CPU, from the same random images."""
         asked = part_of({"n_experts": 2, "d_gate": 16, "heads": 4}, ROWS[row])
-        asked |= {"rounds": 2, "local_epochs": 1, "batch_size": 4, "lr": 0.02}
+        asked |= {"rounds": 2, "local_epochs": 1, "batch_size": 4, "lr": 0.02} | ROWS[row].training
         cpu, here = [
             answers(verbs.train(row, clip, random_clients(clip), progress=False, **asked))
             for clip in self.demos
