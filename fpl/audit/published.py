@@ -240,14 +240,14 @@ def real(ours: DataFrame) -> bool:
 
 
 def changed(sets: Iterable[Data]) -> list[str]:
-    """Return which data sets of papers have other numbers of images here than are published.
+    """Return which data sets of the paper have other numbers of images here than are published.
 
     As where a domain is missing, or the files that say a split. Only sets whose images are listed
     here are looked at.
     """
     found = {}
     for data in sets:
-        if data.name in DATASETS and data.manifest.exists():
+        if data.name in PRINTED and data.manifest.exists():
             best = DATASETS[data.name].layouts[DATASETS[data.name].best]
             here = pd.read_csv(data.manifest)["split"].value_counts()
             found[data.name] = (here.get("train"), here.get("test")) != (best.train, best.test)
