@@ -270,10 +270,10 @@ def test_a_data_set_without_training_images_has_no_views(manifest, tower, tmp_pa
 def test_crops_are_the_same_wherever_a_data_set_lies(manifest, tower, tmp_path):
     """A manifest that is written elsewhere has paths that lead to the images from there."""
     here = stored(manifest, tower, tmp_path / "here.h5")
-    for folder in ("near", "far/away/from/here"):
-        moved = read_manifest(write_manifest(manifest, tmp_path / folder / "manifest.csv"))
+    found = []
+    for folder in (tmp_path / "near", tmp_path / "far/away/from/here"):
+        moved = read_manifest(write_manifest(manifest, folder / "manifest.csv"))
         assert moved.rows[0]["path"].startswith("../")
-        found = stored(moved, tower, tmp_path / folder / "there.h5")
-        if folder == "near":
-            near = found
-    assert torch.equal(found.feats, near.feats) and found.feats.shape == here.feats.shape
+        found.append(stored(moved, tower, folder / "there.h5").feats)
+    near, far = found
+    assert torch.equal(near, far) and near.shape == here.feats.shape

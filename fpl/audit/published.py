@@ -245,13 +245,15 @@ def changed(sets: Iterable[Data]) -> list[str]:
     As where a domain is missing, or the files that say a split. Only sets whose images are listed
     here are looked at.
     """
-    found = {}
-    for data in sets:
-        if data.name in PRINTED and data.manifest.exists():
-            best = DATASETS[data.name].layouts[DATASETS[data.name].best]
-            here = pd.read_csv(data.manifest)["split"].value_counts()
-            found[data.name] = (here.get("train"), here.get("test")) != (best.train, best.test)
-    return [name for name, is_changed in found.items() if is_changed]
+    found = []
+    manifests = {data.name: data.manifest for data in sets}  # one for all features of a set
+    for name, manifest in manifests.items():
+        if name in PRINTED and manifest.exists():
+            best = DATASETS[name].layouts[DATASETS[name].best]
+            here = pd.read_csv(manifest)["split"].value_counts()
+            if (here.get("train"), here.get("test")) != (best.train, best.test):
+                found.append(name)
+    return found
 
 
 def candidates() -> DataFrame:

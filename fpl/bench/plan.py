@@ -172,7 +172,7 @@ def count_images(data: Data, here: Path) -> Images:
     wrong = [f"{item} of {data.name}: {asked[item]}" for item in BAD if item in asked]
     note = PART if asked.index.isin(COUNTED).any() else ""
     found = listed["found"]
-    numbers = (found[item] for item in COUNTED[:3])
+    numbers = found["train images"], found["test images"], found["classes"]
     return Images(*numbers, "; ".join(wrong), note)
 
 

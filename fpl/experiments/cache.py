@@ -16,7 +16,7 @@ from fpl.data import encoders, features
 from fpl.data.files import sha256
 from fpl.data.manifest import SOURCE, Manifest
 from fpl.experiments.extract import manifest_of
-from fpl.experiments.settings import Backbone, Data
+from fpl.experiments.settings import Backbone, Data, Experiment
 from fpl.prompts import Clip, Precision, PromptTree
 
 T = TypeVar("T", bound=Callable)
@@ -59,14 +59,14 @@ def load_cached(data: Data, backbone: Backbone, device: str) -> tuple[Clip, feat
     return clip, features.load(data.features, clip.provenance | images, device)
 
 
-def hash_of(data: Data, backbone: Backbone, inputs: str) -> str:
+def features_hash(experiment: Experiment) -> str:
     """Return the hash of all features that a run reads: pooled ones, patches, crops.
 
-    inputs: what its method reads. What lies beside the pooled ones and cannot be read counts as
-    nothing; the run says so.
+    What lies beside the pooled ones and cannot be read counts as nothing; the run says so.
     """
-    _, feats = load_cached(data, backbone, device())
-    beside = ["patches"] * (inputs == "patches") + ["views"] * bool(data.views)
+    data = experiment.source.data
+    _, feats = load_cached(data, experiment.source.backbone, device())
+    beside = ["patches"] * (experiment.method.inputs == "patches") + ["views"] * bool(data.views)
     if not beside:
         return feats.sha256
     hashes = [feats.sha256, *(features.hash_in(data.file(content)) for content in beside)]

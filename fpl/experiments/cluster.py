@@ -171,8 +171,7 @@ class Encoder:
     def __call__(
         self, images: extraction.Images, plan: Sequence[list[int]], batch: int
     ) -> Iterator[extraction.Batch]:
-        here = {"folder"}  # what stays
-        told = {name: value for name, value in vars(images).items() if name not in here}
+        told = {name: value for name, value in vars(images).items() if name != "folder"}
         many = 4 * max(2, len(self.client.scheduler_info(n_workers=-1)["workers"]))
         for first in range(0, len(plan), many):
             part = plan[first : first + many]

@@ -30,7 +30,7 @@ from fpl.data.files import check_writable
 from fpl.data.processes import begin_worker, starting_workers
 from fpl.experiments import answers, keep, records, stored
 from fpl.experiments.assemble import names_of, rounds_of, setup_of, text_for
-from fpl.experiments.cache import device, hash_of, load_cached
+from fpl.experiments.cache import device, features_hash, load_cached
 from fpl.experiments.checkpoints import EVERY, Checkpoint
 from fpl.experiments.fingerprint import code_fingerprint, file_of
 from fpl.experiments.records import Key
@@ -236,7 +236,7 @@ def make(
     """
     source = experiment.source
     clip, _ = load_cached(source.data, source.backbone, device())
-    if hash_of(source.data, source.backbone, experiment.method.inputs) != key.features:
+    if features_hash(experiment) != key.features:
         changed = "has changed since this command began: call it again"
         raise ValueError(f"{source.data.features} {changed}")
     check_tower(experiment)
@@ -308,12 +308,7 @@ def record_of(experiment: Experiment, key: Key, rounds: list[dict[str, Any]]) ->
 
 def keys_of(experiments: Iterable[Experiment]) -> list[Key]:
     """Return by what the records are found, for features that are the ones asked for."""
-    keys = []
-    for experiment in experiments:
-        source = experiment.source
-        features = hash_of(source.data, source.backbone, experiment.method.inputs)
-        keys.append(key_of(features, experiment))
-    return keys
+    return [key_of(features_hash(experiment), experiment) for experiment in experiments]
 
 
 def key_of(features: str, experiment: Experiment) -> Key:

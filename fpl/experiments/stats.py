@@ -75,19 +75,22 @@ def by_seed(runs: DataFrame, key: str | Sequence[str] = "method") -> Series:
     key: a column, or several. Raises ValueError where a (key, seed) has several runs.
     """
     keys = [key] if isinstance(key, str) else [*key]
-    groups = last_round(runs).groupby([*keys, "seed"], sort=False, dropna=False)
-    check_single(groups)
-    return groups["accuracy"].mean()
+    return of_single(last_round(runs), [*keys, "seed"])["accuracy"].mean()
 
 
-def check_single(groups: Any) -> None:
-    """Raise ValueError for groups of runs' lines of which one has several runs: no mean is both."""
+def of_single(lines: DataFrame, keys: Sequence[str]) -> Any:
+    """Return runs' lines in groups by some columns, one of which is the seed.
+
+    Raises ValueError for a group that has several runs: no mean is both.
+    """
+    groups = lines.groupby([*keys], sort=False, dropna=False)
     several = groups["run"].nunique()
     for name in several.index[several > 1]:
         shown = ", ".join(map(str, name)) if isinstance(name, tuple) else name
         raise ValueError(
             f"{several[name]} runs are called {shown}: group by a column that tells them apart"
         )
+    return groups
 
 
 def over_seeds(values: Sequence[float]) -> Series:
@@ -112,9 +115,7 @@ def spread(runs: DataFrame) -> DataFrame:
     client. The std is that of all clients there are (divided by their number, as in the released
     code), not an estimate from a sample. The percentile is interpolated linearly.
     """
-    groups = last_round(runs).groupby(["method", "seed"], sort=False)
-    check_single(groups)
-    of_run = groups["accuracy"]
+    of_run = of_single(last_round(runs), ["method", "seed"])["accuracy"]
     measures = DataFrame({"worst": of_run.min()})
     measures["tenth"] = of_run.quantile(0.1)
     measures["std"] = of_run.std(ddof=0)

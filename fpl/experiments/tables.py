@@ -26,10 +26,10 @@ from fpl.experiments.stats import (
     ABOVE,
     RUN,
     by_seed,
-    check_single,
     holm,
     last_round,
     minus,
+    of_single,
     over_seeds,
     paired,
     reporting_rule,
@@ -567,8 +567,7 @@ def generalisation(runs: DataFrame, key: str = "method") -> DataFrame:
     it is not verified. Methods that cannot tell novel classes apart have neither `novel` nor HM.
     """
     columns = {"accuracy": "local", "base": "base", "novel": "novel"}
-    groups = last_round(runs).groupby([key, "seed"], sort=False)
-    check_single(groups)
+    groups = of_single(last_round(runs), [key, "seed"])
     found = groups[[*columns]].mean().rename(columns=columns)
     found["HM"] = 3 / (1 / found).sum(axis=1, skipna=False)
     seeds = (100 * found).groupby(level=key, sort=False)
@@ -669,8 +668,7 @@ def results(runs: DataFrame, columns: Mapping[str, str], hm: bool = False) -> Da
 
 def means(lines: DataFrame, columns: Mapping[str, str], key: str) -> DataFrame:
     """Return means over clients of several results by their names, for each (key, seed)."""
-    groups = lines.groupby([key, "seed"], sort=False, dropna=False)
-    check_single(groups)
+    groups = of_single(lines, [key, "seed"])
     return DataFrame({name: groups[column].mean() for name, column in columns.items()})
 
 
