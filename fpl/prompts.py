@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fpl.later import Later
 from fpl.linear import linear
 
+open_clip = Later("open_clip")
 Precision = Literal["single", "bfloat16", "half"]
 PRECISIONS = {"single": torch.float32, "bfloat16": torch.bfloat16, "half": torch.float16}
 BUDGET = {"cpu": 2048, "cuda": 8192}  # nodes encoded at once: more are not faster on a CPU
@@ -38,7 +38,7 @@ class Clip:
 
     model: nn.Module
     transform: Any = None
-    tokenizer: Any = open_clip.tokenizer._tokenizer
+    tokenizer: Any = field(default_factory=lambda: open_clip.tokenizer._tokenizer)
     provenance: dict[str, str] = field(default_factory=dict)
 
 
@@ -122,8 +122,7 @@ class PromptTree(nn.Module):
         mask = tree.mask.repeat(n, 1, 1, 1) if len(tree.groups) > 1 else tree.mask
         *before, last = tower.transformer.resblocks
         through = partial(checkpoint, self.layer, use_reentrant=False) if again else self.layer
-        low = self.precision != "single"
-        with torch.autocast(x.device.type, PRECISIONS[self.precision], enabled=low):
+        with torch.autocast(x.device.type, PRECISIONS[self.precision], self.precision != "single"):
             for block in before:
                 x = through(block, x, tree, mask, slice(None))
             # what the last block would make of the other nodes is read by nobody
@@ -204,7 +203,7 @@ def ancestors(groups: list[list[list[int]]], shared: int) -> tuple[list[list[int
 
 
 def layer(
-    block: ResidualAttentionBlock,
+    block: nn.Module,
     x: Float[Tensor, "n t w"],
     tree: Tree,
     mask: Float[Tensor, "ng 1 r r"],
@@ -230,7 +229,7 @@ def mlp(parts: nn.Sequential, x: Float[Tensor, "n t w"]) -> Float[Tensor, "n t w
     """Run a block's perceptron; QuickGELU as silu(1.702 x) / 1.702 keeps one tensor, not two."""
     up, activation, down = parts
     x = linear(x, *up.parameters())
-    x = F.silu(1.702 * x) / 1.702 if isinstance(activation, QuickGELU) else activation(x)
+    x = F.silu(1.702 * x) / 1.702 if type(activation).__name__ == "QuickGELU" else activation(x)
     return linear(x, *down.parameters())
 
 
@@ -243,7 +242,8 @@ def check_tower(tower: nn.Module) -> None:
     """Raise ValueError for a text tower that is not of CLIP's kind."""
     read_at = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
     causal = getattr(tower, "attn_mask", None) is not None
-    usual = all(type(block) is ResidualAttentionBlock for block in tower.transformer.resblocks)
+    kinds = {*map(type, tower.transformer.resblocks)}
+    usual = kinds == {open_clip.transformer.ResidualAttentionBlock}
     if not (causal and read_at == "argmax" and usual):
         what = "is not causal, not read at EOS, or has blocks of another kind than CLIP's"
         raise ValueError(f"this text tower {what}: the prompt tree needs one of CLIP's kind")

@@ -12,20 +12,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from jaxtyping import Float
-from open_clip.modified_resnet import ModifiedResNet
-from open_clip.pretrained import hf_hub_download
-from open_clip.transform import Compose, InterpolationMode, Normalize, Resize, ToTensor
-from open_clip.transformer import VisionTransformer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fpl.data.files import ROOT, sha256
+from fpl.later import Later
 from fpl.prompts import Clip, PromptTree
+
+open_clip = Later("open_clip")
+transforms = Later("torchvision.transforms")
 
 # the files of a model in a repository of the hub or in a folder
 CONFIG = "open_clip_config.json"
@@ -183,11 +182,11 @@ def untrained(name: str, device: str = "cpu") -> Clip:
     return Clip(model.eval().requires_grad_(False), transform, provenance=provenance)
 
 
-def released_transform(preprocessing: str, size: int | tuple[int, int]) -> Compose:
+def released_transform(preprocessing: str, size: int | tuple[int, int]) -> Any:
     """Prepare images as the released code does: normalise with CIFAR's statistics, then enlarge."""
     square = size if isinstance(size, tuple) else (size, size)
-    normalise = Normalize(*PREPROCESSINGS[preprocessing])
-    return Compose([ToTensor(), normalise, Resize(square, InterpolationMode.BILINEAR)])
+    normalise = transforms.Normalize(*PREPROCESSINGS[preprocessing])
+    return transforms.Compose([transforms.ToTensor(), normalise, transforms.Resize(square)])
 
 
 def located(name: str) -> str:
@@ -301,13 +300,14 @@ def download(repository: str, files: Sequence[str], what: str, bring: str) -> Pa
 
     Raises FileNotFoundError saying `what` is missing and what to `bring` in its place.
     """
+    hub_file = open_clip.pretrained.hf_hub_download
     for file in files:
         with contextlib.suppress(FileNotFoundError, ValueError):
-            return Path(hf_hub_download(repository, file, local_files_only=True))
+            return Path(hub_file(repository, file, local_files_only=True))
     try:
         for file in files:
             with contextlib.suppress(RemoteEntryNotFoundError):
-                return Path(hf_hub_download(repository, file))
+                return Path(hub_file(repository, file))
         raise FileNotFoundError(f"{repository} has none of {', '.join(files)}")
     except (OSError, ValueError) as e:
         raise FileNotFoundError(
@@ -365,11 +365,11 @@ def tokens(
     Raises ValueError for a tower of another kind.
     """
     tower: Any = getattr(clip.model, "visual", None)
-    if isinstance(tower, ModifiedResNet):
+    if isinstance(tower, open_clip.modified_resnet.ModifiedResNet):
         found = tower.forward_intermediates(images, indices=1, intermediates_only=True)
         x = attention_pool(tower.attnpool, found["image_intermediates"][0])
         return x[:, 0], x[:, 1:]
-    is_vit = isinstance(tower, VisionTransformer)
+    is_vit = isinstance(tower, open_clip.transformer.VisionTransformer)
     if not is_vit or tower.pool_type != "tok" or tower.attn_pool or tower.final_ln_after_pool:
         raise ValueError(
             f"this image tower ({type(tower).__name__}) has no patch features in the joint space: "

@@ -12,8 +12,11 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import Compose
-from torchvision.transforms.functional import hflip, resized_crop
+
+from fpl.later import Later
+
+transforms = Later("torchvision.transforms")
+functional = Later("torchvision.transforms.functional")
 
 
 @dataclass(frozen=True)
@@ -44,15 +47,15 @@ class Views:
         resizing = self.resizing(transform)
         steps = transform.transforms
         cropping = [step for step in steps if type(step).__name__.startswith("CenterCrop")]
-        finish = Compose([step for step in steps if step not in resizing + cropping])
+        finish = transforms.Compose([step for step in steps if step not in resizing + cropping])
         views = []
         for number in range(self.number):
             rng = self.generator(name, number)
             left, top, width, height = crop(rng, *image.size)
             box = (top, left, height, width)
-            view = resized_crop(image, *box, list(size), resizing[0].interpolation)
+            view = functional.resized_crop(image, *box, list(size), resizing[0].interpolation)
             if rng.random() < 0.5:
-                view = hflip(view)
+                view = functional.hflip(view)
             views.append(finish(view))
         return torch.stack(views)
 

@@ -8,7 +8,7 @@ import time
 from multiprocessing.connection import wait
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["helpers", "fpl.cli", "fpl.experiments.runner"])
+FORKS.set_forkserver_preload(["helpers", "fpl.cli", "fpl.experiments.runner", "open_clip"])
 
 
 class Python:
