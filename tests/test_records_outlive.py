@@ -234,6 +234,12 @@ DROPS = {
         "return 1.0 * x + block.ls_2(",
         EVERY,
     ),
+    "the classes of imported features": (
+        "data/imported.py",
+        "SCALE = 100.0",
+        "SCALE = 50.0",
+        EVERY,
+    ),
     "the tree": ("prompts.py", "ALONE, GROUP = 128, 48", "ALONE, GROUP = 128, 49", EVERY),
     "who has which images": ("data/partitions.py", "DRAWS = 100", "DRAWS = 99", EVERY),
     "assembling": (
@@ -466,6 +472,100 @@ def test_a_base_counts_however_it_is_imported(way, package, tmp_path):
     before = of_own(path)
     replace(package / "methods.py", "self.mu / 2 *", "self.mu / 3 *")
     assert of_own(path) != before
+
+
+HIDING = """
+from dataclasses import dataclass
+from fpl.methods import PromptFL
+
+def weight(x):
+    return 1.0 * x
+
+def noise(x):
+    return 1.0 * x
+
+TABLE = {"a": 0.0}
+TABLE.update(a=1.0)
+MORE = [0.0, 1.0]
+del MORE[0]
+STEPS = []
+for step in range(2):
+    STEPS.append(step)
+
+@dataclass(frozen=True)
+class Mine(PromptFL):
+    key = title = "mine"
+    source, heavy = "here", 1.0
+
+    def pool(self, x, weight=weight):
+        sums = [noise for noise in x]
+        return noise(sum(sums)) + TABLE["a"] + MORE[0] + sum(STEPS) + self.heavy
+
+setattr(Mine, "light", 1.0)
+"""
+HIDDEN = {
+    "a default of the same name": (
+        "def weight(x):\n    return 1.0",
+        "def weight(x):\n    return 2.0",
+    ),
+    "a variable of a comprehension": ("def noise(x):\n    return 1", "def noise(x):\n    return 2"),
+    "a call at the top": ("TABLE.update(a=1.0)", "TABLE.update(a=2.0)"),
+    "what is deleted": ("del MORE[0]", "del MORE[1]"),
+    "a loop at the top": ("STEPS.append(step)", "STEPS.append(2 * step)"),
+    "an attribute of the class": ('"light", 1.0', '"light", 2.0'),
+    "a value beside a printed name": ('"here", 1.0', '"here", 2.0'),
+}
+
+
+@pytest.mark.parametrize("case", HIDDEN)
+def test_what_a_file_changes_out_of_sight_counts(case, tmp_path):
+    path = tmp_path / "mine.py"
+    write(path, HIDING)
+    before = of_own(path)
+    replace(path, *HIDDEN[case])
+    assert of_own(path) != before
+
+
+CALLING = """
+from dataclasses import dataclass
+from fpl.methods import PromptFL
+{statement}
+
+@dataclass(frozen=True)
+class Mine(PromptFL):
+    key = title = "mine"
+
+    def seen(self, x):
+        return {call}(x, 2, 1)
+"""
+USES = {
+    "import fpl.gate": "fpl.gate.pool",
+    "import fpl.gate, fpl.methods": "fpl.gate.pool",
+    "import fpl": "fpl.gate.pool",
+    "import fpl.gate as mixing": "mixing.pool",
+    "from fpl import gate": "gate.pool",
+    "from fpl.gate import pool as mean": "mean",
+    "from fpl.gate import *": "pool",
+    "try:\n    from fpl.gate import pool\nexcept ImportError:\n    pass": "pool",
+}
+
+
+@pytest.mark.parametrize("statement", USES)
+def test_a_function_counts_however_it_is_imported(statement, package, tmp_path):
+    path = tmp_path / "mine.py"
+    write(path, CALLING.format(statement=statement, call=USES[statement]))
+    before = of_own(path)
+    replace(package / "gate.py", "x[..., :: x.shape[-1] // g]", "x[..., :g]")
+    assert of_own(path) != before
+
+
+def test_what_the_loop_leaves_unused_counts_for_a_method_that_uses_it(package, tmp_path):
+    path = tmp_path / "mine.py"
+    privacy = "from fpl import privacy"
+    write(path, CALLING.format(statement=privacy, call="privacy.noise_multiplier"))
+    before, others = of_own(path), fingerprints()
+    replace(package / "privacy.py", "return math.sqrt(releases) / mu", "return releases / mu")
+    assert of_own(path) != before and not changed(others, fingerprints())
 
 
 def test_a_file_may_be_moved(own, tmp_path):

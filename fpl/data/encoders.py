@@ -20,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fpl.data.files import ROOT, sha256
+from fpl.data.imported import IMPORTED
 from fpl.later import Later
-from fpl.prompts import Clip, PromptTree
+from fpl.prompts import Clip
 
 open_clip = Later("open_clip")
 transforms = Later("torchvision.transforms")
@@ -30,17 +31,6 @@ transforms = Later("torchvision.transforms")
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
 PICKLED = "open_clip_pytorch_model.bin"  # the weights in older repositories
-IMPORTED = "imported"  # in the place of a model: of features that came without one
-NO_TOWER = (
-    "this row encodes prompts, and what was imported has no text tower: "
-    "take a row that encodes none, or make the features with `fpl features`"
-)
-NO_TEXT = (
-    "this row reads text features, and none were imported: "
-    "import again with --text FILE, or take a row that reads no text"
-)
-SCALE = 100.0  # exp(logit_scale) of OpenAI's models, at which CLIP's training stops it
-AT_ONCE = 256  # clients, where no prompt is encoded
 LOCAL = "local-dir:"
 HUB = "hf-hub:"
 QUICK = "-quickgelu"
@@ -104,48 +94,6 @@ def load(
     hashes = {"architecture": architecture(source), "weights": sha256(file)}
     provenance = {"model": name, **hashes, "transform": described}
     return Clip(model.to(device), transform, open_clip.get_tokenizer(source), provenance)
-
-
-class WithoutTower(PromptTree):
-    """The classes of imported features, which have no text tower.
-
-    Where methods read a PromptTree, this one has names, sizes, the scale and, if text features were
-    imported too, these for any template. Whatever needs a text tower raises ValueError.
-
-    names: of classes. dim: the joint width d. text: unit features of the names.
-    """
-
-    def __init__(self, names: Sequence[str], dim: int, text: Float[Tensor, "c d"] | None = None):
-        nn.Module.__init__(self)
-        self.names = list(names)
-        self.n_cls = len(self.names)
-        self.dim = dim
-        self.scale = SCALE
-        self.text = text
-
-    @property
-    def at_once(self) -> int:
-        """How many clients may train as one batch."""
-        return AT_ONCE
-
-    @property
-    def width(self) -> int:
-        """There is no width of a prompt: raise ValueError."""
-        raise ValueError(NO_TOWER)
-
-    def zero_shot(self, template: str = "") -> Float[Tensor, "c d"]:
-        """Return the text features that were imported, which the template does not change."""
-        if self.text is None:
-            raise ValueError(NO_TEXT)
-        return self.text
-
-    def words(self, text: str) -> Tensor:
-        """Raise ValueError."""
-        raise ValueError(NO_TOWER)
-
-    def forward(self, ctx: Tensor) -> Tensor:
-        """Raise ValueError."""
-        raise ValueError(NO_TOWER)
 
 
 def without_towers(image_tower: bool) -> Clip:

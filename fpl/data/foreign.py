@@ -37,9 +37,9 @@ from torch import Tensor
 from fpl.data import arrow, extraction, pictures
 from fpl.data.datasets.layouts import JSON
 from fpl.data.datasets.own import SPELT
-from fpl.data.encoders import IMPORTED
 from fpl.data.features import Refused, require, written
 from fpl.data.files import atomic_write
+from fpl.data.imported import IMPORTED
 from fpl.data.manifest import SPLITS, UNWRITABLE, Manifest, text_of
 from fpl.data.pack import checksum_of
 

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from fpl.data import encoders, extraction
 from fpl.data.files import atomic_write, sha256
+from fpl.data.imported import IMPORTED
 from fpl.experiments import cache, keep, records, remote, runner
 from fpl.experiments.records import Key
 from fpl.experiments.runner import Run
@@ -134,7 +135,7 @@ def model_files(backbone: Backbone) -> dict[str, Path]:
 
     Of imported features there are none.
     """
-    if backbone.name == encoders.IMPORTED or backbone.name.startswith(encoders.HUB):
+    if backbone.name == IMPORTED or backbone.name.startswith(encoders.HUB):
         return {}
     if not backbone.name.startswith(encoders.LOCAL):
         return {WEIGHTS: encoders.resolve(backbone.name, backbone.weights)[1]}

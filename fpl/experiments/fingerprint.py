@@ -21,8 +21,11 @@ PACKAGE = Path(__file__).parents[1]
 # Where every run begins, and what is followed no further: a record is found by all settings, and by
 # the hash of the features, in which model, weights and images count.
 LOOP = ("fpl.experiments.assemble", "rounds_of")
+LOOPS = ("fpl.experiments.assemble", "fpl.rounds")
 ELSEWHERE = ("fpl.experiments.settings", "fpl.experiments.values", "fpl.data.encoders")
 FILES = ("fpl.data.files", "fpl.data.manifest", "fpl.data.world", "fpl.data.datasets")
+# Statements of a module that may change a value without storing one.
+OTHER = ast.Expr | ast.Delete | ast.For | ast.While | ast.If | ast.With | ast.Try
 # Statements of a class that make no number.
 PRINTED = ("title", "source")
 
@@ -36,11 +39,11 @@ class Place(NamedTuple):
 
 def code_fingerprint(experiment: Experiment) -> str:
     """Return the hash of the code that an experiment runs through."""
-    stop = {*ELSEWHERE, *FILES}
+    idle = set()  # what the loop uses in other runs
     if experiment.partition.form == "ours" and experiment.partition.loader == "right":
-        stop.add("fpl.released.splits")
+        idle.add("fpl.released.splits")
     if not experiment.run.epsilon and experiment.run.mechanism != "clipping":
-        stop.add("fpl.privacy")
+        idle.add("fpl.privacy")
     kind = type(experiment.method)
     reached: dict[Place, str] = {}
     of_module = functools.cache(definitions)  # one look at each file
@@ -48,7 +51,7 @@ def code_fingerprint(experiment: Experiment) -> str:
     waiting = [Place(*LOOP), *(Place(base.__module__, base.__name__) for base in kind.__mro__)]
     while waiting:
         place = waiting.pop()
-        if place in reached or place.module in stop:
+        if place in reached or place.module in ELSEWHERE + FILES:
             continue
         reached[place] = ""
         module = of_module(place.module)
@@ -56,7 +59,8 @@ def code_fingerprint(experiment: Experiment) -> str:
             if name in module:
                 code, used = module[name]
                 reached[place] += code
-                waiting += used
+                of_loop = place.module in LOOPS
+                waiting += [part for part in used if not (of_loop and part.module in idle)]
     named = sorted((portable(module), name or "", code) for (module, name), code in reached.items())
     return hashlib.sha256(repr(named).encode()).hexdigest()
 
@@ -100,10 +104,16 @@ def read(module: str, path: Path, changed: int) -> dict[str, tuple[str, list[Pla
     statements: dict[str, list[ast.stmt]] = {}
     known: dict[str, Place] = {}
     for statement in tree.body:
-        known |= imported(statement)
+        for inner in outer(statement):
+            known |= imported(inner)
         for name in named(statement):
             statements.setdefault(name, []).append(statement)
             known[name] = Place(module, name)
+    for statement in tree.body:  # what else may change a value, as table.update(more) does
+        if isinstance(statement, OTHER):
+            for name in sorted({*loaded(statement)} & {*statements}):
+                if statement not in statements[name]:
+                    statements[name].append(statement)
     found = {}
     for name, all_of_it in statements.items():
         code = "".join(ast.dump(statement) for statement in all_of_it)
@@ -120,7 +130,24 @@ def strip(tree: ast.AST) -> None:
         if ast.get_docstring(node, clean=False) is not None:
             del node.body[0]
         if isinstance(node, ast.ClassDef):
-            node.body = [line for line in node.body if not {*named(line)} & {*PRINTED}]
+            node.body = [line for line in node.body if not is_printed(line)]
+
+
+def is_printed(statement: ast.stmt) -> bool:
+    """Return whether a statement sets nothing but printed names."""
+    return {*named(statement)} <= {*PRINTED} and isinstance(statement, ast.Assign | ast.AnnAssign)
+
+
+def outer(statement: ast.stmt) -> Iterator[ast.AST]:
+    """Yield what is in a statement, but of functions and classes, which have names of their own."""
+    return (
+        iter(()) if isinstance(statement, ast.ClassDef | ast.FunctionDef) else ast.walk(statement)
+    )
+
+
+def loaded(statement: ast.stmt) -> Iterator[str]:
+    """Yield the names that a statement reads."""
+    return (node.id for node in ast.walk(statement) if isinstance(node, ast.Name))
 
 
 def named(statement: ast.stmt) -> list[str]:
@@ -138,16 +165,20 @@ def named(statement: ast.stmt) -> list[str]:
 
 def imported(statement: ast.AST) -> dict[str, Place]:
     """Return the names that a statement imports from this package, and what they stand for."""
+    found: dict[str, Place] = {}
     if isinstance(statement, ast.Import):
-        ours = [alias for alias in statement.names if alias.name.startswith("fpl.")]
-        return {alias.asname: Place(alias.name) for alias in ours if alias.asname}
+        for alias in statement.names:
+            if alias.name.split(".")[0] == "fpl":  # which is the name itself without `as`
+                found[alias.asname or "fpl"] = Place(alias.name if alias.asname else "fpl")
+        return found
     if not isinstance(statement, ast.ImportFrom) or not (statement.module or "").startswith("fpl"):
         return {}
-    found = {}
     for alias in statement.names:
         inner = f"{statement.module}.{alias.name}"
         place = Place(str(statement.module), alias.name)
         found[alias.asname or alias.name] = Place(inner) if file_of(inner) else place
+        if alias.name == "*":
+            found |= {name: Place(place.module, name) for name in definitions(place.module)}
     return found
 
 
@@ -163,18 +194,26 @@ def is_stored(node: ast.AST) -> TypeGuard[ast.Name]:
     return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
 
 
+def dotted(node: ast.AST) -> list[str]:
+    """Return the names of fpl.gate.pool, say; of anything else one that nothing has."""
+    names: list[str] = []
+    while isinstance(node, ast.Attribute):
+        names.insert(0, node.attr)
+        node = node.value
+    return [node.id, *names] if isinstance(node, ast.Name) else [""]
+
+
 def walk(node: ast.AST, known: dict[str, Place]) -> Iterator[Place]:
     """Yield what is used below a node: of a module, the attribute that follows it."""
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-        place = known.get(node.value.id)
-        if place and place.name is None:
-            yield Place(place.module, node.attr)
-            return
+    first, *names = dotted(node)
+    place = known.get(first)
+    if names and place and place.name is None:
+        module = place.module
+        while names and file_of(f"{module}.{names[0]}"):
+            module = f"{module}.{names.pop(0)}"
+        yield Place(module, *names[:1])
+        return
     if isinstance(node, ast.Name) and node.id in known and not is_stored(node):
         yield known[node.id]
-    if isinstance(node, ast.FunctionDef | ast.Lambda):
-        hidden = {inner.arg for inner in ast.walk(node) if isinstance(inner, ast.arg)}
-        hidden |= {name.id for name in ast.walk(node) if is_stored(name)}
-        known = {name: place for name, place in known.items() if name not in hidden}
     for child in ast.iter_child_nodes(node):
         yield from walk(child, known)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fpl.data.encoders import IMPORTED
+from fpl.data.imported import IMPORTED
 from fpl.experiments.cache import device, load_cached, patches_of, text_of
 from fpl.experiments.predict import restore
 from fpl.experiments.settings import Settings, Source
