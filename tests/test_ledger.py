@@ -47,7 +47,7 @@ def of(rows):
     for row, runs in rows.items():
         for (s, r, i), a in np.ndenumerate(np.array(runs, float)):
             line = {"row": row, "run": f"{row}-{s}", "seed": s + 1, "round": r}
-            lines.append(line | {"client": i, "accuracy": a})
+            lines.append(line | {"client": i, "accuracy": a, "settings": "seed"})
     return pd.DataFrame(lines)
 
 
@@ -175,6 +175,24 @@ def test_a_cost_by_hand():
     assert (same[["difference", "low", "high"]] == 0).all() and same["holm"] == 1
     with pytest.raises(ValueError, match="no runs of row"):
         ledger.costs([item(costs=[ledger.Pair("it", "nowhere", "ours")])], runs)
+
+
+@pytest.mark.parametrize("table", ["costs", "spreads"])
+def test_rows_that_differ_by_more_than_the_switch_are_refused(table):
+    """As where params.yaml changes a setting of one of them."""
+    runs = of({"theirs": [[[0.8, 0.6]], [[0.9, 0.5]]], "ours": [[[0.9, 0.5]], [[1.0, 0.7]]]})
+    is_ours = runs["row"] == "ours"
+    method = is_ours.map({True: "pfedmoap", False: "pfedmoap_live"})
+    runs = runs.assign(settings="method lam eps seed", lam=0.5, eps=1.0, method=method)
+    runs.loc[~is_ours, "settings"] = "method lam seed"
+    runs.loc[~is_ours, "eps"] = np.nan  # theirs has no such setting
+    pair = ledger.Pair("it", "theirs", "ours", ["pfedmoap_live"])
+    getattr(ledger, table)([item(**{table: [pair]})], runs)
+    runs.loc[is_ours, "lam"] = 0.3
+    with pytest.raises(ValueError, match="^theirs and ours differ by lam, too: give both the same"):
+        getattr(ledger, table)([item(**{table: [pair]})], runs)
+    named = dataclasses.replace(pair, switch=["lam", "pfedmoap_live"])
+    getattr(ledger, table)([item(**{table: [named]})], runs)
 
 
 def test_the_interval_of_a_cost_is_that_of_pairs():

@@ -143,11 +143,33 @@ RULES = {
 
 
 def difference(runs: DataFrame, pair: Pair) -> Series:
-    """Return `stats.paired` of the two rows, `paper` after its last round; raises as that does."""
+    """Return `stats.paired` of the two rows, `paper` after its last round.
+
+    Raises as that does, and as `check_switch`.
+    """
     released = RULES[pair.rule](runs[runs["row"] == pair.released])
     paper = stats.last_round(runs[runs["row"] == pair.paper])
     both = pd.concat([released.assign(row="released"), paper.assign(row="paper")])
-    return stats.paired(both, "released", "paper")
+    found = stats.paired(both, "released", "paper")
+    check_switch(runs, pair)
+    return found
+
+
+def check_switch(runs: DataFrame, pair: Pair) -> None:
+    """Raise ValueError where the two rows of a pair differ by more than its switch.
+
+    Such as where params.yaml changes the settings of one and not of the other.
+    """
+    both = runs[runs["row"].isin([pair.released, pair.paper])].drop_duplicates("row")
+    common = set.intersection(*(set(names.split()) for names in both["settings"]))
+    differ = {name for name in common - {"seed"} if both[name].nunique(dropna=False) > 1}
+    switch = {"data" if name == "views" else name for name in pair.switch}
+    more = differ - switch - {"method"}
+    if more:
+        raise ValueError(
+            f"{pair.released} and {pair.paper} differ by {', '.join(sorted(more))}, too: "
+            f"give both the same in params.yaml (the ledger compares {pair.what})"
+        )
 
 
 def costs(items: Iterable[Item], runs: DataFrame) -> DataFrame:
@@ -213,6 +235,7 @@ def spreads(items: Iterable[Item], runs: DataFrame) -> DataFrame:
     lines = []
     for item in items:
         for pair in item.spreads:
+            check_switch(runs, pair)
             released = runs[runs["row"] == pair.released]
             paper = runs[runs["row"] == pair.paper]
             over = stats.by_seed(paper, "row").std()

@@ -11,6 +11,9 @@ def add(parser: Parser) -> None:
 
 def run(options: Options) -> None:
     """Build the pages of results/report from the executed notebooks, or of theirs with --set."""
+    from fpl.experiments.notebook import import_quickly
+
+    import_quickly()
     from fpl.experiments import report, values
 
     values.profile()
