@@ -10,10 +10,9 @@ its data and one with none, whose update is zero. One release then differs by at
 and z is its standard deviation over `clip`. Between any two data sets it differs by up to 2 clip:
 if one is replaced by another, z is worth what z / 2 is (fpl.audit.privacy). A client may be in
 every round: nothing is claimed for sampling. Not protected: who takes part, how many training
-images it has, its label shares where pFedMoAP's `choice` is "oracle", accuracies in a record.
-
-The noise is drawn from a named generator: whoever knows the seed can take it away again. This is
-for experiments; a deployment needs secret randomness.
+images it has, its label shares where pFedMoAP's `choice` is "oracle" or "disjoint", accuracies and
+losses in a record, whatever `ridge_all` reads. The noise is drawn from a named generator: whoever
+knows the seed can take it away again. This is for experiments; others need secret randomness.
 """
 
 from __future__ import annotations

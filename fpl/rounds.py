@@ -87,10 +87,9 @@ class Training:
             return base * (1 + math.cos(math.pi * epoch / self.local_epochs)) / 2
         if self.schedule == "constant" or group == "gate":
             return base
-        at = before + epoch
-        if at == 0:
+        if before + epoch == 0:
             return 1e-5
-        return base * (1 + math.cos(math.pi * (at - 1) / self.local_epochs)) / 2
+        return base * (1 + math.cos(math.pi * (before + epoch - 1) / self.local_epochs)) / 2
 
 
 @dataclass(frozen=True)
@@ -226,13 +225,14 @@ def run_rounds(
 def noise_of(method: PromptFL, training: Training) -> float:
     """Return the noise multiplier that the run's privacy asks for; 0 for no noise.
 
-    Raises ValueError for a method whose clients leave each other what is no upload.
+    Raises ValueError for a method whose clients have of each other what is no upload.
     """
     if not training.epsilon and training.mechanism != "clipping":
         return 0.0
-    leaves_more = type(method).after_cohort is not PromptFL.after_cohort
-    if training.optimiser == "shared" or leaves_more or method.in_step:
-        left = "clients of this row leave each other things that are no uploads"
+    ways = {type(method).after_cohort, type(method).clients}
+    share_more = ways != {PromptFL.after_cohort, PromptFL.clients} or method.in_step
+    if training.optimiser == "shared" or share_more:
+        left = "clients of this row have things of each other that are no uploads"
         raise ValueError(f"{left}: use epsilon 0 and mechanism gaussian, or another row")
     if not training.epsilon or not method.shared:
         return 0.0

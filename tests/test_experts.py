@@ -11,7 +11,7 @@ from helpers.runs import HALF, RUN, SEEDS, equal, near, play, read
 from helpers.tiny import NAMES, error, make, tiny_model
 
 from fpl import gate, rounds
-from fpl.ablations import TEMPLATES, GateAlone
+from fpl.ablations import TEMPLATES, CoOpAdapter, GateAlone, NoiseExperts
 from fpl.methods import CHOICES, PFedMoAP
 from fpl.prompts import Clip, PromptTree
 from fpl.state import Clients, Lookup, Server
@@ -293,3 +293,20 @@ def test_a_private_gate_stays_and_an_aggregated_one_is_averaged_and_used_by_ever
         assert torch.equal(evaluated["ctx"], local["ctx"])
     alone = play(private, text, clients)
     assert equal(alone.local[0], log.local[0]), "gates differ once experts are there"
+
+
+def test_random_experts_are_nobody_s_and_other_ones_for_every_client_and_round(prompts, clients):
+    method = NoiseExperts(n_ctx=3, n_experts=2)
+    ids = torch.tensor([0, 2, 4])
+    found = [method.download(server(prompts, t), ids, clients)["experts"] for t in (1, 1, 2)]
+    assert found[0].shape == (3, 2, 3, 8) and torch.equal(found[0], found[1])
+    drawn = torch.cat([found[0], found[2]]).flatten(0, 1)  # of three clients, in two rounds
+    assert len(drawn.unique(dim=0)) == 12 and drawn.std().item() == pytest.approx(0.02, rel=0.2)
+    alone = method.download(server(prompts, 1), ids[1:2], clients)["experts"]
+    assert torch.equal(alone[0], found[0][1]), "whoever else takes part"
+
+
+def test_an_adapter_learns_at_the_rate_of_the_gate_whose_place_it_takes(text):
+    method = make(CoOpAdapter)
+    groups = {name: method.rate_group(name) for name in method.init(text, torch.Generator())}
+    assert groups == {"ctx": "prompt", "a": "gate", "b": "gate"}

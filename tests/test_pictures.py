@@ -17,6 +17,7 @@ from matplotlib.collections import PathCollection
 from scipy import stats
 
 from fpl import rounds
+from fpl.ablations import GateAlone, NoiseExperts, OwnGate
 from fpl.experiments import assemble, inspect, measures, plots, tables
 from fpl.methods import PFedMoAP, PromptFL
 from fpl.privacy import noise_multiplier
@@ -115,6 +116,10 @@ def test_experts_are_the_downloaded_prompts_in_their_order(learnt):
         ({"method": make(PromptFL)}, "mixing"),
         ({"mixing": "uniform"}, "mixing"),
         ({"n_experts": 0}, "n_experts"),
+        *(
+            ({"method": make(row)}, "experts of others")
+            for row in (NoiseExperts, OwnGate, GateAlone)
+        ),
     ],
 )
 def test_refuses_runs_without_attention_or_experts(learnt, change, word):
@@ -156,6 +161,10 @@ def test_norms_are_those_of_the_prompts_and_changes_of_a_run(here):
     assert beside["noise in an upload, epsilon 50"] == pytest.approx(noise)
     assert beside["noise in the mean of 4 uploads, epsilon 50"] == pytest.approx(noise / 2)
     refuses(lambda: measures.norms(PARAMS.experiment("zeroshot", 1)), ["zeroshot sends nothing"])
+    halves = PARAMS.experiment("promptfl", 1, rounds=3, participation=0.5)
+    beside = measures.beside(measures.norms(halves), halves, [50.0])
+    assert beside.index[-1] == "noise in the mean of 2 uploads, epsilon 50"
+    assert beside.iloc[-1] == pytest.approx(beside.iloc[-2] / math.sqrt(2))
 
 
 @pytest.mark.parametrize("batch_size", [3, 4])  # the last batch of 3 is not full

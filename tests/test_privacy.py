@@ -16,6 +16,7 @@ from scipy.stats import norm
 
 from fpl import privacy, rounds
 from fpl.audit import privacy as audit
+from fpl.controls import Pooled
 from fpl.experiments import values
 from fpl.methods import CoOp, PFedMoAP, PromptFL
 from fpl.more_methods.private import DPFPL
@@ -271,11 +272,14 @@ def test_a_row_whose_clients_leave_each_other_more_than_uploads_is_refused(
         next(run)
 
 
+@pytest.mark.parametrize("kind", [DPFPL, Pooled])
 @pytest.mark.parametrize("how", [PRIVATE, {"mechanism": "clipping"}], ids=["noise", "clipping"])
-def test_a_method_whose_clients_step_together_is_refused(how, text, clients):
+def test_a_method_whose_clients_step_together_or_read_all_images_is_refused(
+    how, kind, text, clients
+):
     training = dataclasses.replace(RUN, **how)
-    run = rounds.run_rounds(rounds.Setup(make(DPFPL), text, clients, training, SEEDS))
-    with pytest.raises(ValueError, match="clients of this row leave each other"):
+    run = rounds.run_rounds(rounds.Setup(make(kind), text, clients, training, SEEDS))
+    with pytest.raises(ValueError, match="clients of this row have things of each other"):
         next(run)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import refuses
 from scipy import stats as scipy_stats
 
 from fpl.data.partitions import Partition
@@ -68,21 +69,36 @@ def test_intervals_of_paired_differences_cover_the_truth_as_often_as_stated(case
         assert least <= covered <= most, covered
 
 
-def claims():
-    """How often a difference is claimed of two rows that do not differ over many clients."""
+def claims(**partitions):
+    """How often a difference is claimed of two rows that do not differ over many clients.
+
+    partitions: of the rows, column by column.
+    """
     gen = np.random.default_rng(1)
     found = 0
     for _ in range(300):
         of_client = gen.normal(0, 0.1, (1, 30))
         difference = of_client + gen.normal(0, 0.03, (5, 30))
         runs = runs_of({"a": 0.5 + difference, "b": np.full((5, 30), 0.5)})
-        line = stats.paired(runs.assign(kind="column"), "a", "b", draws=400)
+        runs["kind"] = runs["row"].map(partitions)
+        line = stats.paired(runs, "a", "b", draws=400)
         found += stats.verdict(line["low"], line["high"]) != "no difference seen"
     return found / 300
 
 
-def test_clients_that_are_the_same_in_every_seed_are_not_counted_as_new_ones():
-    assert claims() <= 0.1
+@pytest.mark.parametrize(
+    "kinds", [("column",) * 2, ("column", "dirichlet"), ("dirichlet", "column")]
+)
+def test_clients_that_are_the_same_in_every_seed_are_not_counted_as_new_ones(kinds):
+    """As rows are differences where two gains are compared, one may have them and not the other."""
+    assert claims(**dict(zip("ab", kinds, strict=True))) <= 0.1
+
+
+def test_clients_in_another_order_in_every_seed_are_not_paired():
+    runs = runs_of({"a": [[0.5, 0.6]] * 2, "b": [[0.4, 0.6]] * 2})
+    released = runs.assign(kind="pachinko", form="released", split_seed=0)
+    refuses(lambda: stats.paired(released, "a", "b"), ["Pachinko", "another order", "split_seed"])
+    assert stats.paired(released.assign(split_seed=3), "a", "b")["mean"] == pytest.approx(0.05)
 
 
 LABELS = np.repeat(np.arange(6), 60)
@@ -96,6 +112,11 @@ PARTITIONS = {
     "dirichlet": {"kind": "dirichlet"},
     "dirichlet, released": {"kind": "dirichlet", "form": "released"},
     "dirichlet, a fixed split": {"kind": "dirichlet", "split_seed": 3},
+    "dirichlet, released, a fixed split": {
+        "kind": "dirichlet",
+        "form": "released",
+        "split_seed": 3,
+    },
     "domain": {"kind": "domain", "clients": 4},
     "domain, released": {"kind": "domain", "clients": 4, "form": "released"},
     "domain, a client each": {"kind": "domain", "clients": 2},

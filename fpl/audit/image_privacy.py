@@ -12,8 +12,8 @@ replaced by another a mean moves twice as far, and `noise` is worth what half of
 the numbers of clients and of their images, and how training goes. Whoever sees the means over n
 clients is meant, so the server that makes them is trusted, or sums securely: what it gets of one
 client has 1 / n of the variance. Other clients know their own share of the noise: to all of them
-together an image is hidden by the share of its client alone. Accuracies in a record are not hidden,
-and the noise is drawn from a named generator: this is for experiments.
+together an image is hidden by the share of its client alone. Accuracies and losses in a record are
+not hidden, and the noise is drawn from a named generator: this is for experiments.
 """
 
 from __future__ import annotations

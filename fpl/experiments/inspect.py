@@ -20,6 +20,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from fpl import gate
+from fpl.ablations import GateAlone, NoiseExperts, OwnGate
 from fpl.experiments import assemble
 from fpl.experiments.settings import Experiment
 from fpl.methods import PFedMoAP, PromptFL, knn, l2_distance
@@ -27,6 +28,8 @@ from fpl.prompts import Clip, PromptTree, text_tower
 from fpl.rounds import begin_run
 from fpl.state import Clients, Ids, Server, Tensors, take
 
+# Rows of pFedMoAP whose experts are no client's prompts.
+NOBODYS = (GateAlone, NoiseExperts, OwnGate)
 # Between all clients; 0 on the diagonal, and the same in both directions.
 Distance = Float[ndarray, "n n"]
 # Test images whose attention is held at once.
@@ -93,15 +96,16 @@ def with_gate_as_drawn(learnt: Learnt) -> Learnt:
 
 
 def gated(learnt: Learnt) -> PFedMoAP:
-    """Return the method of a run, which is one whose gate has an attention.
+    """Return the method of a run, which is one whose gate attends to other clients' prompts.
 
-    Raises ValueError for another method.
+    Raises ValueError for another method, and for one whose experts are nobody's.
     """
     method = learnt.method
-    if isinstance(method, PFedMoAP) and method.mixing == "attention":
+    others = not isinstance(method, NOBODYS)
+    if others and isinstance(method, PFedMoAP) and method.mixing == "attention":
         return method
     raise ValueError(
-        "only pFedMoAP with mixing attention has experts and an attention to look at: "
+        "only pFedMoAP with mixing attention has experts of others and an attention to look at: "
         "choose another run"
     )
 

@@ -32,9 +32,10 @@ def steps(experiment: Experiment) -> int:
 def norms(experiment: Experiment) -> DataFrame:
     """Make a run, without a record, and return a line per round and client that took part.
 
-    prompt: the norm of the shared tensors as the client received them; update: that of the change
-    that its training made, before anything is clipped; numbers: how many numbers they are. So the
-    run should have neither noise nor clipping. Raises ValueError for a method that sends nothing.
+    prompt: the norm of the shared tensors as the server has them; update: that of what the client
+    sends minus these, before anything is clipped, which is the change that its training made (but
+    for FedAMP, whose clients begin elsewhere); numbers: how many numbers they are. So the run
+    should have neither noise nor clipping. Raises ValueError for a method that sends nothing.
     """
     method = experiment.method
     if not method.shared:
@@ -63,7 +64,8 @@ def beside(found: DataFrame, experiment: Experiment, epsilons: Sequence[float]) 
     """Return the norms of prompt and update beside those of the noise at some epsilons.
 
     found: as `norms` gives it. A vector of m normal numbers of deviation z clip has a norm near
-    z clip sqrt(m); their mean over n clients with as many images each, 1 / sqrt(n) of that.
+    z clip sqrt(m); their mean over the n clients of a round, with as many images each, 1 / sqrt(n)
+    of that.
     """
     run = experiment.run
     shown = {
@@ -72,7 +74,7 @@ def beside(found: DataFrame, experiment: Experiment, epsilons: Sequence[float]) 
         "update of a client in a round, median": found["update"].median(),
         "clipping norm": run.clip,
     }
-    many = found["client"].nunique()
+    many = len(found) // found["round"].nunique()
     for epsilon in epsilons:
         z = noise_multiplier(epsilon, run.delta, run.rounds)
         norm = z * run.clip * math.sqrt(found["numbers"].iloc[0])

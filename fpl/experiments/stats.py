@@ -146,7 +146,8 @@ def paired(runs: DataFrame, a: str, b: str, draws: int = 10_000, seed: int = 1) 
     """
     difference = paired_differences(runs, a, b)
     means = difference.mean(1)
-    same = same_clients(runs[runs["row"].isin([a, b])])
+    # of a difference of differences one may be of other clients in every seed
+    same = any(same_clients(runs[runs["row"] == row]) for row in (a, b))
     drawn = two_level(difference, draws, np.random.default_rng([seed, *b"paired"]), same)
     boot_low, boot_high = np.quantile(drawn, [0.025, 0.975])
     over = over_seeds(means.tolist())
@@ -188,10 +189,14 @@ def same_clients(runs: DataFrame) -> bool:
     """Return whether the partition of these runs deals the same clients in every seed.
 
     So it does where a column names them, where each is a domain, where the split has a seed of its
-    own, and by the released rules for disjoint classes and for domains.
+    own, and by the released rules for disjoint classes and for domains. Raises ValueError for the
+    released Pachinko split without such a seed: it deals the same clients in another order each.
     """
     one = runs.iloc[0]
     kind = one.get("kind")
+    if kind == "pachinko" and one["form"] == "released" and not one.get("split_seed", 0):
+        orders = "stand in another order in every seed, so no seed's differences are another's"
+        raise ValueError(f"clients of the released Pachinko split {orders}: set split_seed")
     by_rule = one.get("form") == "released" and kind in ("pathological", "domain")
     is_domain = kind == "domain" and runs["domain"].nunique() == one["clients"]
     return kind == "column" or one.get("split_seed", 0) > 0 or by_rule or is_domain
