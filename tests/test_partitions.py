@@ -350,6 +350,7 @@ def test_pachinko_deals_everything_in_equal_sizes(concentration):
 
 
 WORLD = WORLDS["dirichlet"]
+TESTED = (WORLD[0] > 0) | (WORLD[1] == "test")  # of class 0 nothing is for training
 REFUSED = {
     "no domains": (
         lambda: partitions.make(Partition("domain"), *WORLD[:2], 1),
@@ -366,6 +367,14 @@ REFUSED = {
     "tiny shares": (
         lambda: partitions.make(Partition("dirichlet", 12, concentration=1e-9), *WORLD[:2], 1),
         ["Dir(1e-09)"],
+    ),
+    "a class for tests only": (
+        lambda: partitions.make(Partition("iid", 1), WORLD[0][TESTED], WORLD[1][TESTED], 1),
+        ["0 training images of class 0", "leave the class out"],
+    ),
+    "one client with too few": (
+        lambda: partitions.make(Partition("dirichlet", 1, min_size=999), *WORLD[:2], 1),
+        ["1 clients never had 999", ": use a larger concentration or a smaller min_size"],
     ),
     "a rare class": (
         lambda: partitions.make(Partition("iid", 21), *WORLD[:2], 1),

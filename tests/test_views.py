@@ -11,12 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from helpers import store_clip
+from helpers import BACKBONE, DATA, PARAMS, refuses, store_clip
 
 from fpl.data import encoders as clips
 from fpl.data import extraction, features
 from fpl.data.manifest import read_manifest, write_manifest
 from fpl.data.views import Views, crop
+from fpl.experiments import assemble
 
 SIZES = [(40, 40), (64, 48), (33, 90), (200, 31)]  # (width, height)
 
@@ -151,7 +152,7 @@ def of_crops(boxes, width, height):
     )
 
 
-@pytest.mark.parametrize("size", [(320, 240), (100, 400)])
+@pytest.mark.parametrize("size", [(320, 240), (100, 400), (400, 100)])
 def test_crops_are_distributed_as_those_of_torchvision(size):
     """Deciles of area, aspect and centre over 4,000 draws of each."""
     width, height = size
@@ -277,3 +278,24 @@ def test_crops_are_the_same_wherever_a_data_set_lies(manifest, tower, tmp_path):
         found.append(stored(moved, tower, folder / "there.h5").feats)
     near, far = found
     assert torch.equal(near, far) and near.shape == here.feats.shape
+
+
+def test_training_images_without_crops_are_refused(here, monkeypatch):
+    """As in a pack of somebody else's: they would train on crops of another image."""
+    data = dataclasses.replace(DATA, views=2)
+    tower, images = clips.load(BACKBONE.name), read_manifest(DATA.folder / "manifest.csv")
+    extraction.extract(images, tower, data.file("views"), "views", Views(2))
+    experiment = dataclasses.replace(PARAMS, data=data).experiment("promptfl", 1)
+    whole = features.load
+
+    def half(path, *request):
+        found = whole(path, *request)
+        if request[-1] != "views":
+            return found
+        return dataclasses.replace(found, feats=found.feats[1:], rows=found.rows[1:])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "load", half)
+        words = ["no crops of 1 training images", "--views 2"]
+        refuses(lambda: assemble.setup_of(experiment), words)
+    assert assemble.setup_of(experiment).clients.views.shape[:2] == (60, 2)

@@ -197,7 +197,8 @@ class Images(Dataset):
 def outside(manifest: Manifest) -> str:
     """Return how all paths begin that lead out of the manifest's folder, "" where not all do.
 
-    Crops are drawn by what follows it, and so are the same wherever a data set lies.
+    Crops are drawn by what follows it, and so are the same wherever a data set lies, but for one in
+    the manifest's folder, of which the whole path counts.
     """
     folders = [os.path.dirname(row["path"]) for row in manifest.rows]
     if not folders or not all(folder.startswith("..") for folder in folders):

@@ -365,10 +365,11 @@ def dirichlet(partition: Partition, counts: Counts, n: int, rng: Generator) -> D
         if dealt is not None and dealt.sum(2).min() >= partition.min_size:
             return dealt, np.arange(counts.shape[1])
     train, test = counts.sum(1)
+    fewer = "fewer clients, " if n > 1 else ""
     raise ValueError(
         f"in {DRAWS} draws of Dir({partition.concentration}) {n} clients never had "
         f"{partition.min_size} training and test images each of {train} and {test}: "
-        "use fewer clients, a larger concentration or a smaller min_size"
+        f"use {fewer}a larger concentration or a smaller min_size"
     )
 
 
@@ -399,9 +400,9 @@ def iid(partition: Partition, counts: Counts, n: int, rng: Generator) -> Dealt:
     rarest = min(np.flatnonzero(counts.any(0)), key=lambda c: counts[0, c])
     fewest = counts[0, rarest]
     if fewest < n:
+        less = "use fewer clients" if fewest else "add some, or leave the class out"
         raise ValueError(
-            f"{n} clients cannot share {fewest} training images of class {rarest}: "
-            "use fewer clients"
+            f"{n} clients cannot share {fewest} training images of class {rarest}: {less}"
         )
     # client i has had images i, i + n, ... of all those up to the end of a class
     upto = (counts.cumsum(1)[:, None] + np.arange(n)[::-1, None]) // n

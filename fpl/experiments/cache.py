@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fpl.data import encoders, features
+from fpl.data import encoders, features, imported
 from fpl.data.files import sha256
 from fpl.data.manifest import SOURCE, Manifest
 from fpl.experiments.extract import manifest_of
@@ -112,9 +113,9 @@ def text_of(
     clip, feats = load_cached(data, backbone, device)
     these = slice(*classes)
     names = feats.classes[these]
-    if backbone.name == encoders.IMPORTED:
+    if backbone.name == imported.IMPORTED:
         text = None if feats.text is None else feats.text[these]
-        return encoders.WithoutTower(names, feats.feats.shape[1], text)
+        return imported.WithoutTower(names, feats.feats.shape[1], text)
     return PromptTree(clip, names, n_ctx, precision=precision)
 
 
@@ -129,7 +130,8 @@ def patches_of(data: Data, backbone: Backbone, device: str) -> Tensor:
 def views_of(data: Data, backbone: Backbone, device: str) -> tuple[Tensor, Tensor]:
     """Return unit features of random crops (rows, V, d), and the row of each image (-1: none).
 
-    Raises ValueError when another number of crops was made than is asked for.
+    Raises ValueError when another number of crops was made than is asked for, or of other images
+    than those for training.
     """
     _, feats = load_cached(data, backbone, device)
     path = data.file("views")
@@ -141,6 +143,12 @@ def views_of(data: Data, backbone: Backbone, device: str) -> tuple[Tensor, Tenso
         )
     place = torch.full((len(feats.labels),), -1, device=device)
     place[made.rows] = torch.arange(len(made.feats), device=device)
+    without = np.flatnonzero((feats.split == "train") & (place.cpu().numpy() < 0))
+    if len(without):
+        raise ValueError(
+            f"{path} has no crops of {len(without)} training images (row {without[0]}, say): "
+            f"run `fpl features --views {data.views}`"
+        )
     return torch.nn.functional.normalize(made.feats.float(), dim=-1), place
 
 
