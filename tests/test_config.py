@@ -99,6 +99,43 @@ def test_a_value_that_no_row_takes_is_refused(tmp_path):
         settings.read(tmp_path / "params.yaml")
 
 
+VARIED = {
+    "in no row": (
+        "rows: [promptfl, coop], vary: {n_experts: [1, 2]}",
+        "vary.n_experts does nothing",
+    ),
+    "that a row sets": (
+        "rows: {promptfl: {}, few: {method: promptfl, shots: 9}}, vary: {shots: [1, 2]}",
+        "rows.few sets shots, which the table varies",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", VARIED)
+def test_a_value_that_varies_in_vain_is_refused(case, tmp_path):
+    table, said = VARIED[case]
+    (tmp_path / "params.yaml").write_text(f"tables: {{a: {{t: {{{table}}}}}}}\n")
+    with pytest.raises(ValueError, match=rf"^tables\.t\.{said}"):
+        settings.read(tmp_path / "params.yaml")
+
+
+def test_a_data_set_of_the_section_s_name_differs_wherever_it_is_named(tmp_path):
+    (tmp_path / "params.yaml").write_text(
+        "data: {name: shapes}\nrun: {rounds: 4}\ndatasets: {shapes: {run: {rounds: 7}}}\n"
+        "tables: {a: {one: {rows: [promptfl]}, two: {rows: [promptfl], data: [shapes]}}}\n"
+    )
+    params = settings.read(tmp_path / "params.yaml")
+    runs = [params.experiment("promptfl", 1), params.experiment("promptfl", 1, on="shapes")]
+    runs += [params.runs(table)[0][1] for table in ("one", "two")]
+    assert [experiment.run.rounds for experiment in runs] == [7] * 4
+
+
+@pytest.mark.parametrize("change", ["data.root=photos", "data.layout=coop"])
+def test_a_place_of_images_that_are_drawn_is_refused(change):
+    refuses(lambda: settings.read(changes=[change]), ["does nothing for shapes", "data.name"])
+    assert settings.read(changes=[change, "data.name=own"]).data.name == "own"
+
+
 def test_the_nearest_word_on_how_many_seeds_holds(tmp_path):
     """A row's, then the method's, then the table's; never more than there are."""
     (tmp_path / "params.yaml").write_text(
@@ -455,7 +492,7 @@ TEXTS = ["photos #2", "2024", "010", "a: b", "yes", "[x]", "~", "", "'a'", "x=y"
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_on_the_command_line_is_taken_as_it_stands(text, tmp_path):
-    (tmp_path / "params.yaml").write_text("seeds: [1]\nresults: out")
+    (tmp_path / "params.yaml").write_text("data: {name: own}\nseeds: [1]\nresults: out")
     read = settings.read(tmp_path / "params.yaml", [f"data.root={text}", f"results={text}"])
     assert (read.data.root, read.results) == (text, text)
     assert read.experiment("promptfl", 1, held_out=text).partition.held_out == text

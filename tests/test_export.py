@@ -10,6 +10,7 @@ import pickletools
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -101,8 +102,8 @@ def test_what_torch_cannot_follow_is_refused_and_leaves_nothing(row, clip, clien
 
 def test_a_client_is_meant_as_for_prediction(clip, clients, tmp_path):
     model = learn(make(PromptFL), clip, clients)
-    for client in ("c", "new"):
-        classify, told = of_file(export.export(model, client, tmp_path / client))
+    for client in ("c", "new", np.int64(2)):
+        classify, told = of_file(export.export(model, client, tmp_path / str(client)))
         assert told["client"] == client
         wanted = model.classifier(client).logits(images(2))
         assert torch.allclose(classify(images(2)), wanted, atol=1e-5)

@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from helpers import PARAMS, ROOT, refuses
 
-from fpl import cli
+from fpl import cli, rounds
 from fpl.experiments import live, records, runner
 from fpl.experiments.runner import Asked
 
@@ -76,8 +76,8 @@ def test_what_learns_nothing_has_no_loss(here, installed):
     ]
 
 
-def test_a_run_that_goes_on_has_whole_curves(here, installed):
-    experiment = PARAMS.experiment("promptfl", 2, rounds=3)
+def stopped_after_a_round(experiment):
+    """Begin a run whose second round leaves no checkpoint."""
 
     class Stop(Exception):
         pass
@@ -88,10 +88,30 @@ def test_a_run_that_goes_on_has_whole_curves(here, installed):
 
     with pytest.raises(Stop):
         runner.sweep([experiment], asked=Asked(every=0, follow=stop))
+
+
+def test_a_run_that_goes_on_has_whole_curves(here, installed):
+    experiment = PARAMS.experiment("promptfl", 2, rounds=3)
+    stopped_after_a_round(experiment)
     with live.followed(experiment, Asked()) as asked:
         (path,) = runner.sweep([experiment], asked=asked)
     losses = [line["loss"] for line in records.read(path)["rounds"]]
     assert [step["loss"] for step in installed[-1].steps] == losses
+
+
+def test_the_command_goes_on_from_a_checkpoint_and_makes_a_run_again_that_is_made(
+    here, installed, monkeypatch
+):
+    experiment = PARAMS.experiment("promptfl", 4, rounds=3)
+    monkeypatch.setattr("fpl.cli.run.read_settings", lambda options: PARAMS)
+    stopped_after_a_round(experiment)
+    trained = []
+    whole = rounds.train_round
+    monkeypatch.setattr(rounds, "train_round", lambda *a: trained.append(a) or whole(*a))
+    for new in (2, 3):  # those that were left, and all of them
+        cli.main(["run", "promptfl", "seed=4", "rounds=3", "--live"])
+        assert len(trained) == new and len(installed[-1].steps) == 3
+        trained.clear()
 
 
 def test_without_dvclive_a_sentence_says_what_to_install(here, monkeypatch):

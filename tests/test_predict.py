@@ -262,6 +262,14 @@ def test_who_adds_up_what_all_say_is_not_adapted(images):
     refuses(lambda: model.adapt(mine), ["AFL", "run it again with the new one"])
 
 
+def test_a_client_called_new_is_not_mistaken_for_one_that_is(images):
+    _, setup, model = learn("promptfl")
+    mine = sorted_by_class(setup.clients.train[0], images, "mine")
+    names = ["new", *map(str, range(1, model.kept.n))]
+    named = dataclasses.replace(model, kept=dataclasses.replace(model.kept, clients=names))
+    refuses(lambda: named.adapt(mine), ["a client called new", "another name"])
+
+
 def test_adapting_begins_at_the_full_rate(images):
     """The released schedule begins with 1e-5, in the first epoch of the first client of all."""
     _, setup, model = learn("promptfl_released", rounds=1)
@@ -431,6 +439,32 @@ def test_a_run_is_named_by_its_record_or_the_beginning_of_it(images):
     assert predict.restore("mine.safetensors").predict(images[:4]).equals(wanted)
 
 
+def test_a_name_means_no_other_seed_or_row(here):
+    """Though these have kept something and the one that is meant has not."""
+    sweep(kept=False)
+    sweep(seed=10)
+    sweep("promptfl_released")
+    for name in ("promptfl-1", "promptfl-1-"):
+        with pytest.raises(
+            FileNotFoundError, match=r"promptfl-1-\w+.json is of a run that kept noth"
+        ):
+            predict.restore(name)
+    assert predict.file_of("promptfl").stem.startswith("promptfl-10-")
+    assert predict.file_of("promptfl_r").stem.startswith("promptfl_released-1-")
+
+
+def test_what_another_run_learnt_is_not_taken_for_this_one_s(here):
+    first, second = sweep(), sweep(seed=2)
+    kept = first.with_suffix(".safetensors")
+    mine = kept.read_bytes()
+    kept.write_bytes(second.with_suffix(".safetensors").read_bytes())
+    refuses(lambda: predict.restore(first), [f"is of {second.stem}", "not of the record beside it"])
+    shutil.copy(kept, "elsewhere.safetensors")
+    assert predict.restore("elsewhere.safetensors").kept.seeds.order == 2
+    sweep()
+    assert predict.restore(first).kept.seeds.order == 1 and kept.read_bytes() == mine
+
+
 def test_files_that_are_not_there_or_damaged_are_refused_in_one_sentence(here):
     kept = sweep().with_suffix(".safetensors")
     sweep(kept=False, seed=2)
@@ -481,6 +515,17 @@ def test_the_command_answers_as_the_function_does(images, tmp_path, capsys):
     read = pd.read_csv(csv)
     assert read["class"].tolist() == wanted["class"].tolist()
     assert read["probability"].tolist() == pytest.approx(wanted["probability"].tolist())
+
+
+def test_no_picture_is_replaced_by_a_table(images, tmp_path):
+    """As where the name of the table's file was forgotten."""
+    photo = shutil.copy(images[0], tmp_path / "holiday.png")
+    before = Path(photo).read_bytes()
+    sweep()
+    for line in (["--csv", photo, str(images[1])], [photo, "--csv", photo]):
+        with pytest.raises(SystemExit, match=r"holiday\.png is a picture"):
+            cli.main(["predict", "promptfl", *map(str, line)])
+    assert Path(photo).read_bytes() == before
 
 
 def test_the_command_names_what_it_cannot_read_and_ends_with_1(images, capsys):

@@ -73,6 +73,8 @@ def run(options: Options) -> None:
 
 def check(options: Options) -> None:
     """Raise ValueError for options that do not go together; find the file to write."""
+    from fpl.data.pictures import is_picture
+
     if options.adapt and options.client not in ("", "new"):
         raise ValueError(f"--adapt is for a new client, not for {options.client}: leave --client")
     if options.epochs and not options.adapt:
@@ -81,6 +83,10 @@ def check(options: Options) -> None:
         raise ValueError("--evaluate takes one folder, and no --top: leave the others")
     if options.csv:
         options.csv = check_target(options.csv)
+        if is_picture(options.csv) or str(options.csv) in map(str, options.images):
+            raise ValueError(
+                f"--csv {options.csv} is a picture: name the table's file behind --csv"
+            )
 
 
 def restore(options: Options) -> Model:

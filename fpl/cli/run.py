@@ -40,7 +40,8 @@ def add(parser: Parser) -> None:
 def run(options: Options) -> None:
     """Make one run (or find its record) and print the accuracy after the last round.
 
-    A run that was killed goes on from its last checkpoint when it is called again.
+    A run that was killed goes on from its last checkpoint when it is called again. With --live, one
+    that has a record is made again.
     """
     from fpl.experiments import keep, live, records, runner, stats, values
 
@@ -53,7 +54,8 @@ def run(options: Options) -> None:
             raise
         raise ValueError(f"{error}; `fpl sweep` takes lists and ranges") from None
     check_reach(options, settings, [experiment])
-    asked = runner.Asked(options.fresh or options.live, options.keep)
+    again = options.live and runner.has_record(experiment)
+    asked = runner.Asked(options.fresh or again, options.keep)
     if options.checkpoint is not None:
         asked = replace(asked, every=options.checkpoint)
     with live.followed(experiment, asked) if options.live else nullcontext(asked) as told:

@@ -72,7 +72,8 @@ def on_cpu(one: Classifier) -> Classifier:
 def described(model: Model, client: int | str, columns: int) -> str:
     """Return what is written beside the numbers, as JSON; classes are in the order of logits."""
     kept = model.kept
-    own = {"classes": names_of(kept, columns), "method": kept.method.title, "client": client}
+    who = client if isinstance(client, str) else int(client)
+    own = {"classes": names_of(kept, columns), "method": kept.method.title, "client": who}
     return json.dumps({**kept.provenance, **own})
 
 

@@ -122,6 +122,12 @@ def read(path: Path, method: type[PromptFL] | None = None, device: str = "cpu") 
     return kept
 
 
+def run_of(path: Path) -> str:
+    """Return the name of the record beside which a file was kept, "" for none; raises as `read`."""
+    about = stored.read(path)[1].get("about", {})
+    return str(about.get("run", ""))
+
+
 def check_clients(kept: Kept) -> None:
     """Raise LookupError unless every client has its tensors, and has them once."""
     ids = [i for cohort in kept.cohorts for i in cohort.client_ids.tolist()]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import glob
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -193,12 +193,15 @@ class Model:
         It begins as a client that comes late would, with what the server sends it, trains as the
         run did, `epochs` in place of the local epochs, and classifies with what that gives. The
         images are in folders CLASS/FILE and taken as they are, without random crops.
-        Raises OSError where images cannot be read, ValueError for other classes and for a method
-        that reads other clients' images, and FloatingPointError for a loss that is not finite.
+        Raises OSError where images cannot be read, ValueError for other classes, for a method that
+        reads other clients' images and for a run that has a client "new", and FloatingPointError
+        for a loss that is not finite.
         """
         training = self.kept.training
         if isinstance(self.kept.method, AFL):
             raise ValueError("AFL fits all clients at once: run it again with the new one")
+        if NEW in self.kept.clients:
+            raise ValueError(f"the run has a client called {NEW}: give it another name there")
         if epochs is not None:
             epochs = int(values.number(epochs, "int", "epochs"))
             if epochs < 1:
@@ -246,8 +249,8 @@ def restore(
     """Return what a run learnt, ready to be used.
 
     run: its record, the file that it kept, or the name of these in results/records, which may be
-    cut where no other begins so. clip: the model, if not to be loaded. method: the class of a
-    method of your own, or "FILE.py:CLASS".
+    cut where no other run that has kept something begins so. clip: the model, if not to be loaded.
+    method: the class of a method of your own, or "FILE.py:CLASS".
     Raises FileNotFoundError for a run that is not there or has kept nothing, and ValueError for a
     name that several have, a damaged file, a method of your own that is not given, and a model that
     is not the run's.
@@ -263,8 +266,12 @@ def restore(
         raise stored.Foreign(f"{path} is no file of a run: {named}") from None
     except Damaged as error:
         raise Damaged(f"{error}: make its run again, with --keep") from None
+    run = kept.about.get("run", path.stem)
+    if run != path.stem and path.with_suffix(".json").is_file():
+        raise ValueError(f"{path} is of {run}, not of the record beside it: make its run again")
     clip = clip or load(kept, path, device)
-    check_same(clip, kept, path)
+    made = {**dict.fromkeys(clip.provenance, ""), **kept.provenance}
+    check_same(clip, made, f"{path} was")
     return Model(kept, clip)
 
 
@@ -276,6 +283,8 @@ def file_of(run: str | Path) -> Path:
         stem = RECORDS / stem
     near = stem.parent.glob(f"{glob.escape(stem.name)}*")
     found = sorted({path.with_suffix("") for path in near if path.suffix in SUFFIXES})
+    # not seed 10 for seed 1, nor a row's released form for the row
+    found = [one for one in found if f"{one.name}-".startswith(f"{stem.name}-")] or found
     kept = [one for one in found if Path(f"{one}{keep.SUFFIX}").is_file()]
     found = [stem] if stem in found else kept or found
     if not found:
@@ -308,20 +317,20 @@ def load(kept: Kept, path: Path, device: str) -> Clip:
     return encoders.load(name, known["weights"], device, preprocessing=known["preprocessing"])
 
 
-def check_same(clip: Clip, kept: Kept, path: Path) -> None:
-    """Raise ValueError unless model, architecture, weights and transform are those of the run.
+def check_same(clip: Clip, made: Mapping[str, str], what: str) -> None:
+    """Raise ValueError unless the CLIP's provenance is the one with which something was made.
 
     Of a model in a folder, which may stand elsewhere, the name says nothing.
     """
-    for name in {**kept.provenance, **clip.provenance}:
-        was, now = (made.get(name, "") for made in (kept.provenance, clip.provenance))
+    for name, was in made.items():
+        now = clip.provenance.get(name, "")
         moved = all(text.startswith(encoders.LOCAL) for text in (was, now))
         if was != now and not moved:
             same = max(0, len(os.path.commonprefix([was, now])) - 20)
             one, other = (shown(text[same : same + 60]) for text in (was, now))
             raise ValueError(
-                f"{path} was made with another {name} ({one}) than this CLIP has ({other}): "
-                "load the run's"
+                f"{what} made with another {name} ({one}) than this CLIP has ({other}): "
+                "load that one"
             )
 
 

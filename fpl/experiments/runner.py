@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fpl.data.encoders import IMPORTED
 from fpl.data.files import check_writable
+from fpl.data.imported import IMPORTED
 from fpl.data.processes import begin_worker, starting_workers
-from fpl.experiments import answers, keep, records, stored
+from fpl.experiments import answers, keep, records
 from fpl.experiments.assemble import names_of, rounds_of, setup_of, text_for
 from fpl.experiments.cache import device, features_hash, load_cached
 from fpl.experiments.checkpoints import EVERY, Checkpoint
@@ -117,11 +117,18 @@ def sweep(
     return paths
 
 
+def has_record(experiment: Experiment) -> bool:
+    """Return whether a run has a record that is whole."""
+    (key,) = keys_of([experiment])
+    return records.is_whole(key.path)
+
+
 def is_made(experiment: Experiment, key: Key, asked: Asked) -> bool:
     """Return whether there is all that is asked of a run."""
     if not records.is_whole(key.path):
         return False
-    return not asked.keep or records.is_whole(key.path.with_suffix(keep.SUFFIX), stored.read)
+    kept = key.path.with_suffix(keep.SUFFIX)
+    return not asked.keep or records.is_whole(kept, lambda path: keep.run_of(path) == path.stem)
 
 
 def in_workers(todo: Sequence[Run], total: int, jobs: int | None) -> None:
@@ -257,6 +264,7 @@ def make(
     record = record_of(experiment, key, lines)
     record |= {"classes": setup.text.names, "answers": answers.pack(last.answers, setup.clients)}
     about = {name: record[name] for name in ("settings", "images", "domains", "torch")}
+    about["run"] = key.path.stem
     backbone = dataclasses.asdict(source.backbone)
     learnt = keep.of_run(setup, last, clip, record["clients"], **about, backbone=backbone)
     return Made(record, learnt)

@@ -134,10 +134,10 @@ class Table:
 
     rows: a label to settings, of which `method` says whose row it is (by default the label);
     without rows, all methods and controls. data: names of data sets, or the one of section data.
-    set: holds for all rows, under what `methods` says of a row; a row that lacks a setting of `set`
-    or `vary` goes without. seeds: how many of the file's, 0 for all; `methods` and rows may say
-    their own number. keep: what its runs learnt, in files beside their records. notebook: the one
-    that shows it.
+    set: holds for all rows, under what `methods` says of a row, and `vary` over that; a row that
+    lacks a setting of `set` or `vary` goes without. seeds: how many of the file's, 0 for all;
+    `methods` and rows may say their own number. keep: what its runs learnt, in files beside their
+    records. notebook: the one that shows it.
     """
 
     rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -173,8 +173,9 @@ class Settings:
 
         Raises ValueError for an unknown name.
         """
-        if name in ("", self.data.name) and name not in self.datasets:
-            return Source(self.data.name, self.data, self.backbone, self.partition, self.run)
+        name = name or self.data.name
+        if name == self.data.name and name not in self.datasets:
+            return Source(name, self.data, self.backbone, self.partition, self.run)
         check_choice(name, [*self.datasets, self.data.name], "data set")
         return self.datasets[name]
 
@@ -242,6 +243,7 @@ class Settings:
             if key not in taken:
                 fixed = "of its rows, each has none or has it from section methods"
                 raise ValueError(f"tables.{table}.set.{key} does nothing: {fixed}: set it in rows")
+        check_vary(table, asked.vary, rows)
         found = []
         for on, (label, own) in itertools.product(asked.data or [self.data.name], rows.items()):
             row = own.get("method", label)
@@ -275,6 +277,17 @@ class Settings:
         return [common | changes | chosen for chosen in every]
 
 
+def check_vary(table: str, vary: Iterable[str], rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise ValueError for what varies in no row of a table, or in one that says it itself."""
+    for key in vary:
+        if key not in parameter_names(*(own.get("method", label) for label, own in rows.items())):
+            raise ValueError(f"tables.{table}.vary.{key} does nothing: none of its rows has it")
+        for label, own in rows.items():
+            if key in own:
+                twice = f"tables.{table}.rows.{label} sets {key}, which the table varies"
+                raise ValueError(f"{twice}: take it out of one of them")
+
+
 def part_of(values: Mapping[str, Any], cls: type) -> dict[str, Any]:
     """Return those of the values that are fields of a class."""
     return {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
@@ -301,10 +314,18 @@ def row_class(name: str) -> type[PromptFL]:
         raise ValueError(f"{name} is not a subclass of fpl.methods.PromptFL: make it one")
     if "__dataclass_fields__" not in vars(own):
         raise ValueError(f"{name} is no dataclass: write @dataclass(frozen=True) above the class")
+    check_key(own)
     of_runs = {"method", "seed", "data"} | TAKEN | names_of(Training, Partition)
     for twice in sorted(of_runs & names_of(own)):
         raise ValueError(f"{name} has a setting {twice}, which every run has: rename it")
     return own
+
+
+def check_key(kind: type[PromptFL]) -> None:
+    """Raise ValueError for a class of one's own whose records would be taken for another's."""
+    if ROWS.get(kind.key, kind) is not kind:
+        said = f"{kind.__name__} has the key {kind.key} of another row"
+        raise ValueError(f'{said}: write key = "NAME" in the class')
 
 
 def names_of(*kinds: Any) -> set[str]:
@@ -386,6 +407,10 @@ def read(path: Path | None = None, changes: Sequence[str] = ()) -> Settings:
     if content.get("data") != of_file and "results" not in changed:
         folder = f"{settings.results}/{settings.data.store or settings.data.name}"
         settings = replace(settings, results=folder)
+    for name in ("data.root", "data.layout"):
+        if name in changed and settings.data.name in WORLDS:
+            world = f"{settings.data.name}, which is drawn"
+            raise ValueError(f"{name} does nothing for {world}: set data.name, to own for yours")
     check_stores(settings)
     check_runs(settings, path)
     return settings

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ from fpl.data.partitions import Partition
 from fpl.experiments import cache, keep, values
 from fpl.experiments.assemble import check_begin, deal, seeds_of
 from fpl.experiments.extract import Request, make_features
-from fpl.experiments.predict import Model, restore
-from fpl.experiments.settings import Backbone, Data, part_of, row_class
+from fpl.experiments.predict import Model, check_same, restore
+from fpl.experiments.settings import Backbone, Data, check_key, part_of, row_class
 from fpl.experiments.values import build, check_choice, shown
 from fpl.methods import PromptFL
 from fpl.prompts import Clip, PromptTree
@@ -47,13 +48,14 @@ __all__ = ["Model", "Result", "Split", "features", "load", "restore", "save", "s
 class Split(Clients):
     """Clients that know their classes' names, maybe their own, and the seed of their drawing.
 
-    images: of which data set they are, "own" or its name.
+    form: of their partition. provenance: of their features, see fpl.data.features.
     """
 
     classes: tuple[str, ...] = ()
     seed: int = 1
     names: tuple[str, ...] = ()
-    images: str = ""
+    form: str = "ours"
+    provenance: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,8 @@ def split(data: Features, seed: int = 1, **partition: Any) -> Split:
         classes=tuple(data.classes),
         seed=values.seed(seed),
         names=tuple(names),
-        images=data.provenance.get("data", ""),
+        form=asked.form,
+        provenance=data.provenance,
     )
     dealt = deal(whole, data, asked, whole.seed)
     assert isinstance(dealt, Split)
@@ -200,13 +203,19 @@ def train(
     seed: of what training draws; by default that of the split. progress: show a bar.
     settings: of the method (n_experts=5) and of fpl.rounds.Training (rounds=10); what is not given
     has its default there. params.yaml is not read.
-    Raises ValueError for what is no method or no split and for settings that are unknown or out of
-    range, and FloatingPointError when the loss is no longer finite.
+    Raises ValueError for what is no method or no split, for features of another model than `clip`
+    and for settings that are unknown or out of range, and FloatingPointError when the loss is no
+    longer finite.
     """
     kind = kind_of(method)
     if not isinstance(clients, Split):
         given = type(clients).__name__
         raise ValueError(f"clients are a Split, not {given}: deal the images with `fpl.split`")
+    model = {k: v for k, v in clients.provenance.items() if k in clip.provenance}
+    check_same(clip, model, "the features of these clients were")
+    if clients.form == "released" and hasattr(kind, "turns"):
+        whose = f"the code of {kind.title} draws who trains together with the split"
+        raise ValueError(f"{whose}, which `fpl.split` does not: use `fpl run {kind.key}`")
     valid = [known.name for cls in (kind, Training) for known in fields(cls)]
     for name in settings:
         check_choice(name, sorted(valid), f"setting of {kind.title}")
@@ -232,6 +241,7 @@ def kind_of(method: Any) -> type[PromptFL]:
     if not issubclass(kind, PromptFL):
         known = "a row such as 'promptfl', FILE.py:CLASS, or a subclass of fpl.methods.PromptFL"
         raise ValueError(f"{shown(method)} is no method: give {known}")
+    check_key(kind)
     return kind
 
 
@@ -246,6 +256,6 @@ def save(result: Result, path: str | Path) -> Path:
         raise ValueError(f"{path} must end in {keep.SUFFIX}: it is a file of that kind")
     check_file(path)
     last, clients = result.rounds[-1], result.clients
-    about = {"images": clients.images}
+    about = {"images": clients.provenance.get("data", "")}
     keep.write(path, keep.of_run(result.setup, last, result.clip, clients.names, **about))
     return path
