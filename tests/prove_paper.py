@@ -172,7 +172,7 @@ def smaller(content):
     rows = [*small["methods"].items()]
     for tables in small["tables"].values():
         for table in tables.values():
-            listed = table.get("rows", {})
+            listed = {} if "n_experts" in table.get("vary", {}) else table.get("rows", {})
             rows += listed.items() if isinstance(listed, dict) else []
     for row, own in rows:
         fields = dataclasses.fields(row_class(own.get("method", row)))

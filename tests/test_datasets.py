@@ -473,7 +473,8 @@ def test_office_has_its_lists_and_its_own_class_order(tmp_path):
     assert len(manifest.rows) == 80
 
 
-def test_the_official_lists_of_domainnet_are_cut_to_ten_classes(tmp_path):
+@pytest.mark.parametrize("place", ["", "splits/"])
+def test_the_official_lists_of_domainnet_are_cut_to_ten_classes(place, tmp_path):
     for domain in domainnet10.DOMAINS:
         (tmp_path / "domainnet" / domain).mkdir(parents=True)
         for split in ("train", "test"):
@@ -482,7 +483,7 @@ def test_the_official_lists_of_domainnet_are_cut_to_ten_classes(tmp_path):
                 f"{domain}/{name}/{domain}_{i}_{split}.jpg {i * 40}\n"
                 for i, name in enumerate(names)
             )
-            dump(tmp_path / f"domainnet/{domain}_{split}.txt", text)
+            dump(tmp_path / f"domainnet/{place}{domain}_{split}.txt", text)
     manifest = datasets.read("domainnet10", tmp_path)
     assert [
         (r["path"], r["class"], r["label"])

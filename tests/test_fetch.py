@@ -507,7 +507,7 @@ HOSTILE = {
         zipped([("/tmp/fpl_escaped.txt", b"x", None)]),
         "'/tmp/fpl_escaped.txt' leads out of",
     ),
-    "zip: a backslash": ("a.zip", zipped([("..\\escaped.txt", b"x", None)]), "leads out of"),
+    "zip: a backslash": ("a.zip", zipped([("..\\escaped.txt", b"x", None)]), "has a backslash"),
     "zip: the folder itself": ("a.zip", zipped([(".", b"x", None)]), "'.' leads out of"),
     "zip: a link": (
         "a.zip",
@@ -719,26 +719,26 @@ def small(name, made):
     if name == "flowers102":
         from scipy.io import savemat
 
-        savemat(made / "imagelabels.mat", {"labels": [[1, 2, 1]]})
-        savemat(made / "setid.mat", {"trnid": [[1, 2]], "valid": [[3]], "tstid": [[3]]})
-        jpg = tarred([(f"jpg/image_{i:05d}.jpg", b"jpeg", None) for i in (1, 2, 3)])
+        savemat(made / "imagelabels.mat", {"labels": [[1, 2, 1, 2]]})
+        savemat(made / "setid.mat", {"trnid": [[1, 2]], "valid": [[3]], "tstid": [[4]]})
+        jpg = tarred([(f"jpg/image_{i:05d}.jpg", b"jpeg", None) for i in (1, 2, 3, 4)])
         return {"102flowers.tgz": jpg} | {
             f: (made / f).read_bytes() for f in ("imagelabels.mat", "setid.mat")
         }
     if name == "oxfordpets":
-        lists = [(f"annotations/{s}.txt", b"Bengal_1 1 1 1\n", None) for s in ("trainval", "test")]
-        return {
-            "images.tar.gz": tarred([("images/Bengal_1.jpg", b"jpeg", None)]),
-            "annotations.tar.gz": tarred(lists),
-        }
+        lists = [
+            ("annotations/trainval.txt", b"Bengal_1 1 1 1\n", None),
+            ("annotations/test.txt", b"Bengal_2 1 1 1\n", None),
+        ]
+        images = [(f"images/Bengal_{i}.jpg", b"jpeg", None) for i in (1, 2)]
+        return {"images.tar.gz": tarred(images), "annotations.tar.gz": tarred(lists)}
     if name == "food101":
         lists = [
-            (f"food-101/meta/{s}.json", json.dumps({"waffles": ["waffles/1"]}).encode(), None)
+            (f"food-101/meta/{s}.json", json.dumps({"waffles": [f"waffles/{s}"]}).encode(), None)
             for s in ("train", "test")
         ]
-        return {
-            "food-101.tar.gz": tarred([*lists, ("food-101/images/waffles/1.jpg", b"jpeg", None)])
-        }
+        images = [(f"food-101/images/waffles/{s}.jpg", b"jpeg", None) for s in ("train", "test")]
+        return {"food-101.tar.gz": tarred([*lists, *images])}
     if name == "caltech101":
         inner = tarred(
             [
@@ -757,12 +757,11 @@ def small(name, made):
             )
         }
     if name == "dtd":
-        lists = [(f"dtd/labels/{s}1.txt", b"banded/banded_0001.jpg\n", None) for s in SPLITS]
-        return {
-            "dtd-r1.0.1.tar.gz": tarred(
-                [*lists, ("dtd/images/banded/banded_0001.jpg", b"jpeg", None)]
-            )
-        }
+        lists = [
+            (f"dtd/labels/{s}1.txt", f"banded/banded_{s}.jpg\n".encode(), None) for s in SPLITS
+        ]
+        images = [(f"dtd/images/banded/banded_{s}.jpg", b"jpeg", None) for s in SPLITS]
+        return {"dtd-r1.0.1.tar.gz": tarred([*lists, *images])}
     if name == "domainnet10":
         files = {
             f"{d}_{s}.txt": f"{d}/whale/{s}.jpg 1\n{d}/zigzag/1.jpg 2\n".encode()
@@ -848,10 +847,11 @@ def test_what_has_no_stable_source_is_asked_for_by_name_and_place_and_unpacked_w
         for d in ("amazon", "caltech", "dslr", "webcam")
         for i in range(5)
     ]
-    archive.write_bytes(zipped([*images, ("dtd/images/escaped.txt", b"x", None)]))
+    lists = [("office_caltech_10/amazon_train.pkl", b"x", None)]
+    archive.write_bytes(zipped([*images, *lists, ("dtd/images/escaped.txt", b"x", None)]))
     assert fetch.fetch("office_caltech10", tmp_path) == []
     assert (
-        len(datasets.read("office_caltech10", tmp_path).rows) == 20
+        len(datasets.read("office_caltech10", tmp_path, "folders").rows) == 20
         and archive.exists()
         and not (tmp_path / "dtd").exists()
     )
@@ -870,6 +870,21 @@ def test_the_split_of_coop_is_asked_for_until_it_is_there(name, tmp_path):
     path.parent.mkdir()
     path.touch()
     assert fetch.by_hand(name, tmp_path) == []
+
+
+def test_a_split_is_to_be_put_where_it_is_read(tmp_path):
+    """So beside the images, also where these are in another folder than downloads go to."""
+    for i in range(10):
+        path = tmp_path / f"caltech101/101_ObjectCategories/ant/image_{i:04d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert datasets.find("caltech101", tmp_path)[1] == "folders"
+    (line,) = fetch.by_hand("caltech101", tmp_path)
+    path = Path(line.rpartition("put it at ")[2])
+    assert path == tmp_path / "caltech101/split_zhou_Caltech101.json"
+    path.touch()
+    assert datasets.find("caltech101", tmp_path)[1] == "coop"
+    assert fetch.by_hand("caltech101", tmp_path) == []
 
 
 def test_every_set_has_a_source_and_terms_of_use():

@@ -298,6 +298,7 @@ TABLES = {
     "split,f0,f1": "label",
     "label,split": "numbered",
     "label,split,f0,f2": "without gaps",
+    "Unnamed: 0,label,split,f0,f1": "index=False",
     "label,split,f0,g1": "without gaps",
     "label,split,f1,f01": "without gaps",
     "label,split,f0,f0": "f0.1",

@@ -5,6 +5,7 @@ Each tree here is made up, small, and in the exact format.
 
 import dataclasses
 import json
+import shutil
 import tarfile
 import zipfile
 from collections import Counter
@@ -72,14 +73,15 @@ COOP = {
 def coop_world(name, root):
     """Write the list with the two images of the set in each split, and return the rows."""
     lists, images, listed = COOP[name]
-    put(root / lists, {split: listed for split in SPLITS})
+    own = {s: [(path.replace(".", f"_{s}."), *named) for path, *named in listed] for s in SPLITS}
+    put(root / lists, own)
     folder = (root / lists).parent
-    for path, *_ in listed:
+    for path, *_ in sum(own.values(), []):
         put(folder / images / path)
     return [
         (images + path, 1 - i, text.replace("_", " "), split)
         for split in SPLITS
-        for i, (path, _, text) in enumerate(listed)  # labels close up, the second has the lower
+        for i, (path, _, text) in enumerate(own[split])  # labels close up, the second has the lower
     ]
 
 
@@ -217,6 +219,42 @@ def test_aircraft_lie_in_coops_or_the_authors_folder_and_have_torchvisions_label
         for split in SPLITS:
             theirs = tv.FGVCAircraft(tmp_path, split)
             assert theirs._labels == [label for _, label, _, s in rows if s == split]
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_eurosat_may_lie_in_the_folder_of_the_newer_archive(split, tmp_path):
+    coop_world("eurosat", tmp_path)
+    if not split:
+        (tmp_path / "eurosat/split_zhou_EuroSAT.json").unlink()
+        shutil.rmtree(tmp_path / "eurosat/2750")
+        for i in range(10):
+            put(tmp_path / f"eurosat/2750/River/{i}.jpg")
+    older = found(datasets.read("eurosat", tmp_path))
+    (tmp_path / "eurosat/2750").rename(tmp_path / "eurosat/EuroSAT_RGB")
+    newer = found(datasets.read("eurosat", tmp_path))
+    assert newer == [(path.replace("2750", "EuroSAT_RGB"), *rest) for path, *rest in older]
+
+
+def test_a_picture_in_two_splits_or_classes_is_named(tmp_path):
+    pacs_world(tmp_path)
+    lists = tmp_path / "pacs/splits"
+    both = "photo/dog/pic_001.png"
+    shutil.copy(lists / "photo_test_kfold.txt", lists / "photo_crossval_kfold.txt")
+    said = rf"{both} is listed in train \(dog\) and test \(dog\)$"
+    with pytest.raises(ValueError, match=said):
+        datasets.read("pacs", tmp_path)
+
+
+def test_a_domain_without_pictures_is_named_and_one_that_lacks_a_class_warned_of(tmp_path):
+    """As where an archive was not unpacked to its end, or its folders stand one deeper."""
+    pacs_world(tmp_path, lists=False)
+    shutil.rmtree(tmp_path / "pacs/images/sketch/dog")
+    with pytest.warns(UserWarning, match="^sketch has no pictures of dog, which others have"):
+        assert len(datasets.read("pacs", tmp_path).rows) == 35
+    shutil.rmtree(tmp_path / "pacs/images/sketch")
+    (tmp_path / "pacs/images/sketch").mkdir()
+    with pytest.raises(ValueError, match="no pictures of sketch: add them, or take it away"):
+        datasets.read("pacs", tmp_path)
 
 
 def test_eurosats_folders_have_coops_names_and_shares_and_torchvisions_labels(tmp_path):

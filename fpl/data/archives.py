@@ -137,7 +137,9 @@ def extract(
         for number, member in enumerate(bar):
             bad = f"{archive} is not unpacked further: its member {member.name!r}"
             path = PurePosixPath(member.name)
-            nameless = member.file and not path.parts or {"\\", "\0"} & set(member.name)
+            if "\\" in member.name:
+                raise Refused(f"{bad} has a backslash in its name: pack it again with / instead")
+            nameless = member.file and not path.parts or "\0" in member.name
             if path.is_absolute() or ".." in path.parts or nameless:
                 raise Refused(f"{bad} leads out of {target}")
             if not member.file and not member.folder:

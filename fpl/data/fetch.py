@@ -20,6 +20,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from tqdm.auto import tqdm
 
 from fpl.data import datasets
 from fpl.data.archives import ARCHIVES, LIMIT, extract
-from fpl.data.datasets.layouts import File
+from fpl.data.datasets.layouts import Dataset, File
 from fpl.data.files import atomic_write, file_lock
 
 LISTS = 2**26  # bytes that a file may have that is no archive
@@ -53,12 +54,26 @@ def terms(name: str) -> str:
 def by_hand(name: str, root: Path) -> list[str]:
     """What has no stable source and is not there yet or no more, a sentence for each file."""
     asked = []
-    for file in datasets.get(name).files:
+    for file in placed(datasets.get(name), root):
         path = root / file.path
         lost = mark_of(path).exists() and not path.exists() and not is_unpacked(path)
         if file.hint and (lost or not (root / (file.gives or file.path)).exists()):
             asked.append(f"bring {path.name} ({file.hint}) and put it at {path}")
     return asked
+
+
+def placed(dataset: Dataset, root: Path) -> list[File]:
+    """Return a data set's files with the folder in which it is, where that is not its first one."""
+    try:
+        folder, *_ = datasets.find(dataset.key, root)
+    except (FileNotFoundError, ValueError):
+        return [*dataset.files]
+    first, now = f"{dataset.folders[0]}/", f"{folder.relative_to(root)}/".removeprefix("./")
+
+    def moved(path: str) -> str:
+        return now + path.removeprefix(first) if path.startswith(first) else path
+
+    return [replace(f, path=moved(f.path), gives=moved(f.gives)) for f in dataset.files]
 
 
 def fetch(name: str, root: Path) -> list[str]:

@@ -471,6 +471,8 @@ def numbered(columns: list[str]) -> list[str]:
     fronts = {match[1] for match in found.values() if match}
     first = min(numbers, default=0)
     whole = sorted(numbers) == [*range(first, first + len(numbers))]
+    index = [name for name in found if name.startswith("Unnamed")]
+    require(not index, "has the numbers of its rows as a column: save it with index=False")
     fine = len(fronts) == 1 and len(numbers) == len(found) and whole and first in (0, 1)
     require(fine, "has feature columns that are not numbered from 0 or 1 on without gaps")
     return [numbers[number] for number in sorted(numbers)]

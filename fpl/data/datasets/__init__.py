@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import pandas as pd
 
 from fpl.data.datasets.layouts import Dataset
 from fpl.data.datasets.own import read_own
-from fpl.data.manifest import SPLITS, Manifest, assemble, write_manifest
+from fpl.data.manifest import SPLITS, Manifest, Row, assemble, write_manifest
 
 Line = tuple[str, object, object, str]  # of a checklist: item, expected, found, what is to be done
 
@@ -85,8 +86,10 @@ def refuse_parts(missing: Mapping[str, list[str]], needs: int, folder: Path) -> 
 def read(name: str, root: Path, layout: str | None = None) -> Manifest:
     """Read a data set under `root`, or "own" data, the CSV file or folder `root`, to a manifest.
 
-    CIFAR's images are written to PNG files on the way, the manifest itself is not written. Raises
-    as `find` does, and ValueError for lists that cannot be read.
+    CIFAR's images are written to PNG files on the way, the manifest itself is not written. Warns of
+    a domain without pictures of a class that others have. Raises as `find` does, and ValueError for
+    lists that cannot be read, for a domain without pictures and for a picture that stands in two
+    splits or classes.
     """
     if name == "own":
         return read_own(root)
@@ -96,7 +99,9 @@ def read(name: str, root: Path, layout: str | None = None) -> Manifest:
         for domain in domains:
             found = DATASETS[name].layouts[key].read(folder, domain)
             rows += [row._replace(domain=domain) for row in found]
-        return assemble(folder, rows)
+        manifest = assemble(folder, rows)
+        check_rows(rows, domains)
+        return manifest
     except OSError:
         raise
     except Exception as e:  # MATLAB files, JSON and lines of another form fail in many ways
@@ -104,6 +109,25 @@ def read(name: str, root: Path, layout: str | None = None) -> Manifest:
         raise ValueError(
             f"{name}: the lists of the {key} layout in {folder} are not as they should be: {reason}"
         ) from e
+
+
+def check_rows(rows: Sequence[Row], domains: Sequence[str]) -> None:
+    """Raise ValueError, or warn, for what `read` says of rows."""
+    classes: dict[str, set[str]] = {domain: set() for domain in domains}
+    listed: dict[str, Row] = {}
+    for row in rows:
+        classes[row.domain].add(row.name)
+        other = listed.setdefault(row.path, row)
+        if (other.split, other.label) != (row.split, row.label):
+            places = f"{other.split} ({other.name}) and {row.split} ({row.name})"
+            raise ValueError(f"{row.path} is listed in {places}")
+    every = set().union(*classes.values())
+    for domain, there in classes.items():
+        if not there:
+            raise ValueError(f"there are no pictures of {domain}: add them, or take it away")
+        if lacks := sorted(every - there):
+            said = f"{domain} has no pictures of {', '.join(lacks[:3])}, which others have"
+            warnings.warn(said, stacklevel=3)
 
 
 def prepare(name: str, root: Path, layout: str | None, path: Path) -> Path:

@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from fpl.data.datasets.layouts import Dataset, File, Layout, Row, Rows, fedbn, lines
+from fpl.data.datasets.layouts import Dataset, File, Layout, Row, Rows, fedbn, lines, there
 
 ADDRESS = "https://csr.bu.edu/ftp/visda/2019/multi-source"
 FOLDER = "DomainNet"
+LISTS = "{domain}_{split}.txt|splits/{domain}_{split}.txt"  # as Dassl has them
 CLEANED = ("clipart", "painting")  # these have an archive without double images, which FedBN uses
 DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
 CLASSES = [
@@ -26,7 +27,7 @@ CLASSES = [
 def read(folder: Path, domain: str) -> Rows:
     """The authors' lines "DOMAIN/CLASS/FILE LABEL" of all classes, of which ten are kept."""
     for split in ("train", "test"):
-        for line in lines(folder / f"{domain}_{split}.txt"):
+        for line in lines(folder / there(folder, LISTS.format(domain=domain, split=split))):
             path = line.rpartition(" ")[0]
             name = path.split("/")[-2]
             if name in CLASSES:
@@ -58,7 +59,9 @@ DATASET = Dataset(
     classes=10,
     layouts={
         "fedbn": fedbn(CLASSES, train=18278, test=4573),
-        "official": Layout(("{domain}_train.txt", "{domain}_test.txt", "{domain}"), read),
+        "official": Layout(
+            (*(LISTS.replace("{split}", split) for split in ("train", "test")), "{domain}"), read
+        ),
     },
     page="https://ai.bu.edu/M3SDA/",
     terms="For academic research; parts are under copyright and used without their owners' word. "

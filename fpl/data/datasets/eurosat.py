@@ -12,9 +12,10 @@ from fpl.data.datasets.layouts import (
     coop_file,
     halved,
     images_in,
+    there,
 )
 
-FOLDER = "2750"
+PLACES = "2750|EuroSAT_RGB"  # the folder of an older archive, and of a newer one
 # torchvision's copy; the authors' server is often down
 COPY = "https://huggingface.co/datasets/torchgeo/eurosat/resolve"
 NAMES = {  # of folders, in the order of the labels, and in CoOp's prompts
@@ -36,12 +37,13 @@ def read(folder: Path, domain: str) -> Rows:
 
     Raises ValueError for a folder of another name.
     """
+    top = there(folder, PLACES)
     rows = []
-    for path in images_in(folder / FOLDER, 2):
+    for path in images_in(folder / top, 2):
         name = path.parts[0]
         if name not in NAMES:
-            raise ValueError(f"{folder / FOLDER / name} is no class of EuroSAT: take it away")
-        rows.append(Row(f"{FOLDER}/{path}", list(NAMES).index(name), NAMES[name]))
+            raise ValueError(f"{folder / top / name} is no class of EuroSAT: take it away")
+        rows.append(Row(f"{top}/{path}", list(NAMES).index(name), NAMES[name]))
     return halved(rows, domain)
 
 
@@ -52,8 +54,8 @@ DATASET = Dataset(
     folders=("eurosat",),
     classes=10,
     layouts={
-        "coop": coop("split_zhou_EuroSAT.json", FOLDER, train=13500, test=8100),
-        "folders": Layout((FOLDER,), read, train=13500, test=8100),
+        "coop": coop("split_zhou_EuroSAT.json", PLACES, train=13500, test=8100),
+        "folders": Layout((PLACES,), read, train=13500, test=8100),
     },
     page="https://github.com/phelber/EuroSAT",
     terms="MIT licence; the pictures are free data of Copernicus Sentinel-2.",

@@ -108,25 +108,26 @@ class Dataset:
         lacks = {}
         for domain in self.domains or [self.key]:
             items = [item.format(domain=domain) for item in self.layouts[layout].needs]
-            lacks[domain] = [item for item in items if not has(folder, item)]
+            lacks[domain] = [item for item in items if not there(folder, item)]
         return lacks
 
 
-def has(folder: Path, item: str) -> bool:
-    """Whether a folder has a file, or one of several alternatives."""
-    return any((folder / name).exists() for name in item.split("|"))
+def there(folder: Path, item: str) -> str:
+    """Which of several alternatives a folder has; "" for none."""
+    return next((name for name in item.split("|") if (folder / name).exists()), "")
 
 
-def coop(lists: str, images: str, train: int, test: int) -> Layout:
-    """CoOp's JSON {"train" | "val" | "test": [[path under `images`, label, class name], ..]}."""
+def coop(lists: str, places: str, train: int, test: int) -> Layout:
+    """CoOp's JSON {"train" | "val" | "test": [[path under its place, label, class name], ..]}."""
 
     def read(folder: Path, domain: str) -> Rows:
         content = json_of(folder / lists)
+        images = there(folder, places)
         for split in SPLITS:
             for path, label, name in content[split]:
                 yield Row(f"{images}/{path}", int(label), name, split)
 
-    return Layout((lists, images), read, train, test)
+    return Layout((lists, places), read, train, test)
 
 
 def coop_file(path: str) -> File:

@@ -2,7 +2,17 @@
 
 from pathlib import Path
 
-from fpl.data.datasets.layouts import Dataset, File, Layout, Row, Rows, fedbn, images_in, stratified
+from fpl.data.datasets.layouts import (
+    Dataset,
+    File,
+    Layout,
+    Row,
+    Rows,
+    fedbn,
+    images_in,
+    stratified,
+    there,
+)
 
 PAGE = "https://github.com/med-air/FedBN"
 CLASSES = [
@@ -22,7 +32,7 @@ ALSO = {"backpack": "back_pack", "laptop": "laptop_computer"}  # folder names of
 
 def read(folder: Path, domain: str) -> Rows:
     """Plain folders DOMAIN/CLASS/FILE; FedBN's rule of 80/20 with a draw of ours."""
-    top = domain if (folder / domain).exists() else f"{domain}10"
+    top = there(folder, f"{domain}|{domain}10")
     rows = []
     for path in images_in(folder / top, 2):
         name = ALSO.get(path.parts[0], path.parts[0])
@@ -48,7 +58,7 @@ DATASET = Dataset(
         File(
             "office_caltech_10_dataset.zip",
             hint=f"images and split, linked in the README of {PAGE}",
-            gives="office_caltech_10/amazon",
+            gives="office_caltech_10/amazon_train.pkl",
         ),
     ),
     domains={"amazon": "Amazon", "caltech": "Caltech", "dslr": "DSLR", "webcam": "Webcam"},

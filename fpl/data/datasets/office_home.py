@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fpl.data.datasets.layouts import Dataset, File, Layout, Row, Rows, images_in, stratified
+from fpl.data.datasets.layouts import Dataset, File, Layout, Row, Rows, images_in, stratified, there
 
 PAGE = "https://www.hemanthdv.org/officeHomeDataset.html"
 ARCHIVE = "OfficeHomeDataset_10072016"
@@ -42,8 +42,7 @@ def rows_of(folder: Path, top: str, split: str = "") -> list[Row]:
 
 def read_folders(folder: Path, domain: str) -> Rows:
     """Plain folders DOMAIN/CLASS/FILE; a fifth of each domain is for testing, by a draw of ours."""
-    names = [*Domain(domain).folders.split("|"), domain]
-    top = next(name for name in names if (folder / name).exists())
+    top = there(folder, f"{Domain(domain).folders}|{domain}")
     return stratified(rows_of(folder, top), domain)
 
 

@@ -2,17 +2,26 @@
 
 from pathlib import Path
 
-from fpl.data.datasets.layouts import Dataset, File, Layout, Row, Rows, images_in, lines, stratified
+from fpl.data.datasets.layouts import (
+    Dataset,
+    File,
+    Layout,
+    Row,
+    Rows,
+    images_in,
+    lines,
+    stratified,
+    there,
+)
 
 CLASSES = ["dog", "elephant", "giraffe", "guitar", "horse", "house", "person"]
-PLACES = ("images", "kfold", ".")  # where copies have the folders of the domains
+IMAGES = "images/{domain}|kfold/{domain}|{domain}"  # where copies have the folders of the domains
 DASSL = "https://github.com/KaiyangZhou/Dassl.pytorch/blob/master/DATASETS.md"
 
 
 def top_of(folder: Path, domain: str) -> str:
     """The folder of a domain's pictures, relative to that of the data set."""
-    place = next(place for place in PLACES if (folder / place / domain).exists())
-    return f"{place}/".removeprefix("./")
+    return there(folder, IMAGES.format(domain=domain)).removesuffix(domain)
 
 
 def row_of(top: str, path: str, split: str = "") -> Row:
@@ -41,8 +50,6 @@ def read_folders(folder: Path, domain: str) -> Rows:
     images = images_in(folder / top / domain, 2)
     return stratified([row_of(top, f"{domain}/{path}") for path in images], domain)
 
-
-IMAGES = "|".join(f"{place}/{{domain}}" for place in PLACES)
 
 DATASET = Dataset(
     key="pacs",
