@@ -643,3 +643,18 @@ def test_settings_are_complete(row):
             assert changed.settings() == {**base.settings(), name: new}
     assert dataclasses.replace(base, seed=2).settings() == {**base.settings(), "seed": 2}
     assert len({PARAMS.experiment(r, 1).settings()["method"] for r in ROWS}) == len(ROWS)
+
+
+def test_what_methods_say_goes_before_what_a_table_sets():
+    table = settings.Table({"promptfl": {"rounds": 7}, "fedprox": {}}, set={"rounds": 9})
+    runs = dataclasses.replace(PARAMS, tables={"t": table}).runs("t")
+    assert {label: run.run.rounds for label, run in runs} == {"promptfl": 7, "fedprox": 9}
+
+
+def test_all_tables_together_have_no_more_runs_than_one_may(monkeypatch, tmp_path):
+    monkeypatch.setattr(values, "COMBINATIONS", 5)
+    table = "{rows: [promptfl], seeds: 3}"
+    (tmp_path / "params.yaml").write_text(f"tables: {{a: {{one: {table}, two: {table}}}}}\n")
+    refuses(lambda: settings.read(tmp_path / "params.yaml"), ["more than 5 runs", "take some away"])
+    monkeypatch.setattr(values, "COMBINATIONS", 6)
+    assert len(settings.read(tmp_path / "params.yaml").tables) == 2

@@ -388,3 +388,12 @@ def test_the_harmonic_mean_is_that_of_each_seed():
         "seeds": 2,
     }
     assert {k: found[k] for k in wanted} == pytest.approx(wanted, abs=0.005)
+
+
+def test_an_image_that_two_clients_have_counts_once(here):
+    experiment = PARAMS.experiment("zeroshot", 1)
+    setup = assemble.setup_of(experiment)
+    test = [*setup.clients.test]
+    both = dataclasses.replace(setup.clients, test=[torch.cat(test[:2])] * 2 + test[2:])
+    _, there = assemble.elsewhere_of(experiment, setup.text, both)[partitions.GLOBAL]
+    assert there.test[0].tolist() == sorted({*torch.cat(test).tolist()})

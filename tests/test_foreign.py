@@ -595,3 +595,13 @@ def test_rows_run_on_what_was_imported_and_others_say_what_lacks(row, text, impo
     else:
         words = "no text tower" if row not in TEXT else "--text FILE"
         refuses(lambda: runner.sweep([experiment]), [words])
+
+
+def test_some_classes_have_their_own_text_features():
+    np.save("text.npy", text_features(WIDE))
+    bring_more(hints=foreign.Hints(Path("text.npy")))
+    data = settings.Data(name="own", store="fish")
+    on = settings.Backbone("imported"), "cpu", 2
+    whole = cache.text_of(data, *on).zero_shot()
+    for first, end in ((0, 2), (2, None)):
+        assert torch.equal(cache.text_of(data, *on, (first, end)).zero_shot(), whole[first:end])

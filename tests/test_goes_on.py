@@ -89,7 +89,11 @@ def test_on_two_threads_too(alone):
         torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("changes", [{"epsilon": 5.0}, {"mechanism": "clipping"}, {"lam": 0.1}])
+OTHERS = [{"epsilon": 5.0}, {"mechanism": "clipping"}, {"lam": 0.1}]
+OTHERS += [{"choice": "random", "order_seed": 7}]
+
+
+@pytest.mark.parametrize("changes", OTHERS)
 def test_with_noise_clipping_and_other_settings_too(changes, alone):
     goes_on(short("pfedmoap", **changes))
 
@@ -109,6 +113,13 @@ def test_no_run_goes_on_from_the_checkpoint_of_another(other, alone):
     with pytest.warns(UserWarning, match="is of another run: its run begins again"):
         runner.sweep([experiment], asked=EVERY_ROUND)
     assert files_of(experiment) == want
+
+
+def test_nor_from_one_of_another_device(monkeypatch, alone):
+    checkpoint = checkpoint_of(short("promptfl"))
+    here = checkpoint.identity
+    monkeypatch.setattr(checkpoints, "device", lambda: "cuda")
+    assert checkpoint.identity != here
 
 
 def test_nor_from_one_of_another_version_of_torch(alone, monkeypatch):

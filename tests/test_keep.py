@@ -136,3 +136,13 @@ def test_clients_that_receive_nothing_are_kept(patched):
         kept = kept_of(small("fedper", n_base=0))
     (cohort,) = kept.cohorts
     assert cohort.received["base"].shape[:2] == (4, 0)
+
+
+def test_the_file_of_another_run_is_made_again(here):
+    asked = Asked(keep=True)
+    runs = runner.sweep([small("promptfl", seed) for seed in (1, 2)], asked=asked)
+    mine, theirs = (path.with_suffix(keep.SUFFIX) for path in runs)
+    whole = mine.read_bytes()
+    shutil.copy(theirs, mine)
+    runner.sweep([small("promptfl", 1)], asked=asked)
+    assert mine.read_bytes() == whole

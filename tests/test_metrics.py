@@ -112,6 +112,7 @@ DAMAGE = {
     "no text": {"label": {"dtype": "|u1", "zlib": 3}},
     "no parts": {"label": None},
     "signed": {"label": squeezed([0, 1, 2], "<i2")},
+    "surer than sure": {"confidence": squeezed([256, 0, 51], "<u2")},
     "objects": {"label": {"dtype": "|O", "zlib": ""}},
     "no type": {"label": {"dtype": ["|u1"], "zlib": ""}},
     "other sizes": {"sizes": [2, 2]},
@@ -172,6 +173,7 @@ def test_a_record_without_answers_or_with_those_of_others_is_refused(alone):
         {"answers": record["answers"] | {"sizes": [1, 2]}},
         {"answers": 3},
         {"classes": ["one"]},
+        {"classes": record["classes"][:-1]},
         {"classes": None},
     ):
         records.seal(record | changed, one)

@@ -4,11 +4,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers.runs import SIZES
+from helpers.runs import SIZES, play
+from helpers.tiny import make
 
+from fpl import rounds
 from fpl.experiments import promises
 from fpl.methods import METHODS, PFedMoAP
 from fpl.more_methods import MORE
+from fpl.more_methods.private import DPFPL
 
 FORMS = [(row, {}) for row in {**METHODS, **MORE}] + [
     ("prograd", {"rule": "flip"}),
@@ -39,3 +42,17 @@ class InOrder(PFedMoAP):
 def test_a_method_that_depends_on_the_order_of_experts_is_told():
     (said,) = promises.check(InOrder, {"n_ctx": 2, "d_gate": 16, "heads": 4})
     assert "the order of experts does not matter: logits differs" in said
+
+
+def test_noise_of_a_step_is_never_drawn_again(text, clients, monkeypatch):
+    """Else the difference of two rounds' uploads would have none."""
+    drawn, made = [], rounds.normals
+
+    def noted(like, seed, client_ids, numbers, name, *shape):
+        drawn.extend((name, *numbers, i) for i in client_ids)
+        return made(like, seed, client_ids, numbers, name, *shape)
+
+    monkeypatch.setattr(rounds, "normals", noted)
+    play(make(DPFPL, bound=1.0, noise=0.5), text, clients)
+    streams = len({name for name, *_ in drawn})
+    assert len({*drawn}) == len(drawn) > 2 * streams * len(clients)

@@ -271,6 +271,18 @@ FOREIGN = {  # a pack with good checksums that is none: what makes it so, and wh
         set_provenance("patches", weights="x"),
         "has patches made with weights 'x' and pooled features",
     ),
+    **{
+        f"patches with another {key}": (
+            set_provenance("patches", **{key: "x"}),
+            f"has patches made with {key} 'x' and pooled features",
+        )
+        for key in ("architecture", "transform", "data", "manifest", "pictures", "images")
+    },
+    "a path of an image left out": (
+        lambda f: f["feats"].create_dataset("skipped", data=["/srv/x.png"]),
+        "names /srv/x.png, a path of one machine",
+    ),
+    "a path at home": (set_provenance("feats", model="local-dir:~/clip"), "names ~/clip"),
     "views of fewer images": (
         set_provenance("views", skipped="1 images, x"),
         "has views made with skipped '1 images, x'",
@@ -323,6 +335,15 @@ def test_a_foreign_pack_is_refused(case, world, tmp_path):
             BACKBONE.name,
         )
     assert [other.name for other in tmp_path.iterdir()] == ["foreign"]
+
+
+def test_the_name_of_a_pack_is_sealed(world, tmp_path):
+    path = shutil.copy(world / "shapes.pack", tmp_path / "renamed")
+    with h5py.File(path, "r+") as f:
+        f.attrs["name"] = "food101"
+    features.seal(path)
+    with pytest.raises(ValueError, match="does not have the checksum that it carries"):
+        pack.verify(path)
 
 
 HANGS = (2**64 - 16).to_bytes(8, "little")  # with the header's 16 bytes HDF5 goes on by 0

@@ -18,7 +18,7 @@ from fpl import cli
 from fpl.data import encoders as clips
 from fpl.data import extraction, features
 from fpl.data.manifest import read_manifest
-from fpl.experiments import runner, verbs
+from fpl.experiments import cache, runner, verbs
 from fpl.prompts import Clip
 
 VIT = {"image_size": 32, "patch_size": 8, "layers": 2, "width": 32, "head_width": 16}
@@ -291,6 +291,7 @@ def test_other_patches_are_another_run(here, patched):
     experiment = PARAMS.experiment("fedotp", 1)
     (before,) = runner.keys_of([experiment])
     plain = runner.keys_of([PARAMS.experiment("promptfl", 1)])
+    held_before = cache.patches_of(DATA, BACKBONE, "cpu")
     path = DATA.file("patches")
     content = path.read_bytes()
     with features.h5py.File(path, locking=False) as f:
@@ -304,6 +305,7 @@ def test_other_patches_are_another_run(here, patched):
                 f[name] = value / 2 if name == "patches" else value
         (after,) = runner.keys_of([experiment])
         assert after.path != before.path
+        assert torch.equal(cache.patches_of(DATA, BACKBONE, "cpu"), held_before / 2)
         assert runner.keys_of([PARAMS.experiment("promptfl", 1)]) == plain
     finally:
         path.write_bytes(content)

@@ -341,3 +341,11 @@ def test_a_data_set_that_papers_print_has_no_column_of_other_images():
         assert ("paper, DomainNet (10 classes)" in table) == column and "paper" not in table
     printed = lines.assign(images="domainnet10", data="domainnet10")
     assert "paper" in tables.beside(printed, "DomainNet (10 classes)")
+
+
+def test_the_seed_of_the_order_says_who_of_the_others_is_drawn(here):
+    drawn = []
+    for seed in (1, 2):
+        asked = small("promptfl", seed, participation=0.7, unseen=1, rounds=9, order_seed=7)
+        drawn.append([turn.tolist() for turn in assemble.setup_of(asked).clients.turns])
+    assert drawn[0] == drawn[1]

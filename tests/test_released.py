@@ -340,3 +340,23 @@ def test_under_a_released_split_all_seeds_draw_the_same_clients():
     for row in ("promptfl_released", "fedpgp_released"):
         assert all(map(torch.equal, drawn[row, 1], drawn[row, 2]))
     assert drawn["promptfl", 1] is None, "our own rows draw by the seed"
+
+
+def test_a_fixed_released_split_fixes_who_is_drawn():
+    params = settings.read(ROOT / "params.yaml")
+    split = np.repeat([*["train"] * 6, *["test"] * 6], 60)
+    images = SimpleNamespace(labels=torch.arange(12).repeat(60), split=split, domain=None)
+    asked = {
+        "form": "released",
+        "kind": "dirichlet",
+        "shots": 0,
+        "rounds": 9,
+        "participation": 0.25,
+    }
+
+    def turns(seed, split_seed):
+        run = params.experiment("promptfl_released", seed, split_seed=split_seed, **asked)
+        return assemble.turns_of(run, images)
+
+    assert all(map(torch.equal, turns(1, 3), turns(2, 3)))
+    assert not all(map(torch.equal, turns(1, 3), turns(1, 4)))

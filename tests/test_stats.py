@@ -422,3 +422,16 @@ MISSING = [
 def test_without_a_spread_there_is_no_verdict(two):
     found = stats.joint(*two)
     assert found["verdict"] == "unknown" and np.isnan(found["low"]) and np.isnan(found["high"])
+
+
+def test_a_mistaken_loader_moves_all_that_belongs_to_an_image_by_the_seed_of_the_split():
+    n = len(LABELS)
+    numbers = torch.arange(n)
+    patches = numbers.view(n, 1, 1).expand(n, 2, n).float()
+    whole = Clients(torch.eye(n), torch.from_numpy(LABELS), [], [], 6, patches, place=numbers)
+    feats = SimpleNamespace(labels=whole.labels, split=SPLIT, domain=DOMAIN, client=None)
+    asked = Partition("domain", 4, 0, loader="both", split_seed=3)
+    one, other = (assemble.deal(whole, feats, asked, seed) for seed in (1, 2))
+    image = one.feats.argmax(1)
+    assert torch.equal(one.place, image) and torch.equal(one.patches[:, 0, 0], image.float())
+    assert torch.equal(one.labels, other.labels) and torch.equal(one.feats, other.feats)

@@ -180,3 +180,10 @@ def test_views_of_an_image_come_one_after_the_other_epoch_by_epoch():
         for i in (0, 1):
             wanted = views[place[train[i]], epoch % 4].tolist()
             assert sorted(x[i].tolist()) == sorted(wanted)
+
+
+def test_a_cosine_is_of_the_gate_too():
+    training = Training(local_epochs=4, lr=0.1, gate_lr=0.2, schedule="cosine")
+    prompt, gate = ([training.rate(of, epoch) for epoch in range(4)] for of in ("prompt", "gate"))
+    assert gate == pytest.approx([2 * rate for rate in prompt])
+    assert prompt == pytest.approx([0.1, 0.08535534, 0.05, 0.01464466])

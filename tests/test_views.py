@@ -17,7 +17,7 @@ from fpl.data import encoders as clips
 from fpl.data import extraction, features
 from fpl.data.manifest import read_manifest, write_manifest
 from fpl.data.views import Views, crop
-from fpl.experiments import assemble
+from fpl.experiments import assemble, runner
 
 SIZES = [(40, 40), (64, 48), (33, 90), (200, 31)]  # (width, height)
 
@@ -280,12 +280,46 @@ def test_crops_are_the_same_wherever_a_data_set_lies(manifest, tower, tmp_path):
     assert torch.equal(near, far) and near.shape == here.feats.shape
 
 
-def test_training_images_without_crops_are_refused(here, monkeypatch):
+CROPPED = dataclasses.replace(DATA, views=2)
+
+
+@pytest.fixture
+def cropping(here):
+    """Make crops of the small world's images, which are taken away at the end."""
+
+    def make(number=2, seed=0):
+        CROPPED.file("views").unlink(missing_ok=True)
+        images = read_manifest(DATA.folder / "manifest.csv")
+        there = clips.load(BACKBONE.name)
+        extraction.extract(images, there, CROPPED.file("views"), "views", Views(number, seed))
+        return dataclasses.replace(PARAMS, data=CROPPED)
+
+    yield make
+    CROPPED.file("views").unlink()
+
+
+def test_other_crops_are_another_run(cropping):
+    plain, keys = runner.keys_of([PARAMS.experiment("promptfl", 1)]), []
+    for seed in (0, 1):
+        keys += runner.keys_of([cropping(seed=seed).experiment("promptfl", 1)])
+    assert keys[0].path != keys[1].path
+    assert runner.keys_of([PARAMS.experiment("promptfl", 1)]) == plain
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_another_number_of_crops_is_refused(number, cropping):
+    experiment = cropping(number).experiment("promptfl", 1)
+    refuses(lambda: assemble.setup_of(experiment), [f"has {number} views", "--views 2"])
+
+
+def test_patches_are_of_whole_images(cropping, patched):
+    experiment = cropping().experiment("fedotp", 1, n_ctx=2)
+    refuses(lambda: assemble.setup_of(experiment), ["fedotp reads patches", "data.views to 0"])
+
+
+def test_training_images_without_crops_are_refused(cropping, monkeypatch):
     """As in a pack of somebody else's: they would train on crops of another image."""
-    data = dataclasses.replace(DATA, views=2)
-    tower, images = clips.load(BACKBONE.name), read_manifest(DATA.folder / "manifest.csv")
-    extraction.extract(images, tower, data.file("views"), "views", Views(2))
-    experiment = dataclasses.replace(PARAMS, data=data).experiment("promptfl", 1)
+    experiment = cropping().experiment("promptfl", 1)
     whole = features.load
 
     def half(path, *request):
