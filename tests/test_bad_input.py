@@ -440,6 +440,10 @@ COMMANDS = {
         ["features", "--all", "--data", "x"],
         "fpl features: --all makes what all data sets need",
     ),
+    "a name that is a table's": (
+        ["sweep", "promptfl", "--name", "table1"],
+        "fpl sweep: --name table1 is a table of params.yaml: take another name",
+    ),
     "a name for tables": (["sweep", "--name", "x"], "fpl sweep: ", "--name x is for a method"),
     "a name that is a path": (
         ["sweep", "promptfl", "--name", "../x"],

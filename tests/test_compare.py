@@ -1,5 +1,8 @@
 """Fresh tables are compared with the repository's, and a moved or missing number fails."""
 
+import shutil
+from pathlib import Path
+
 import pandas as pd
 import pytest
 
@@ -232,3 +235,22 @@ def test_the_repository_knows_every_tolerance():
     for row, name in of_row:
         table = pd.read_csv(ROOT / expected.EXPECTED / name, index_col=0)
         assert (table.loc[row, "high"] - table.loc[row, "low"]) / 2**0.5 > wide[row]
+
+
+def test_what_is_accepted_is_what_is_expected_from_then_on(project):
+    """A table that has another name now is expected under that one alone."""
+    (old,) = tables.TABLES.glob("*/table1.csv")
+    shutil.copy(old, old.with_name("renamed.csv"))
+    old.unlink()
+    assert "missing" in verdicts(expected.all_cells(tables.TABLES)).values()
+    expected.accept(tables.TABLES)
+    names = {path.name for path in expected.EXPECTED.glob("*/*.csv")}
+    assert "renamed.csv" in names and "table1.csv" not in names
+    assert set(verdicts(expected.all_cells(tables.TABLES)).values()) == {"same"}
+
+
+def test_nothing_is_accepted_where_nothing_is_fresh(project):
+    before = sorted(expected.EXPECTED.rglob("*"))
+    with pytest.raises(FileNotFoundError, match="no tables in nowhere: call `fpl repro` first"):
+        expected.accept(Path("nowhere"))
+    assert sorted(expected.EXPECTED.rglob("*")) == before

@@ -15,7 +15,7 @@ from helpers import ROOT
 from fpl import privacy
 from fpl.audit import ledger, published
 from fpl.data.datasets import DATASETS
-from fpl.experiments import records, stats, tables
+from fpl.experiments import plots, records, stats, tables
 
 TITLES = {"promptfl": "PromptFL", "pfedmoap": "pFedMoAP", "majority": "control: majority"}
 # A twelfth method, which the package does not know, in a file of one's own.
@@ -356,6 +356,9 @@ AVERAGES = {
     "clients": tables.clients,
     "results": functools.partial(tables.results, columns={"personal": "accuracy"}),
     "generalisation": tables.generalisation,
+    "traffic": functools.partial(tables.traffic, keys=["method"]),
+    "curves": lambda runs: plots.curves(runs.assign(title=runs["method"])),
+    "by_client": lambda runs: plots.by_client(runs.assign(title=runs["method"])),
 }
 
 
@@ -363,8 +366,70 @@ AVERAGES = {
 def test_two_rows_of_one_method_are_no_average(average):
     made = [record("pfedmoap", 1, n_experts=k) for k in (0, 2)]
     runs = records.frame(store(made), ["none", "two"])
-    with pytest.raises(ValueError, match="2 runs are called pfedmoap, 1: group by a column"):
+    with pytest.raises(ValueError, match="2 runs are called pfedmoap, [01, ]+: group by a column"):
         AVERAGES[average](runs)
+
+
+def test_a_row_without_the_value_that_others_have_stays(monkeypatch):
+    """In the table of base and novel classes, and in the figure of traffic."""
+    made = [record("pfedmoap", 1, rank=rank) for rank in (1, 4)] + [record("promptfl", 1)]
+    runs = records.frame(store(made)).assign(base=0.5, novel=0.5)
+    assert len(tables.generalisation(runs, "rank")) == 3
+    table = tables.traffic(runs, ["row", "rank"])
+    assert len(table) == len(runs["round"].unique()) * 3
+    drawn = []
+    monkeypatch.setattr(plots, "draw_traffic", lambda ax, part, line, **look: drawn.append(line))
+    plots.traffic(table, "rank")
+    assert drawn == ["-", "--", "-"]
+
+
+LOW_AND_HIGH = ["low", *["high"] * (CLIENTS - 1)]
+
+
+def test_a_domain_may_be_called_as_a_column_is():
+    made = [record("promptfl", seed) | {"domains": LOW_AND_HIGH} for seed in (1, 2)]
+    runs = records.frame(store(made))
+    plain = tables.table1(runs)
+    table = tables.beside(runs, "CIFAR100")
+    assert (table[["low", "high"]].to_numpy() == plain[["low", "high"]].to_numpy()).all()
+    assert {"domain low", "domain high"} <= {*table.columns}
+
+
+def test_ablations_are_drawn_by_the_name_of_the_data_set():
+    """Tables may have their data sets in another order; with others they are refused."""
+
+    def table(values):
+        index = pd.MultiIndex.from_tuples([(on, 1.0) for on in values], names=["data", "k"])
+        means = [*values.values()]
+        return pd.DataFrame({"mean": means, "low": means, "high": means}, index)
+
+    first, second = table({"a": 30.0, "b": 70.0}), table({"b": 71.0, "a": 31.0})
+    reference = {"a": {"control": 20.0}, "b": {"control": 60.0}}
+    names = {"k": "K", "g": "G"}
+    figure = plots.ablations({"k": first, "g": second}, {"k": 1.0, "g": 2.0}, names, reference)
+    found = {}
+    for ax in figure.axes:
+        *_, level = [line.get_ydata()[0] for line in ax.lines if line.get_label() == "control"]
+        dots = [line for line in ax.lines if line.get_marker() == "o" and len(line.get_ydata())]
+        filled = [line for line in dots if line.get_markerfacecolor() == "k"]
+        point = ax.lines[0].get_ydata()[0]
+        found[ax.get_title("left"), ax.get_xlabel()] = point, level, len(filled)
+    assert found == {
+        ("a", "K"): (30, 20, 1),
+        ("b", "K"): (70, 60, 1),
+        ("a", "G"): (31, 20, 0),
+        ("b", "G"): (71, 60, 0),
+    }
+    with pytest.raises(ValueError, match="the table of g has not the data sets of the others"):
+        plots.ablations({"k": first, "g": table({"a": 1.0})}, {"k": 1, "g": 2}, names, reference)
+
+
+def test_nothing_to_show_is_said_in_a_sentence():
+    runs = records.frame(store([record("promptfl", 1)]))
+    with pytest.raises(ValueError, match="^there are no runs to make a table of"):
+        tables.grid(runs[runs["row"] == "gone"], "method")
+    with pytest.raises(ValueError, match="^there are no differences to draw"):
+        plots.differences(tables.differences(runs, {}))
 
 
 def test_differences_at_values_of_a_setting_keep_pair_and_value_apart():
@@ -453,6 +518,18 @@ def test_table_6_has_the_noise_of_each_method_by_itself():
     noise = tables.table6(records.frame(store(made)))["noise"].droplevel("uploads")
     wanted = privacy.noise_multiplier(5.0, 0.05, 5)
     assert noise.to_dict() == {"majority": 0, "promptfl": pytest.approx(wanted, abs=0.01)}
+
+
+def test_table_6_stands_beside_the_mean_of_the_papers_data_sets():
+    how = {"epsilon": 0.0, "delta": 0.05, "mechanism": "gaussian"}
+    runs = records.frame(store([record("promptfl", seed, **how) for seed in (1, 2)]))
+    with open(ROOT / "data/published.csv") as f:
+        lines = [line for line in csv.DictReader(f) if line["table"] == "Table 6"]
+    one = {"paper": tables.PAPER, "method": "PromptFL", "variant": "no DP"}
+    these = [float(line["mean"]) for line in lines if one.items() <= line.items()]
+    assert len(these) == 5
+    (found,) = tables.table6(runs)[tables.BESIDE]
+    assert found == pytest.approx(sum(these) / 5, abs=0.005)
 
 
 def test_each_run_has_its_own_last_round():

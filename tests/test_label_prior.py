@@ -21,6 +21,10 @@ CASES = [
     for beta in GOLDEN[file]
     for domain in GOLDEN[file][beta]
 ]
+SPREAD = {  # in points, over the five clients of a domain, and over all thirty
+    **{"clipart": 9.32, "infograph": 13.41, "painting": 6.19, "quickdraw": 4.23},
+    **{"real": 6.92, "sketch": 18.27, "average": 12.57},
+}
 MAJORITY = {
     "domainnet10": {
         "clipart": 47.83,
@@ -110,6 +114,12 @@ def test_a_partition_that_would_never_end_raises():
 def test_majority_guess_of_each_domain(counts, file):
     ours = 100 * label_prior.guesses(counts[file])["majority"]
     assert ours.to_dict() == pytest.approx(MAJORITY[file], abs=0.005)
+
+
+def test_the_spread_of_a_majority_guess_over_clients_is_that_of_all_of_them(counts):
+    """By hand, of n and not n - 1; of all 30 it is not the mean of the domains'."""
+    found = (100 * label_prior.guesses(counts["domainnet10"])["spread"]).to_dict()
+    assert found == pytest.approx(SPREAD, abs=0.005)
 
 
 @pytest.mark.parametrize(

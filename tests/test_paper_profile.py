@@ -200,6 +200,9 @@ def test_fedotp_and_fedpgp_run_as_their_own_scripts_say():
     pgp = [e for e in found if isinstance(e.method, FedPGP)]
     otp = [e for e in found if isinstance(e.method, FedOTP)]
     assert len({e.row for e in pgp}) > 3 and {e.run.lr for e in pgp + otp} == {0.001}
+    own = [e for name in PAPER.tables_of("17_generalisation") for _, e in PAPER.runs(name)]
+    sizes = {(e.run.local_epochs, e.run.batch_size) for e in own if isinstance(e.method, FedPGP)}
+    assert sizes == {(2, 8)}
     for e in otp:
         assert e.method.eps == (0.1 if e.source.data.name.startswith("cifar") else 0.01)
 

@@ -75,6 +75,12 @@ def test_d5_the_term_is_reported_and_does_nothing(text, clients):
     assert all(map(equal, detached.local, plain.local))
     assert not equal(real.local[-1], plain.local[-1])
     assert all(a.loss > b.loss for a, b in zip(detached.rounds, plain.rounds, strict=True))
+    whole, without = (
+        play(make(RELEASED[row]), text, clients)
+        for row in ("fedprox_released", "promptfl_released")
+    )
+    assert all(map(equal, whole.local, without.local))
+    assert all(a.loss > b.loss for a, b in zip(whole.rounds, without.rounds, strict=True))
 
 
 def permutation(z, s, seed):

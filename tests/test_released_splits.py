@@ -325,6 +325,14 @@ MADE = {
         Partition("pathological", 4, shots=0, form="released"),
         lambda a, b: released.pathological((a, b), 4, shots=0),
     ),
+    "domain": (
+        Partition("domain", 3, 0, 0.7, form="released"),
+        lambda a, b: released.domain_dirichlet((a, b), 3, 0.7),
+    ),
+    "pachinko": (
+        Partition("pachinko", 6, 0, 0.3, form="released"),
+        lambda a, b: released.pachinko((a, b), 6, 0.3, 5),
+    ),
     "iid": (
         Partition("iid", 3, shots=2, form="released"),
         lambda a, b: released.pathological((a, b), 3, 2, iid=True),
@@ -340,9 +348,11 @@ MADE = {
 def test_settings_deal_as_the_functions_do(name):
     partition, rule = MADE[name]
     gen = np.random.default_rng(3)
-    lists = gen.integers(0, 8, 240), gen.integers(0, 8, 100)
-    labels, split, *places = mixed(*lists, gen.permutation(340))
-    found = released.make(partition, labels, split, 5)
+    many, train, test = (100, 3000, 1500) if partition.kind == "pachinko" else (8, 240, 100)
+    lists = gen.integers(0, many, train), gen.integers(0, many, test)
+    labels, split, *places = mixed(*lists, gen.permutation(train + test))
+    domain = np.full(len(labels), "one") if partition.kind == "domain" else None
+    found = released.make(partition, labels, split, 5, domain)
     wanted = rule(labels[places[0]], labels[places[1]])
     for ours, theirs, place in zip(found, wanted, places, strict=True):
         assert all(

@@ -71,6 +71,8 @@ def sweep_method(settings: Settings, options: Options) -> None:
 
     if options.name and (options.name[0] == "." or Path(options.name).name != options.name):
         raise ValueError(f"--name {options.name!r} cannot be the name of a file: use letters")
+    if options.name in settings.tables:
+        raise ValueError(f"--name {options.name} is a table of params.yaml: take another name")
     method, *changes = options.what
     given = values.assignments(changes, "name=values")
     lists = {name: values.several(text, name) for name, text in given.items()}

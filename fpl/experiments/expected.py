@@ -11,6 +11,7 @@ import pandas as pd
 from fpl.data.files import atomic_write
 
 EXPECTED = Path("results/expected")
+ENDINGS = ("csv", "md", "json", "png")  # of what is expected
 # How far a mean may move, in points of percent, by table or by row. Retraining on another processor
 # changes the order of additions, hence last digits, hence a few test images; label counts change
 # nothing. docs/contributing.md says how these were measured.
@@ -143,8 +144,19 @@ def tables_in(folder: Path) -> list[Path]:
 
 
 def accept(fresh: Path, expected: Path = EXPECTED) -> None:
-    """Take over fresh tables and figures as the expected ones."""
-    for suffix in ("csv", "md", "json", "png"):
-        for source in fresh.glob(f"*/*.{suffix}"):
-            with atomic_write(expected / source.relative_to(fresh)) as temporary:
-                shutil.copyfile(source, temporary)
+    """Take over fresh tables and figures as the expected ones, and no other of their notebooks.
+
+    Raises FileNotFoundError where nothing is fresh.
+    """
+    found = [source for end in ENDINGS for source in fresh.glob(f"*/*.{end}")]
+    if not found:
+        raise FileNotFoundError(f"there are no tables in {fresh}: call `fpl repro` first")
+    names = {source.relative_to(fresh) for source in found}
+    for source in found:
+        with atomic_write(expected / source.relative_to(fresh)) as temporary:
+            shutil.copyfile(source, temporary)
+    for folder in {name.parent for name in names}:
+        old = [path for end in ENDINGS for path in (expected / folder).glob(f"*.{end}")]
+        for path in old:
+            if path.relative_to(expected) not in names:
+                path.unlink()

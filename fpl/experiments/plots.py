@@ -25,6 +25,7 @@ from pandas import DataFrame, Series
 
 from fpl.data.files import atomic_write
 from fpl.experiments.notebook import TABLES
+from fpl.experiments.stats import of_single
 from fpl.experiments.tables import unmarked
 
 # Okabe and Ito's colours, ordered so that neighbours differ in lightness too.
@@ -175,6 +176,8 @@ def differences(table: DataFrame, far: float = math.inf) -> Figure:
     below, grey where Holm's adjustment leaves no claim of it, and else white. Differences beyond
     `far` points stand in a panel of their own, so that the others can be told apart.
     """
+    if table.empty:
+        raise ValueError("there are no differences to draw: of no pair were both rows run")
     parts = [
         (name, part)
         for name, of in parts_of(table).items()
@@ -251,12 +254,13 @@ def curves(runs: DataFrame) -> Figure:
     """Draw accuracy by round, the mean over clients: a line per title, a band over its seeds.
 
     The band reaches from the lowest to the highest seed. runs: a line per run, round and client,
-    with columns title, seed, round and accuracy, and data where there are several data sets.
+    with columns title, run, seed, round and accuracy, and data where there are several data sets.
+    Raises ValueError for several runs of a title and seed.
     """
     keys = ["title", "round"]
     if "data" in runs and runs["data"].nunique() > 1:
         keys.insert(0, "data")
-    by_seed = runs.groupby([*keys, "seed"], sort=False)["accuracy"].mean()
+    by_seed = of_single(runs, [*keys, "seed"])["accuracy"].mean()
     by_round = by_seed.groupby(level=keys, sort=False)
     table = 100 * by_round.agg(["mean", "min", "max"])
     fig, shown = stacked(table, 6.5, 3.6)
@@ -307,12 +311,16 @@ def ablations(
 
     values, defaults, labels: the table of each setting, its default, which is filled, and its name.
     reference: of each data set, which has a row of panels, the levels drawn as lines, by name.
+    Raises ValueError for a table of other data sets.
     """
     size = (3.1 * len(values) + 0.6, 3.5 * len(reference))
     fig, grid = figure(*size, len(reference), len(values), sharey="row")
     for column, (key, table) in zip(grid.T, values.items()):
-        parts = parts_of(table).items()
-        for ax, (data, part), levels in zip(column, parts, reference.values()):
+        parts = parts_of(table)
+        if parts.keys() != reference.keys():
+            raise ValueError(f"the table of {key} has not the data sets of the others: give it all")
+        for ax, (data, levels) in zip(column, reference.items()):
+            part = parts[data]
             x = np.arange(len(part))
             ax.errorbar(x, part["mean"], reach(part), fmt="ko", markerfacecolor="white")
             default = part.index == defaults[key]
@@ -362,14 +370,14 @@ def traffic(table: DataFrame, kind: str) -> Figure:
     than there are kinds of lines.
     """
     lines = ("-", "--", ":", "-.")
-    variants = [*table.index.unique(level=-2).sort_values()]
+    variants = [*table.index.unique(level=-2).dropna().sort_values()]  # a row may have none
     if len(variants) > len(lines):
         raise ValueError(f"{len(lines)} values of {kind} can be drawn, not {len(variants)}")
     fig, shown = stacked(table, 7.2, 4.2)
     for ax, of in shown:
         rows = [*of.index.unique(level=0)]
-        for (row, variant), part in of.groupby(level=[0, 1], sort=False):
-            line = lines[variants.index(variant)]
+        for (row, variant), part in of.groupby(level=[0, 1], sort=False, dropna=False):
+            line = lines[variants.index(variant)] if variant in variants else lines[0]
             draw_traffic(ax, part, line, **look(rows.index(row)))
         for k, row in enumerate(rows):
             ax.plot([], [], label=row, **look(k))
@@ -398,8 +406,10 @@ def draw_traffic(ax: Axes, part: DataFrame, line: str, color: str, marker: str) 
 def by_client(runs: DataFrame) -> Figure:
     """Draw the accuracy of every client in every seed, the worst of each seed, and the mean.
 
-    runs: a line per run and client with columns title, seed and accuracy; a title has a row.
+    runs: a line per run and client with columns title, run, seed and accuracy; a title has a row.
+    Raises ValueError for several runs of a title and seed.
     """
+    of_single(runs, ["title", "seed"])
     row, titles = runs["title"].factorize()
     percent = 100 * runs["accuracy"]
     worst = percent.groupby([row, runs["seed"]]).min()

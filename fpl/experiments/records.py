@@ -8,6 +8,7 @@ reads them compares. Reading them needs no torch.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
@@ -136,7 +137,7 @@ def of_table(table: str, results: str | Path | None = None) -> pd.DataFrame:
     ValueError where a file is damaged or several notebooks have a table of this name.
     """
     results = Path(results or places.results())
-    found = sorted(results.glob(f"runs/*/{table}.json"))
+    found = sorted(results.glob(f"runs/*/{glob.escape(table)}.json"))
     if len(found) > 1:
         listed = ", ".join(map(str, found))
         raise ValueError(f"table {table} has several indexes, {listed}: delete the outdated ones")

@@ -127,8 +127,8 @@ NOTE_OTHERS = (
     "nothing was trained there. A row that is bound to the classes of training has none."
 )
 NOTE_LEDGER = (
-    "What it costs to do as the released code does: accuracy with it minus accuracy without it, on "
-    f"drawn images. {NOTE_PAIRED}"
+    "What it costs to do as the released code does: accuracy with it minus accuracy without it. "
+    f"{NOTE_PAIRED}"
 )
 NOTE_LEDGER_SPREAD = (
     "Standard deviations in points of percent: over seeds, and what the released code makes of "
@@ -192,6 +192,8 @@ def several(make: Make) -> Make:
 
     @functools.wraps(make)
     def made(runs: DataFrame, *arguments, **named) -> DataFrame:
+        if runs.empty:
+            raise ValueError("there are no runs to make a table of: choose other rows")
         if runs["data"].nunique() == 1:
             return make(runs, *arguments, **named)
         tables = {}
@@ -304,7 +306,8 @@ def beside(runs: DataFrame, dataset: str) -> DataFrame:
     table = titled(runs)
     add_paper(table, runs, theirs, f"paper, {dataset}")
     for domain, part in runs[runs["domain"] != ""].groupby("domain"):
-        table[SPELT.get(domain, domain)] = summary(part)["mean"]
+        name = SPELT.get(domain, domain)  # of one's own domains one may be called "low", say
+        table[f"domain {name}" if name in table else name] = summary(part)["mean"]
     return marked(table.round(2))
 
 
@@ -403,6 +406,7 @@ def levels(runs: DataFrame, methods: Sequence[str]) -> dict[str, dict[str, float
 
 def named(table: DataFrame, levels: Sequence[str]) -> DataFrame:
     """Return a table with some levels of its index joined to one, called `row`, as `in_words`."""
+    levels = [levels] if isinstance(levels, str) else levels
     flat = table.reset_index()
     others = [level for level in table.index.names if level not in levels]
     return flat.assign(row=in_words(flat, levels)).set_index(["row", *others])[[*table.columns]]
@@ -433,6 +437,7 @@ def by_measures(runs: DataFrame, measures: Mapping[str, str]) -> DataFrame:
     out.
     """
     frames = []
+    runs = runs.reset_index(drop=True)  # those of several tables have the same numbers
     for name, column in measures.items():
         there = runs[last_round(runs)[column].notna().reindex(runs.index, fill_value=False)]
         frames.append(there.assign(row=there["row"] + f", {name}", accuracy=there[column]))
@@ -546,7 +551,7 @@ def traffic(runs: DataFrame, keys: Sequence[str]) -> DataFrame:
     """
     numbers = runs["up"].fillna(0) + runs["down"].fillna(0)
     kept = [*keys, "seed", "round"]
-    lines = runs.assign(kB=4 * numbers / 1000).groupby(kept, sort=False, dropna=False)
+    lines = of_single(runs.assign(kB=4 * numbers / 1000), kept)
     means = lines[["kB", "accuracy"]].mean()
     of_run = means.groupby(level=kept[:-1], sort=False, dropna=False)
     means["kB"] = of_run["kB"].cumsum()
@@ -570,7 +575,7 @@ def generalisation(runs: DataFrame, key: str = "method") -> DataFrame:
     groups = of_single(last_round(runs), [key, "seed"])
     found = groups[[*columns]].mean().rename(columns=columns)
     found["HM"] = 3 / (1 / found).sum(axis=1, skipna=False)
-    seeds = (100 * found).groupby(level=key, sort=False)
+    seeds = (100 * found).groupby(level=key, sort=False, dropna=False)
     table = seeds.mean().join(seeds.std().add_suffix(" std"))
     return table.assign(seeds=seeds.size()).round(2)
 

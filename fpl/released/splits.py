@@ -40,7 +40,8 @@ def make(
 
     Numbers that the release fixes stay as they are (sizes, its own seeds). Arguments are those of
     `fpl.data.partitions.make`. rng: NumPy's state as the run has seeded it, which the split leaves
-    as the rounds find it. Raises ValueError for a kind that the release has not, and for shots
+    as the rounds find it. That OxfordPets with 20 clients repeats classes has no setting: see
+    `pathological`. Raises ValueError for a kind that the release has not, and for shots
     where it takes all images.
     """
     kind, shots, beta = partition.kind, partition.shots, partition.concentration
@@ -247,7 +248,7 @@ def label_dirichlet(
             return shuffled(train, test, rng)
     raise ValueError(
         f"{n_clients} clients with {min_size} training and test images each were not found in "
-        f"{PASSES} passes: use fewer clients, a larger beta or a smaller min_size"
+        f"{PASSES} passes: use fewer clients, a larger concentration, or form ours"
     )
 
 
@@ -279,7 +280,7 @@ def domain_dirichlet(
                 raise ValueError(
                     f"client {client} would hold {len(images)} {name} images, fewer than "
                     f"min_size={min_size}, and every further pass of the released rule is the same "
-                    "because it seeds again: pass another seed, a smaller min_size or fewer clients"
+                    "because it seeds again: use fewer clients, another concentration, or form ours"
                 )
     return shuffled(train, test, rng)
 
