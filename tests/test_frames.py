@@ -420,6 +420,8 @@ def test_ablations_are_drawn_by_the_name_of_the_data_set():
         ("a", "G"): (31, 20, 0),
         ("b", "G"): (71, 60, 0),
     }
+    alone = plots.ablations({"k": first.loc["a"]}, {"k": 1.0}, names, {"a": {"control": 20.0}})
+    assert [ax.get_title("left") for ax in alone.axes] == [""]
     with pytest.raises(ValueError, match="the table of g has not the data sets of the others"):
         plots.ablations({"k": first, "g": table({"a": 1.0})}, {"k": 1, "g": 2}, names, reference)
 

@@ -254,13 +254,14 @@ def curves(runs: DataFrame) -> Figure:
     """Draw accuracy by round, the mean over clients: a line per title, a band over its seeds.
 
     The band reaches from the lowest to the highest seed. runs: a line per run, round and client,
-    with columns title, run, seed, round and accuracy, and data where there are several data sets.
-    Raises ValueError for several runs of a title and seed.
+    with columns title, seed, round and accuracy, and data where there are several data sets. Raises
+    ValueError for several runs of a title and seed, where a column `run` tells them apart.
     """
     keys = ["title", "round"]
     if "data" in runs and runs["data"].nunique() > 1:
         keys.insert(0, "data")
-    by_seed = of_single(runs, [*keys, "seed"])["accuracy"].mean()
+    groups = of_single(runs.assign(run=runs.get("run", "")), [*keys, "seed"])
+    by_seed = groups["accuracy"].mean()
     by_round = by_seed.groupby(level=keys, sort=False)
     table = 100 * by_round.agg(["mean", "min", "max"])
     fig, shown = stacked(table, 6.5, 3.6)
@@ -317,6 +318,8 @@ def ablations(
     fig, grid = figure(*size, len(reference), len(values), sharey="row")
     for column, (key, table) in zip(grid.T, values.items()):
         parts = parts_of(table)
+        if len(reference) == 1 and [*parts] == [""]:  # one data set, which has no name in the table
+            parts = dict.fromkeys(reference, table)
         if parts.keys() != reference.keys():
             raise ValueError(f"the table of {key} has not the data sets of the others: give it all")
         for ax, (data, levels) in zip(column, reference.items()):
@@ -328,7 +331,7 @@ def ablations(
             for (name, level), kind in zip(levels.items(), ("--", ":", "-.")):
                 ax.axhline(level, color="#555555", linestyle=kind, linewidth=1.2, label=name)
             ax.set_xticks(x, [f"{value:g}" for value in part.index])
-            ax.set(title=data, xlabel=labels[key])
+            ax.set(title=data if len(reference) > 1 else "", xlabel=labels[key])
     for ax in grid[:, 0]:
         ax.set_ylabel("accuracy (%)")
     legend(grid[0, 0])
@@ -406,10 +409,10 @@ def draw_traffic(ax: Axes, part: DataFrame, line: str, color: str, marker: str) 
 def by_client(runs: DataFrame) -> Figure:
     """Draw the accuracy of every client in every seed, the worst of each seed, and the mean.
 
-    runs: a line per run and client with columns title, run, seed and accuracy; a title has a row.
-    Raises ValueError for several runs of a title and seed.
+    runs: a line per run and client with columns title, seed and accuracy; a title has a row. Raises
+    ValueError for several runs of a title and seed, where a column `run` tells them apart.
     """
-    of_single(runs, ["title", "seed"])
+    of_single(runs.assign(run=runs.get("run", "")), ["title", "seed"])
     row, titles = runs["title"].factorize()
     percent = 100 * runs["accuracy"]
     worst = percent.groupby([row, runs["seed"]]).min()
