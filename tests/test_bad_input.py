@@ -441,7 +441,7 @@ COMMANDS = {
         "fpl features: --all makes what all data sets need",
     ),
     "a name that is a table's": (
-        ["sweep", "promptfl", "--name", "table1"],
+        ["sweep", "promptfl", "--name", "table1", "--params", "tables.yaml"],
         "fpl sweep: --name table1 is a table of params.yaml: take another name",
     ),
     "a name for tables": (["sweep", "--name", "x"], "fpl sweep: ", "--name x is for a method"),
