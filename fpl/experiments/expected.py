@@ -148,15 +148,18 @@ def accept(fresh: Path, expected: Path = EXPECTED) -> None:
 
     Raises FileNotFoundError where nothing is fresh.
     """
-    found = [source for end in ENDINGS for source in fresh.glob(f"*/*.{end}")]
-    if not found:
+    names = results_in(fresh)
+    if not names:
         raise FileNotFoundError(f"there are no tables in {fresh}: call `fpl repro` first")
-    names = {source.relative_to(fresh) for source in found}
-    for source in found:
-        with atomic_write(expected / source.relative_to(fresh)) as temporary:
-            shutil.copyfile(source, temporary)
-    for folder in {name.parent for name in names}:
-        old = [path for end in ENDINGS for path in (expected / folder).glob(f"*.{end}")]
-        for path in old:
-            if path.relative_to(expected) not in names:
-                path.unlink()
+    for name in names:
+        with atomic_write(expected / name) as temporary:
+            shutil.copyfile(fresh / name, temporary)
+    notebooks = {name.parent for name in names}
+    for old in results_in(expected) - names:
+        if old.parent in notebooks:
+            (expected / old).unlink()
+
+
+def results_in(folder: Path) -> set[Path]:
+    """Return the tables and figures of all notebooks, relative to the folder."""
+    return {path.relative_to(folder) for end in ENDINGS for path in folder.glob(f"*/*.{end}")}

@@ -114,6 +114,11 @@ def parts_of(table: DataFrame) -> dict[str, DataFrame]:
     return {name: part.droplevel("data") for name, part in groups}
 
 
+def single(runs: DataFrame, keys: Sequence[str]) -> Any:
+    """Return what `of_single` does, also of lines that have no column `run`; raises as that."""
+    return of_single(runs.assign(run=runs.get("run", "")), keys)
+
+
 def look(k: int) -> dict[str, str]:
     """Return the colour and the marker of the k-th kind."""
     colour = COLOURS[k % len(COLOURS)]
@@ -260,8 +265,7 @@ def curves(runs: DataFrame) -> Figure:
     keys = ["title", "round"]
     if "data" in runs and runs["data"].nunique() > 1:
         keys.insert(0, "data")
-    groups = of_single(runs.assign(run=runs.get("run", "")), [*keys, "seed"])
-    by_seed = groups["accuracy"].mean()
+    by_seed = single(runs, [*keys, "seed"])["accuracy"].mean()
     by_round = by_seed.groupby(level=keys, sort=False)
     table = 100 * by_round.agg(["mean", "min", "max"])
     fig, shown = stacked(table, 6.5, 3.6)
@@ -412,7 +416,7 @@ def by_client(runs: DataFrame) -> Figure:
     runs: a line per run and client with columns title, seed and accuracy; a title has a row. Raises
     ValueError for several runs of a title and seed, where a column `run` tells them apart.
     """
-    of_single(runs.assign(run=runs.get("run", "")), ["title", "seed"])
+    single(runs, ["title", "seed"])
     row, titles = runs["title"].factorize()
     percent = 100 * runs["accuracy"]
     worst = percent.groupby([row, runs["seed"]]).min()

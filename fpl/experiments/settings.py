@@ -279,8 +279,9 @@ class Settings:
 
 def check_vary(table: str, vary: Iterable[str], rows: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise ValueError for what varies in no row of a table, or in one that says it itself."""
+    possible = parameter_names(*(own.get("method", label) for label, own in rows.items()))
     for key in vary:
-        if key not in parameter_names(*(own.get("method", label) for label, own in rows.items())):
+        if key not in possible:
             raise ValueError(f"tables.{table}.vary.{key} does nothing: none of its rows has it")
         for label, own in rows.items():
             if key in own:
